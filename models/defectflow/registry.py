@@ -1,0 +1,37 @@
+"""Finds a flow by the name that recipes and registered models carry."""
+
+from dataclasses import fields
+from typing import Any
+
+from defectflow.flow import Flow
+from defectflow.patchflow import PatchFlow
+
+FLOWS: dict[str, type[Flow]] = {"patchflow": PatchFlow}
+"""The flows by name."""
+
+
+def build_flow(name: str, **config: Any) -> Flow:
+    """Builds an unfitted flow.
+
+    Args:
+        name: A key of `FLOWS`.
+        **config: Fields of the flow's config dataclass; what is left out has the published value.
+
+    Raises:
+        ValueError: If there is no flow of that name, or a field is unknown or out of range.
+
+    >>> build_flow("patchflow", channels=(8,), adapted=8).config.bottleneck
+    128
+    >>> build_flow("patchflow", channels=(8,), depth=3)
+    Traceback (most recent call last):
+    ...
+    ValueError: patchflow has no setting 'depth'; it has: channels, adapted, bottleneck, steps, clamp, neighbourhood, noise, stride
+    """  # noqa: E501
+    if name not in FLOWS:
+        raise ValueError(f"there is no flow {name!r}; there are: {', '.join(sorted(FLOWS))}")
+    flow = FLOWS[name]
+    known = [field.name for field in fields(flow.config_class)]
+    for key in config:
+        if key not in known:
+            raise ValueError(f"{name} has no setting {key!r}; it has: {', '.join(known)}")
+    return flow(flow.config_class(**config))

@@ -1,0 +1,1 @@
+"""From folders of pictures to a manifest: layouts, splits, drawn defects and the embedded textures."""

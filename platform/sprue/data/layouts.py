@@ -1,0 +1,196 @@
+"""Layouts: what a dataset's folder convention says about each picture.
+
+A layout lists files and reads none of them; digests, damage and splits are the manifest's.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Protocol
+
+from upath import UPath
+
+from sprue.data.splits import TEST, TRAIN
+from sprue.errors import SprueError
+
+GOOD = "good"
+
+# Class names become URLs, names of registered models and folders.
+_CLASS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True)
+class PictureRecord:
+    """What a layout knows of one picture.
+
+    Args:
+        class_name: The product class.
+        split: ``train`` or ``test``; the manifest divides the former further.
+        defect_type: ``good`` or the name of the defect.
+        sample_id: The part that the picture shows; views of one part share it. Unique in the dataset.
+        view: Name of the view, empty where samples have one view.
+        path: Path relative to the root, with forward slashes.
+        mask_path: Path of the ground truth relative to the root, empty if there is none.
+    """
+
+    class_name: str
+    split: str
+    defect_type: str
+    sample_id: str
+    view: str
+    path: str
+    mask_path: str
+
+
+@dataclass(frozen=True, order=True)
+class LeftOut:
+    """A file that takes no part, and why.
+
+    Args:
+        path: Path relative to the root, with forward slashes.
+        reason: Ready to be printed behind the path.
+    """
+
+    path: str
+    reason: str
+
+
+class Layout(Protocol):
+    """Reads one folder convention."""
+
+    def read(self, root: UPath) -> tuple[list[PictureRecord], list[LeftOut]]:
+        """Lists the pictures under ``root``.
+
+        Args:
+            root: Folder of the dataset, local or remote.
+
+        Returns:
+            One record per picture file, and the files that are none of the dataset's pictures.
+
+        Raises:
+            SprueError: The folders do not follow the convention.
+        """
+        ...
+
+
+class MVTecLayout:
+    """The layout of MVTec AD (Bergmann et al., CVPR 2019).
+
+    ``<class>/train/good/*``, ``<class>/test/<defect>/*`` and ``<class>/ground_truth/<defect>/<stem>_mask.png``
+    (or ``<stem>.png``); ``test`` and ``ground_truth`` are optional.
+    """
+
+    def read(self, root: UPath) -> tuple[list[PictureRecord], list[LeftOut]]:
+        """Lists the pictures under ``root``; see `Layout.read`."""
+        records: list[PictureRecord] = []
+        left_out: list[LeftOut] = []
+        for class_name in _class_names(root):
+            pictures, ignored = _read_class(root, class_name)
+            records += pictures
+            left_out += ignored
+        return records, left_out
+
+
+LAYOUTS: dict[str, Layout] = {"mvtec": MVTecLayout()}
+
+
+def _class_names(root: UPath) -> list[str]:
+    """Names of the class folders, sorted; raises SprueError unless all of them can be trained on."""
+    if not root.is_dir():
+        raise SprueError(f"The dataset {root} is not a folder: give a folder that holds <class>/train/good.")
+    if (root / "train" / GOOD).is_dir():
+        raise SprueError(
+            f"The dataset {root} seems to be a class folder itself, as it holds train/good: "
+            f"give its parent, {root.parent}."
+        )
+    names = [name for name in _folders(root) if not name.startswith(".")]
+    if not names:
+        raise SprueError(f"The dataset {root} holds no class folder: put good pictures into {root}/<class>/train/good.")
+    invalid = [repr(name) for name in names if not _CLASS_NAME.fullmatch(name)]
+    if invalid:
+        raise SprueError(
+            f"Class names become URLs and model names: rename {', '.join(invalid)} under {root}, "
+            "using letters, digits, '_', '.' and '-', with a letter or digit first."
+        )
+    untrained = [name for name in names if not (root / name / "train" / GOOD).is_dir()]
+    if untrained:
+        raise SprueError(
+            f"No train/good folder in class {', '.join(untrained)} under {root}: put its good pictures there, or move "
+            "the folder out of the dataset if it is no class."
+        )
+    empty = [name for name in names if not _files(root, f"{name}/train/{GOOD}", [])]
+    if empty:
+        raise SprueError(
+            f"No pictures in train/good of class {', '.join(empty)} under {root}: put its good pictures there."
+        )
+    return names
+
+
+def _read_class(root: UPath, class_name: str) -> tuple[list[PictureRecord], list[LeftOut]]:
+    left_out: list[LeftOut] = []
+    records: list[PictureRecord] = []
+    masks = _masks(root, class_name, left_out)
+    for split, defect_type in [(TRAIN, GOOD)] + [
+        (TEST, defect) for defect in _defect_folders(root, f"{class_name}/test")
+    ]:
+        for path in _files(root, f"{class_name}/{split}/{defect_type}", left_out):
+            mask_path = _mask_of(path, masks.get(defect_type, {})) if split == TEST else ""
+            records.append(PictureRecord(class_name, split, defect_type, path, "", path, mask_path))
+    unused = {path for of_stem in masks.values() for path in of_stem.values()} - {
+        record.mask_path for record in records
+    }
+    left_out += [LeftOut(path, "ground truth without a test picture of its name") for path in unused]
+    for folder in _folders(root / class_name / "train"):
+        if folder != GOOD:
+            left_out.append(LeftOut(f"{class_name}/train/{folder}", "not read: only train/good is trained on"))
+    return records, left_out
+
+
+def _masks(root: UPath, class_name: str, left_out: list[LeftOut]) -> dict[str, dict[str, str]]:
+    """Path of each mask by defect type and its own stem."""
+    masks: dict[str, dict[str, str]] = {}
+    for defect_type in _defect_folders(root, f"{class_name}/ground_truth"):
+        of_stem = masks.setdefault(defect_type, {})
+        for path in _files(root, f"{class_name}/ground_truth/{defect_type}", left_out):
+            first = of_stem.setdefault(_stem(path), path)
+            if first != path:
+                left_out.append(LeftOut(path, f"{first} is the mask of this name already"))
+    return masks
+
+
+def _mask_of(path: str, mask_of_stem: dict[str, str]) -> str:
+    stem = _stem(path)
+    return mask_of_stem.get(f"{stem}_mask") or mask_of_stem.get(stem, "")
+
+
+def _files(root: UPath, folder: str, left_out: list[LeftOut]) -> list[str]:
+    """Files of a folder, sorted; hidden files and folders in it go to ``left_out``."""
+    files = []
+    for child in _children(root / folder):
+        path = f"{folder}/{child.name}"
+        printable = path.encode(errors="backslashreplace").decode()
+        if child.name.startswith("."):
+            left_out.append(LeftOut(path, "hidden"))
+        elif child.is_dir():
+            left_out.append(LeftOut(path, "a folder among the pictures"))
+        elif path != printable:
+            left_out.append(LeftOut(printable, "its name is not UTF-8"))
+        else:
+            files.append(path)
+    return files
+
+
+def _defect_folders(root: UPath, folder: str) -> list[str]:
+    return [name for name in _folders(root / folder) if not name.startswith(".")]
+
+
+def _folders(parent: UPath) -> list[str]:
+    return [child.name for child in _children(parent) if child.is_dir()]
+
+
+def _children(folder: UPath) -> list[UPath]:
+    return sorted(folder.iterdir(), key=lambda child: child.name) if folder.is_dir() else []
+
+
+def _stem(path: str) -> str:
+    return PurePosixPath(path).stem

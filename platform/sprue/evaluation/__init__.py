@@ -1,0 +1,1 @@
+"""Calibrates and evaluates fitted flows; writes figures and pictures, logs nothing."""

@@ -1,0 +1,171 @@
+"""Engines that run the backbone: OpenVINO on CPUs, torch on GPUs and wherever OpenVINO can't.
+
+Shapes: B pictures, S side of the input, C channels, H rows, W columns of a map.
+"""
+
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sprue.errors import SprueError
+from sprue.inference.spec import FeatureSpec
+
+logger = logging.getLogger(__name__)
+
+EngineName = Literal["auto", "openvino", "torch"]
+
+CONVERSION_TOLERANCE = 1e-3
+"""A converted backbone whose maps differ by more than this share of their largest value is not used."""
+
+
+class Engine(Protocol):
+    """Runs a backbone on batches of pictures."""
+
+    name: str
+
+    def __call__(self, images_BSS3: NDArray[np.uint8]) -> list[NDArray[np.float16]]:
+        """The maps [B, C, H, W] of 8-bit pictures [B, S, S, 3], in the spec's order."""
+        ...
+
+
+def build_engine(spec: FeatureSpec, name: EngineName = "auto", threads: int | None = None) -> Engine:
+    """The fastest engine on this machine, or the one that is named.
+
+    Args:
+        spec: A resolved spec.
+        name: ``auto`` takes torch where there is a GPU, else OpenVINO, else torch.
+        threads: CPU threads; all cores that the process may use by default.
+
+    Raises:
+        SprueError: If the backbone can't be loaded, or OpenVINO is asked for and can't run it.
+    """
+    if name == "torch":
+        return TorchEngine(spec, threads)
+    if name == "auto":
+        import torch
+
+        if torch.cuda.is_available():
+            return TorchEngine(spec, threads)
+    try:
+        return OpenVINOEngine(spec, threads)
+    except ConversionError as error:
+        if name == "openvino":
+            raise
+        logger.warning("%s; running it on torch, which is several times slower on a CPU", error)
+        return TorchEngine(spec, threads)
+
+
+class ConversionError(SprueError):
+    """OpenVINO is not installed or can't run this backbone."""
+
+
+class TorchEngine:
+    """Runs the backbone on torch: in bfloat16 on a GPU, in float32 on a CPU, with channels last on both."""
+
+    name = "torch"
+
+    def __init__(self, spec: FeatureSpec, threads: int | None = None) -> None:
+        """Loads the backbone; see `sprue.inference.backbone.load_backbone` for what can go wrong."""
+        import torch
+
+        from sprue.inference.backbone import load_backbone
+
+        if threads:
+            torch.set_num_threads(threads)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.backbone = load_backbone(spec).to(self.device, memory_format=torch.channels_last)
+
+    def __call__(self, images_BSS3: NDArray[np.uint8]) -> list[NDArray[np.float16]]:
+        """See `Engine`."""
+        import torch
+
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+        with torch.inference_mode(), autocast:
+            maps = self.backbone(torch.from_numpy(images_BSS3).to(self.device, non_blocking=True))
+        return [map_BCHW.to(torch.float16).cpu().contiguous().numpy() for map_BCHW in maps]
+
+
+class OpenVINOEngine:
+    """Runs the backbone on OpenVINO, with float32 execution pinned.
+
+    The backbone is converted once for each fingerprint and kept in the user's cache folder.
+    """
+
+    name = "openvino"
+
+    def __init__(self, spec: FeatureSpec, threads: int | None = None) -> None:
+        """Converts or finds the backbone and compiles it.
+
+        Raises:
+            ConversionError: If OpenVINO is missing or the backbone can't be converted faithfully.
+        """
+        try:
+            import openvino
+        except ImportError as error:
+            raise ConversionError("OpenVINO is not installed") from error
+        path = cache_folder() / f"{spec.fingerprint}-openvino-{openvino.__version__.split('-')[0]}" / "backbone.xml"
+        if not path.exists():
+            convert(spec, path.parent)
+        settings = {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": "1",
+            "INFERENCE_NUM_THREADS": threads or len(os.sched_getaffinity(0)),
+        }
+        self.request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
+
+    def __call__(self, images_BSS3: NDArray[np.uint8]) -> list[NDArray[np.float16]]:
+        """See `Engine`."""
+        return [output.astype(np.float16) for output in self.run(images_BSS3)]
+
+    def run(self, images_BSS3: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+        """The maps before rounding; valid until the next call."""
+        results = self.request.infer([images_BSS3], share_inputs=True, share_outputs=True)
+        return [results[index] for index in range(len(results))]
+
+
+def cache_folder() -> Path:
+    """Where converted backbones are kept: ``$SPRUE_CACHE``, by default ``~/.cache/sprue``."""
+    return Path(os.environ.get("SPRUE_CACHE") or Path.home() / ".cache" / "sprue")
+
+
+def convert(spec: FeatureSpec, folder: Path) -> None:
+    """Converts a backbone to OpenVINO's format in `folder`, and checks it against torch on one noisy picture.
+
+    Raises:
+        ConversionError: If it can't be converted, or its outputs differ from torch's.
+    """
+    import openvino
+    import torch
+
+    from sprue.inference.backbone import load_backbone
+
+    backbone = load_backbone(spec)
+    side = spec.input_size
+    probe_1SS3 = torch.randint(0, 256, (1, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    logger.info("converting %s to OpenVINO, once for this feature spec", spec.backbone)
+    with torch.inference_mode():
+        expected = backbone(probe_1SS3)
+        try:
+            model = openvino.convert_model(backbone, example_input=probe_1SS3, input=[(-1, side, side, 3)])
+            results = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(probe_1SS3.numpy())
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ConversionError(f"OpenVINO can't convert {spec.backbone}: {error}") from error
+    for index, map_1CHW in enumerate(expected):
+        worst = float((torch.from_numpy(results[index]) - map_1CHW).abs().max() / map_1CHW.abs().max())
+        if not worst <= CONVERSION_TOLERANCE:
+            raise ConversionError(f"OpenVINO's output {index} of {spec.backbone} differs from torch's by {worst:.1e} of its range")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+    openvino.save_model(model, temporary / "backbone.xml", compress_to_fp16=False)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        # Another process finished the same conversion first.
+        shutil.rmtree(temporary)

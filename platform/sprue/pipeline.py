@@ -1,0 +1,144 @@
+"""What the stages share: their parameters, where they read and write, and their receipts.
+
+A stage runs as a DVC stage in the checkout and as a Ray job in a copy of it alike: it is told where the data and
+the store are, and leaves a receipt with the digests of what it read and wrote.
+"""
+
+import argparse
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+import yaml
+from upath import UPath
+
+from sprue.errors import SprueError
+from sprue.store import digest, location, write_json
+
+Settings = TypeVar("Settings")
+
+
+@dataclass(frozen=True)
+class Context:
+    """A stage's surroundings.
+
+    Attributes:
+        stage: The stage's name.
+        params: The parameter file.
+        data: Folder or URL of the dataset.
+        store: Folder or URL of everything that is made.
+    """
+
+    stage: str
+    params: Mapping[str, Any]
+    data: UPath
+    store: UPath
+
+    @property
+    def dataset(self) -> str:
+        """The dataset's name."""
+        return str(self.params["dataset"])
+
+    @property
+    def folder(self) -> UPath:
+        """The dataset's part of the store."""
+        return self.store / self.dataset
+
+    def section(self, name: str) -> dict[str, Any]:
+        """A section of the parameter file.
+
+        Raises:
+            SprueError: If it is missing or not a mapping.
+        """
+        section = self.params.get(name)
+        if not isinstance(section, dict):
+            raise SprueError(f"the parameter file has no section {name!r}")
+        return dict(section)
+
+    def settings(self, kind: type[Settings], section: str) -> Settings:
+        """A section as a dataclass, which checks the ranges.
+
+        Raises:
+            SprueError: If a setting is unknown or of the wrong type.
+        """
+        values = self.section(section)
+        known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+        for name in values:
+            if name not in known:
+                raise SprueError(f"{section}: there is no setting {name!r}; there are: {', '.join(known)}")
+        try:
+            return kind(**values)
+        except (TypeError, ValueError) as error:
+            raise SprueError(f"{section}: {error}") from error
+
+    def leave_receipt(self, inputs: Mapping[str, UPath], outputs: Mapping[str, UPath]) -> None:
+        """Writes which digests the stage read and wrote, and the code's commit, to ``receipts/<stage>.json``."""
+        write_json(
+            self.folder / "receipts" / f"{self.stage}.json",
+            {
+                "stage": self.stage,
+                "commit": commit(),
+                "inputs": {name: digest(path) for name, path in inputs.items()},
+                "outputs": {name: digest(path) for name, path in outputs.items()},
+            },
+        )
+
+
+def commit() -> str:
+    """The code's commit: ``$SPRUE_COMMIT`` where there is no repository, as in a Ray job; ``unknown`` without both."""
+    named = os.environ.get("SPRUE_COMMIT")
+    if named:
+        return named
+    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() if found.returncode == 0 else "unknown"
+
+
+def connect_ray() -> None:
+    """Connects to the cluster that ``$RAY_ADDRESS`` names, or starts one on this machine for this process."""
+    settings: dict[str, Any] = {"logging_level": logging.ERROR}
+    if "RAY_ADDRESS" not in os.environ:
+        # Ray Train asks the dashboard which of its controllers live.
+        settings["include_dashboard"] = True
+    ray.init(**settings)
+
+
+def run_stage(stage: str, main: Callable[[Context], None]) -> None:
+    """Runs a stage as a command: reads its arguments, and turns a `SprueError` into one line and exit status 1.
+
+    Args:
+        stage: The stage's name.
+        main: Does the work.
+    """
+    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="parameter file (default: %(default)s)")
+    parser.add_argument("--data", help="folder or s3 URL of the dataset (default: data/<dataset>)")
+    parser.add_argument("--store", default="store", help="folder or s3 URL of all results (default: %(default)s)")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        params = read_params(arguments.params)
+        data = location(arguments.data or f"data/{params['dataset']}")
+        main(Context(stage, params, data, location(arguments.store)))
+    except SprueError as error:
+        sys.exit(f"sprue {stage}: {error}")
+
+
+def read_params(path: Path) -> dict[str, Any]:
+    """Reads the parameter file.
+
+    Raises:
+        SprueError: If it is missing, not YAML, or names no dataset.
+    """
+    try:
+        params = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise SprueError(f"the parameter file {path} can't be read: {error}") from error
+    if not isinstance(params, dict) or not params.get("dataset"):
+        raise SprueError(f"the parameter file {path} names no dataset")
+    return params

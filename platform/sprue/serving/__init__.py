@@ -1,0 +1,1 @@
+"""Scoring over HTTP: the champions of all classes behind one Ray Serve application."""

@@ -1,0 +1,117 @@
+"""The store: one folder or s3 URL that all stages read from and write to, on one machine and on a cluster alike."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from upath import UPath
+
+from sprue.errors import SprueError
+
+
+def location(text: str) -> UPath:
+    """A local path (made absolute) or an s3 URL.
+
+    Raises:
+        SprueError: If the URL has another scheme.
+
+    >>> location("s3://plant/store").joinpath("features").as_posix()
+    's3://plant/store/features'
+    """
+    scheme, separator, _ = text.partition("://")
+    if not separator:
+        return UPath(os.path.abspath(os.path.expanduser(text)))  # noqa: PTH100, PTH111 - text may not be a local path
+    if scheme != "s3":
+        raise SprueError(f"store: {text} is neither a path nor an s3 URL")
+    return UPath(text)
+
+
+class KeptBytes(io.BytesIO):
+    """A buffer that outlives a writer which closes its file, as fastparquet does."""
+
+    def close(self) -> None:
+        """Keeps the content."""
+
+
+def write_bytes(path: UPath, data: bytes) -> None:
+    """Writes a file whole or not at all: an object store's put is atomic, a local file is renamed into place."""
+    if path.protocol not in ("", "file"):
+        path.write_bytes(data)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(data)
+    temporary.rename(path)
+
+
+def write_json(path: UPath, value: Any) -> None:
+    """Writes JSON with sorted keys, so that equal values are equal files."""
+    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def read_json(path: UPath, made_by: str) -> Any:
+    """Reads a JSON file.
+
+    Args:
+        path: The file.
+        made_by: The stage that writes it, for the message.
+
+    Raises:
+        SprueError: If it is missing.
+    """
+    if not path.is_file():
+        raise SprueError(f"there is no {path}; run the {made_by} stage first")
+    return json.loads(path.read_text())
+
+
+def replace_folder(source: Path, target: UPath) -> None:
+    """Puts a local folder's files in the place of whatever is at the target.
+
+    On one machine the folder appears whole; in an object store file by file.
+    """
+    if target.protocol not in ("", "file"):
+        if target.exists():
+            target.fs.rm(target.path, recursive=True)
+        target.fs.put(f"{source}/", f"{target.path}/", recursive=True)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    shutil.copytree(source, staged, dirs_exist_ok=True)
+    staged.chmod(0o755)
+    if target.exists():
+        shutil.rmtree(target)
+    staged.rename(target)
+
+
+@contextmanager
+def local_copy(path: UPath) -> Iterator[Path]:
+    """A folder of the store as a local folder, for libraries that read no URLs."""
+    if path.protocol in ("", "file"):
+        yield Path(path.path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path.fs.get(f"{path.path}/", f"{folder}/", recursive=True)
+        yield Path(folder)
+
+
+def digest(path: UPath) -> str:
+    """SHA-256 of a file, or of a folder's file names and contents.
+
+    Raises:
+        SprueError: If there is nothing at the path.
+    """
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    if not path.is_dir():
+        raise SprueError(f"there is nothing at {path}")
+    sha = hashlib.sha256()
+    for file in sorted((file for file in path.rglob("*") if file.is_file()), key=str):
+        sha.update(f"{file.relative_to(path).as_posix()} {digest(file)}\n".encode())
+    return sha.hexdigest()

@@ -1,0 +1,1 @@
+"""MLflow: runs, packaged models and the registry."""

@@ -1,0 +1,74 @@
+"""A detector as an MLflow model that needs neither Ray nor DVC to run."""
+
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import defectflow
+import mlflow
+import pandas as pd
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, DataType, Schema
+
+import sprue
+from sprue.inference.detector import Detector
+
+REQUIREMENTS = ("FrEIA", "numpy", "openvino", "pandas", "pillow", "safetensors", "timm", "torch")
+
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec(DataType.binary, "image")]),
+    outputs=Schema(
+        [
+            ColSpec(DataType.double, "score"),
+            ColSpec(DataType.double, "p_value"),
+            ColSpec(DataType.boolean, "is_anomalous"),
+        ]
+    ),
+)
+"""A column of encoded pictures (PNG, JPEG ...) to a row of figures each."""
+
+
+def log_detector(detector: Detector, run_id: str, example: bytes, metadata: dict[str, Any]) -> str:
+    """Packages a detector and logs it to a run.
+
+    Code (`defectflow` and `sprue.inference`), weights and pinned requirements travel with it; it is logged as code,
+    not pickled.
+
+    Args:
+        detector: A calibrated detector.
+        run_id: The run that it belongs to.
+        example: An encoded picture, kept as the input example.
+        metadata: Facts about the model, as JSON.
+
+    Returns:
+        The logged model's URI.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        detector.save(folder / "detector")
+        with mlflow.start_run(run_id=run_id):
+            info = mlflow.pyfunc.log_model(
+                name=detector.class_name,
+                python_model=str(Path(__file__).parent / "pyfunc_model.py"),
+                artifacts={"detector": str(folder / "detector")},
+                code_paths=_portable_code(folder / "code"),
+                signature=SIGNATURE,
+                input_example=pd.DataFrame({"image": [example]}),
+                pip_requirements=["mlflow-skinny==" + version("mlflow"), *(f"{each}=={version(each)}" for each in REQUIREMENTS)],
+                metadata=metadata,
+            )
+    return info.model_uri
+
+
+def _portable_code(folder: Path) -> list[str]:
+    """Copies the packages that prediction imports, and no more of sprue."""
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(defectflow.__file__).parent, folder / "defectflow", ignore=ignore)
+    source = Path(sprue.__file__).parent
+    (folder / "sprue").mkdir()
+    for module in ("__init__.py", "errors.py"):
+        shutil.copy(source / module, folder / "sprue" / module)
+    shutil.copytree(source / "inference", folder / "sprue" / "inference", ignore=ignore)
+    return [str(folder / "defectflow"), str(folder / "sprue")]

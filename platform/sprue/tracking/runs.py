@@ -1,0 +1,76 @@
+"""One MLflow run for each fit, found again by the fit's key."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import mlflow
+from mlflow.entities import Metric, Param, RunTag, ViewType
+from mlflow.exceptions import MlflowException
+
+logger = logging.getLogger(__name__)
+
+KEY_TAG = "sprue.fit"
+CURVES = ("train_nll", "validation_nll", "learning_rate", "pictures_per_second")
+
+
+@dataclass
+class FitRun:
+    """A fit's run: parameters, curves, and later figures and pictures.
+
+    What the server did not take, because it was away, is offered again with the next epoch and when the run is
+    opened again from the fit's record: nothing is lost, and nothing is logged twice.
+
+    Attributes:
+        run_id: MLflow's identifier.
+        logged: Epochs whose figures the server has.
+    """
+
+    run_id: str
+    logged: set[int] = field(default_factory=set)
+
+    @classmethod
+    def open(cls, experiment_id: str, class_name: str, key: str, params: Mapping[str, Any]) -> Self:
+        """Finds the run of a fit, or makes one, running."""
+        client = mlflow.MlflowClient()
+        found = client.search_runs(
+            [experiment_id], f"tags.`{KEY_TAG}` = '{class_name}-{key}'", ViewType.ACTIVE_ONLY, max_results=1
+        )
+        if found:
+            run_id = found[0].info.run_id
+            return cls(run_id, {metric.step for metric in client.get_metric_history(run_id, CURVES[0])})
+        run = client.create_run(experiment_id, run_name=class_name, tags={KEY_TAG: f"{class_name}-{key}"})
+        client.log_batch(run.info.run_id, params=[Param(name, str(value)[:6000]) for name, value in params.items()])
+        return cls(run.info.run_id)
+
+    def log_epochs(self, epochs: Sequence[Mapping[str, Any]]) -> None:
+        """Logs the epochs that the server does not have; warns if it can't be reached."""
+        missing = [epoch for epoch in epochs if epoch["epoch"] not in self.logged]
+        if not missing:
+            return
+        metrics = [
+            Metric(name, float(epoch[name]), round(epoch["time"] * 1000), epoch["epoch"]) for epoch in missing for name in CURVES
+        ]
+        try:
+            mlflow.MlflowClient().log_batch(self.run_id, metrics=metrics)
+        except MlflowException as error:
+            logger.warning("the tracking server took no figures (%s); they are offered again", error)
+            return
+        self.logged |= {epoch["epoch"] for epoch in missing}
+
+    def fail(self) -> None:
+        """Ends the run as failed; a later attempt at the same fit goes on with it."""
+        mlflow.MlflowClient().set_terminated(self.run_id, "FAILED")
+
+    def finish(self, figures: Mapping[str, float], pictures: Path, tags: Mapping[str, str]) -> None:
+        """Logs test figures and the evaluation's files, and ends the run."""
+        client = mlflow.MlflowClient()
+        client.log_batch(
+            self.run_id,
+            metrics=[Metric(name, value, 0, 0) for name, value in figures.items()],
+            tags=[RunTag(name, value) for name, value in tags.items()],
+        )
+        client.log_artifacts(self.run_id, str(pictures), "evaluation")
+        client.set_terminated(self.run_id)

@@ -1,0 +1,1 @@
+"""Fits one flow per product class on Ray Train."""

@@ -1,0 +1,183 @@
+"""The training loop: plain torch, one process, a checkpoint an epoch.
+
+Shapes: N pictures, B pictures of a step, C channels, H rows, W columns of a map.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from defectflow import Flow
+from torch import Tensor
+
+from sprue.errors import SprueError
+from sprue.training.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How a flow is fitted.
+
+    Attributes:
+        epochs: Passes over the training pictures.
+        batch_size: Pictures a step.
+        learning_rate: Peak of the schedule: a linear warm-up, then a cosine to zero.
+        warmup: Share of the steps that the rate rises in.
+        weight_decay: Adam's L2 penalty.
+        gradient_norm: Gradients are scaled down to this norm.
+        seed: Of the initial weights, the permutations, the order of the pictures and the noise.
+    """
+
+    epochs: int = 10
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    warmup: float = 0.2
+    weight_decay: float = 0.0
+    gradient_norm: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the ranges.
+
+        Raises:
+            SprueError: If a setting is out of range.
+        """
+        if self.epochs < 1 or self.batch_size < 1:
+            raise SprueError(f"fit: epochs and batch_size are at least 1; got {self.epochs} and {self.batch_size}")
+        if self.learning_rate <= 0 or self.gradient_norm <= 0 or not 0 <= self.warmup < 1:
+            raise SprueError("fit: learning_rate and gradient_norm are above 0, warmup from 0 to below 1")
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What an epoch did.
+
+    Attributes:
+        epoch: From 1.
+        train_nll: Of the training pictures as they were seen, in nats per dimension.
+        validation_nll: Of the validation pictures after the epoch, in nats per dimension.
+        learning_rate: Of the last step.
+        seconds: Time of the training pass.
+        pictures_per_second: Training pictures over that time.
+        time: When it ended, in seconds since 1970.
+    """
+
+    epoch: int
+    train_nll: float
+    validation_nll: float
+    learning_rate: float
+    seconds: float
+    pictures_per_second: float
+    time: float
+
+
+def rate_at(step: int, steps: int, settings: FitSettings) -> float:
+    """The learning rate of a step, a function of the step alone, so that resuming needs no state.
+
+    >>> settings = FitSettings(learning_rate=1.0, warmup=0.2)
+    >>> [round(rate_at(step, 10, settings), 2) for step in (0, 1, 2, 6, 9)]
+    [0.5, 1.0, 1.0, 0.5, 0.04]
+    """
+    rising = settings.warmup * steps
+    if step + 1 <= rising:
+        return settings.learning_rate * (step + 1) / rising
+    progress = (step - rising) / (steps - rising)
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def batches(maps: Sequence[Tensor], order: Tensor, size: int, device: torch.device) -> Iterator[list[Tensor]]:
+    """Float32 batches [B, C, H, W] of stored maps [N, C, H, W] in an order [N]."""
+    for rows in order.split(size):
+        yield [map_NCHW[rows].to(device, non_blocking=True).float() for map_NCHW in maps]
+
+
+@torch.no_grad()
+def mean_nll(flow: Flow, maps: Sequence[Tensor], size: int, device: torch.device) -> float:
+    """Mean negative log-likelihood of pictures, in nats per dimension, without noise."""
+    flow.eval()
+    count = len(maps[0])
+    total = sum(float(flow.nll(batch).sum()) for batch in batches(maps, torch.arange(count), size, device))
+    return total / count
+
+
+def train(
+    flow: Flow,
+    train_maps: Sequence[Tensor],
+    validation_maps: Sequence[Tensor],
+    settings: FitSettings,
+    device: torch.device,
+    report: Callable[[Epoch, Checkpoint], None],
+    start: Checkpoint | None = None,
+) -> None:
+    """Fits a flow by maximum likelihood.
+
+    The random numbers of an epoch depend on the seed and the epoch alone, so an interrupted fit that goes on from
+    a checkpoint ends with the weights of an undisturbed one.
+
+    Args:
+        flow: A new flow.
+        train_maps: Stored maps [N, C, H, W] of the training pictures.
+        validation_maps: Those of the validation pictures.
+        settings: How to fit.
+        device: Where the flow goes.
+        report: Called after each epoch.
+        start: The checkpoint to go on from.
+
+    Raises:
+        SprueError: If the likelihood stops being finite.
+    """
+    # Weights of units that have died decay into denormal numbers, on which CPUs compute ten times as slowly.
+    torch.set_flush_denormal(True)
+    everything = torch.arange(len(train_maps[0]))
+    flow.to(device)
+    if start is None:
+        flow.fit_adaptor(batches(train_maps, everything, settings.batch_size, device))
+    else:
+        flow.load_state_dict(start.flow)
+    optimizer = torch.optim.Adam(flow.parameters(), weight_decay=settings.weight_decay, fused=True)
+    if start is not None:
+        start.restore(optimizer)
+    history = list(start.history) if start else []
+    for epoch in range(len(history) + 1, settings.epochs + 1):
+        started = time.perf_counter()
+        torch.manual_seed(settings.seed * 1_000_003 + epoch)
+        train_nll, rate = _train_epoch(flow, train_maps, optimizer, settings, epoch, device)
+        seconds = time.perf_counter() - started
+        validation_nll = mean_nll(flow, validation_maps, settings.batch_size, device)
+        if not (math.isfinite(train_nll) and math.isfinite(validation_nll)):
+            raise SprueError(
+                f"the likelihood stopped being finite in epoch {epoch} (training {train_nll}, validation "
+                f"{validation_nll}): lower fit.learning_rate; the last good checkpoint is kept"
+            )
+        result = Epoch(epoch, train_nll, validation_nll, rate, seconds, len(everything) / seconds, time.time())
+        history.append(asdict(result))
+        report(result, Checkpoint.take(flow, optimizer, epoch, list(history)))
+
+
+def _train_epoch(
+    flow: Flow,
+    maps: Sequence[Tensor],
+    optimizer: torch.optim.Optimizer,
+    settings: FitSettings,
+    epoch: int,
+    device: torch.device,
+) -> tuple[float, float]:
+    """One pass; the mean likelihood of its pictures as they were seen, and the last learning rate."""
+    flow.train()
+    count = len(maps[0])
+    per_epoch = math.ceil(count / settings.batch_size)
+    total, rate = 0.0, 0.0
+    for index, batch in enumerate(batches(maps, torch.randperm(count), settings.batch_size, device)):
+        rate = rate_at((epoch - 1) * per_epoch + index, settings.epochs * per_epoch, settings)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = flow.nll(batch).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(flow.parameters(), settings.gradient_norm)
+        optimizer.step()
+        total += float(loss.detach()) * len(batch[0])
+    return total / count, rate

@@ -1,0 +1,89 @@
+"""What a finished fit leaves in the store: the flow's weights and how they came about."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import safetensors.torch
+from defectflow import Flow, build_flow
+from torch import Tensor
+from upath import UPath
+
+from sprue.errors import SprueError
+from sprue.store import read_json, write_bytes, write_json
+from sprue.training.worker import FitRequest, run_params
+
+
+def fit_key(request: FitRequest) -> str:
+    """12 hexadecimal digits that name a fit by everything its weights depend on."""
+    facts = asdict(request)
+    facts["table"] = request.fingerprint
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class FitRecord:
+    """A finished fit.
+
+    Attributes:
+        class_name: The product class.
+        key: See `fit_key`.
+        fingerprint: Of the feature spec.
+        flow_name: A key of `defectflow.FLOWS`.
+        flow_config: The flow's settings, channels included.
+        settings: How it was fitted.
+        pictures: How many pictures it was fitted on.
+        best_epoch: The epoch that the weights are of.
+        history: The figures of all epochs.
+        commit: The code's.
+        state: The flow's weights.
+    """
+
+    class_name: str
+    key: str
+    fingerprint: str
+    flow_name: str
+    flow_config: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    pictures: int
+    best_epoch: int
+    history: list[dict[str, Any]]
+    commit: str
+    state: dict[str, Tensor]
+
+    def write(self, folder: UPath) -> None:
+        """Writes ``flow.safetensors``, then ``fit.json``, which says that the fit is whole."""
+        facts = {name: value for name, value in vars(self).items() if name != "state"}
+        write_bytes(folder / "flow.safetensors", safetensors.torch.save(self.state))
+        write_json(folder / "fit.json", facts)
+
+    @classmethod
+    def read(cls, folder: UPath) -> Self:
+        """Reads what `write` wrote.
+
+        Raises:
+            SprueError: If there is no finished fit.
+        """
+        facts = read_json(folder / "fit.json", made_by="fit")
+        try:
+            return cls(**facts, state=safetensors.torch.load((folder / "flow.safetensors").read_bytes()))
+        except (OSError, TypeError, safetensors.SafetensorError) as error:
+            raise SprueError(f"{folder} is not a finished fit: {error}; delete it and run the fit stage again") from error
+
+    @staticmethod
+    def is_current(folder: UPath, key: str) -> bool:
+        """Whether a finished fit with that key is there."""
+        return (folder / "fit.json").is_file() and read_json(folder / "fit.json", made_by="fit").get("key") == key
+
+    def params(self) -> dict[str, Any]:
+        """The settings by the names under which a run shows them."""
+        flow = {name: value for name, value in self.flow_config.items() if name != "channels"}
+        return run_params(self.flow_name, flow, self.settings, self.fingerprint, self.pictures)
+
+    def build_flow(self) -> Flow:
+        """The fitted flow."""
+        flow = build_flow(self.flow_name, **self.flow_config)
+        flow.load_state_dict(self.state)
+        return flow

@@ -1,0 +1,112 @@
+"""What runs in a Ray Train worker: reads a class's features, fits its flow, reports an epoch at a time."""
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+from defectflow import Flow, build_flow
+from ray.util.queue import Queue
+
+from sprue.errors import SprueError
+from sprue.features.tables import FeatureTable
+from sprue.store import location
+from sprue.training.checkpoint import Checkpoint
+from sprue.training.loop import Epoch, FitSettings, train
+
+
+def run_params(
+    flow_name: str, flow_config: Mapping[str, Any], settings: Mapping[str, Any], fingerprint: str, pictures: int
+) -> dict[str, Any]:
+    """A fit's settings by the names under which its run shows them."""
+    flow = {f"flow.{name}": value for name, value in flow_config.items()}
+    fit = {f"fit.{name}": value for name, value in settings.items()}
+    return {"flow": flow_name, "features": fingerprint, "train_pictures": pictures, **flow, **fit}
+
+
+@dataclass(frozen=True)
+class FitRequest:
+    """Everything a worker on any machine needs to fit one class.
+
+    Attributes:
+        class_name: The product class.
+        fingerprint: Of the feature spec.
+        table: The class's feature table, as every node sees it.
+        train: Digests of the training pictures.
+        validation: Digests of the validation pictures.
+        flow_name: A key of `defectflow.FLOWS`.
+        flow_config: The flow's settings without its channels, which the features give.
+        settings: How to fit.
+    """
+
+    class_name: str
+    fingerprint: str
+    table: str
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+    flow_name: str
+    flow_config: dict[str, Any]
+    settings: FitSettings
+
+    def params(self) -> dict[str, Any]:
+        """The settings by the names under which a run shows them."""
+        return run_params(self.flow_name, self.flow_config, asdict(self.settings), self.fingerprint, len(self.train))
+
+    def check(self) -> None:
+        """Checks that the features are there and that the flow accepts its settings.
+
+        Raises:
+            SprueError: If not; the message names the class.
+        """
+        table = FeatureTable(location(self.table))
+        if not len(table):
+            raise SprueError(f"class {self.class_name} has no features in {self.table}; run the features stage first")
+        try:
+            self.build_flow(tuple(shape[0] for shape in table.shapes))
+        except (TypeError, ValueError) as error:
+            raise SprueError(f"flow: {error}") from error
+
+    def build_flow(self, channels: tuple[int, ...]) -> Flow:
+        """A new flow, the same for the same seed.
+
+        Raises:
+            ValueError: If the flow does not accept its settings.
+        """
+        torch.manual_seed(self.settings.seed)
+        return build_flow(self.flow_name, channels=channels, **self.flow_config)
+
+
+def fit_worker(config: dict[str, Any]) -> None:
+    """Ray Train's entry point in the worker.
+
+    Args:
+        config: ``request``, a `FitRequest`; ``epochs``, a queue that gets (class name, `Epoch`) after each epoch.
+    """
+    request: FitRequest = config["request"]
+    epochs: Queue = config["epochs"]
+    table = FeatureTable(location(request.table))
+    train_maps = [torch.from_numpy(map_NCHW) for map_NCHW in table.read(request.train)]
+    validation_maps = [torch.from_numpy(map_NCHW) for map_NCHW in table.read(request.validation)]
+
+    def report(epoch: Epoch, checkpoint: Checkpoint) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint.write(Path(folder))
+            ray.train.report(asdict(epoch), checkpoint=ray.train.Checkpoint.from_directory(folder))
+        epochs.put((request.class_name, epoch))
+
+    flow = request.build_flow(tuple(shape[0] for shape in table.shapes))
+    device = ray.train.torch.get_device()
+    train(flow, train_maps, validation_maps, request.settings, device, report, _latest_checkpoint())
+
+
+def _latest_checkpoint() -> Checkpoint | None:
+    """The last checkpoint of an earlier, interrupted attempt under the same name."""
+    stored = ray.train.get_checkpoint()
+    if stored is None:
+        return None
+    with stored.as_directory() as folder:
+        return Checkpoint.read(Path(folder))

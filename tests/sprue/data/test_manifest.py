@@ -1,0 +1,244 @@
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from PIL import Image
+from upath import UPath
+
+from sprue.data.manifest import COLUMNS, Manifest, build_manifest
+from sprue.data.splits import SplitConfig
+from sprue.errors import SprueError
+
+
+def build(folder, **splits):
+    return build_manifest(folder.upath, "bottles", SplitConfig(**splits), alpha=0.05)
+
+
+def reasons(manifest):
+    return {entry.path: entry.reason for entry in manifest.left_out}
+
+
+def test_rows_say_what_the_folders_hold(bottles):
+    frame = build(bottles).frame
+    assert tuple(frame.columns) == COLUMNS
+    assert list(frame["path"]) == sorted(frame["path"])
+    assert Counter(frame["split"]) == {"train": 70, "calibration": 20, "validation": 10, "test": 4}
+    test = frame[frame["split"] == "test"].set_index("path")
+    assert dict(test["label"]) == {
+        "bottle/test/crack/000.png": 1,
+        "bottle/test/crack/001.png": 1,
+        "bottle/test/good/000.png": 0,
+        "bottle/test/good/001.png": 0,
+    }
+    assert test.loc["bottle/test/crack/000.png", "mask_path"] == "bottle/ground_truth/crack/000_mask.png"
+    assert test.loc["bottle/test/crack/001.png", "mask_path"] == ""
+    assert set(frame["width"]) == {20}
+    assert set(frame["height"]) == {16}
+    assert set(frame[frame["split"] != "test"]["label"]) == {0}
+
+
+def test_digests_are_those_of_the_files(bottles):
+    frame = build(bottles).frame
+    for path, sha256 in zip(frame["path"], frame["sha256"], strict=True):
+        assert sha256 == hashlib.sha256((bottles.root / path).read_bytes()).hexdigest()
+
+
+def test_writes_the_same_bytes_again_and_reads_back_the_same(bottles, tmp_path):
+    bottles.raw("bottle/train/good/readme.txt", b"hello")
+    first, second = tmp_path / "a/manifest.parquet", tmp_path / "b/manifest.parquet"
+    manifest = build(bottles, seed=3)
+    manifest.write(UPath(first))
+    build(bottles, seed=3).write(UPath(second))
+    assert first.read_bytes() == second.read_bytes()
+    assert [file.name for file in first.parent.iterdir()] == ["manifest.parquet"]
+    read = Manifest.read(UPath(first))
+    assert read.frame.equals(manifest.frame)
+    assert list(read.frame.dtypes) == list(manifest.frame.dtypes)
+    assert (read.dataset, read.splits, read.left_out) == (manifest.dataset, manifest.splits, manifest.left_out)
+    assert read.splits == SplitConfig(seed=3)
+
+
+def test_another_process_and_another_place_give_the_same_bytes(bottles, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(bottles.root, moved)
+    script = (
+        "import sys; from upath import UPath; from sprue.data.manifest import build_manifest\n"
+        "from sprue.data.splits import SplitConfig\n"
+        "build_manifest(UPath(sys.argv[1]), 'bottles', SplitConfig(), 0.05).write(UPath(sys.argv[2]))"
+    )
+    written = tmp_path / "other.parquet"
+    environment = os.environ | {"PYTHONHASHSEED": "7"}
+    subprocess.run([sys.executable, "-c", script, str(moved), str(written)], check=True, env=environment)
+    build(bottles).write(UPath(tmp_path / "here.parquet"))
+    assert written.read_bytes() == (tmp_path / "here.parquet").read_bytes()
+
+
+def test_settings_change_the_bytes(bottles, tmp_path):
+    for seed in (0, 1):
+        build(bottles, seed=seed).write(UPath(tmp_path / f"{seed}.parquet"))
+    assert (tmp_path / "0.parquet").read_bytes() != (tmp_path / "1.parquet").read_bytes()
+
+
+def test_writes_and_reads_remotely(bottles):
+    path = UPath("memory://manifests/deep/manifest.parquet")
+    build(bottles).write(path)
+    assert Manifest.read(path).classes == ["bottle"]
+    assert [child.name for child in path.parent.iterdir()] == ["manifest.parquet"]
+
+
+def test_classes_and_select(bottles):
+    bottles.add_class("anvil", first_key=5000)
+    manifest = build(bottles)
+    assert manifest.classes == ["anvil", "bottle"]
+    calibration = manifest.select("anvil", "calibration")
+    assert len(calibration) == 20
+    assert list(calibration.index) == list(range(20))
+    assert set(calibration["class_name"]) == {"anvil"}
+    assert len(manifest.select("anvil", "test")) == 0
+    with pytest.raises(SprueError, match=r"'cup' is not in the manifest: it holds anvil, bottle"):
+        manifest.select("cup", "train")
+
+
+def test_adding_pictures_leaves_most_rows_as_they_were(bottles):
+    before = build(bottles).frame.set_index("path")
+    for number in range(100, 105):
+        bottles.picture(f"bottle/train/good/{number}.png", number)
+    after = build(bottles).frame.set_index("path")
+    moved = (before["split"] != after.loc[before.index, "split"]).sum()
+    assert moved <= 4
+    assert (before["sha256"] == after.loc[before.index, "sha256"]).all()
+
+
+def test_copies_of_a_picture_share_a_split(bottles):
+    for number in range(30):
+        source = bottles.root / f"bottle/train/good/{number:03d}.png"
+        shutil.copy(source, source.with_name(f"copy{number:03d}.png"))
+    frame = build(bottles).frame
+    assert (frame.groupby("sha256")["split"].nunique() == 1).all()
+    assert len(frame) == 134
+
+
+def test_training_pictures_that_are_tested_are_left_out(bottles):
+    bottles.add_class("anvil", first_key=5000)
+    good = bottles.root / "bottle/train/good"
+    shutil.copy(good / "000.png", bottles.root / "bottle/test/crack/leak.png")
+    shutil.copy(good / "001.png", bottles.root / "bottle/test/good/leak.png")
+    bottles.root.joinpath("anvil/test/good").mkdir(parents=True)
+    shutil.copy(good / "002.png", bottles.root / "anvil/test/good/leak.png")
+    manifest = build(bottles)
+    assert reasons(manifest) == {
+        "bottle/train/good/000.png": "identical to the test picture bottle/test/crack/leak.png",
+        "bottle/train/good/001.png": "identical to the test picture bottle/test/good/leak.png",
+        "bottle/train/good/002.png": "identical to the test picture anvil/test/good/leak.png",
+    }
+    tested = manifest.frame["split"] == "test"
+    assert not set(manifest.frame[tested]["sha256"]) & set(manifest.frame[~tested]["sha256"])
+
+
+def test_damaged_pictures_are_listed_and_left_out(bottles):
+    whole = bottles.picture("bottle/train/good/whole.jpg", 7, size=(200, 200)).read_bytes()
+    bottles.raw("bottle/train/good/cut.jpg", whole[: len(whole) // 2])
+    png = bottles.picture("bottle/train/good/whole.png", 8).read_bytes()
+    bottles.raw("bottle/train/good/cut.png", png[:-40])
+    bottles.raw("bottle/train/good/flipped.png", png[:-30] + bytes([png[-30] ^ 255]) + png[-29:])
+    bottles.raw("bottle/train/good/empty.png", b"")
+    bottles.raw("bottle/train/good/page.png", b"<html>404</html>")
+    bottles.raw("bottle/train/good/Thumbs.db", b"\xd0\xcf\x11\xe0")
+    bottles.raw("bottle/test/crack/readme.txt", b"hello")
+    (bottles.root / "bottle/train/good/lost.png").symlink_to(bottles.root / "nowhere.png")
+    manifest = build(bottles)
+    found = reasons(manifest)
+    assert found.pop("bottle/train/good/cut.jpg").startswith("damaged: image file is truncated")
+    assert found.pop("bottle/train/good/cut.png").startswith("damaged: ")
+    assert found.pop("bottle/train/good/flipped.png").startswith("damaged: ")
+    assert found == {
+        "bottle/test/crack/readme.txt": "not an image",
+        "bottle/train/good/Thumbs.db": "not an image",
+        "bottle/train/good/empty.png": "zero bytes",
+        "bottle/train/good/lost.png": "cannot be read: No such file or directory",
+        "bottle/train/good/page.png": "not an image",
+    }
+    assert len(manifest.frame) == 106
+    assert not set(manifest.frame["path"]) & {entry.path for entry in manifest.left_out}
+
+
+@pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(
+    ("size", "is_kept"), [((10_000, 9_500), True), ((10_001, 10_000), False), ((20_000, 20_000), False)]
+)
+def test_huge_pictures_are_left_out_before_decoding(bottles, size, is_kept):
+    bottles.put("bottle/train/good/huge.png", Image.new("1", size))
+    manifest = build(bottles)
+    if is_kept:
+        assert manifest.left_out == ()
+    else:
+        assert "limit of 100 megapixels" in reasons(manifest)["bottle/train/good/huge.png"]
+
+
+def test_links_to_pictures_are_read(bottles, tmp_path):
+    target = bottles.picture("../elsewhere.png", 77)
+    (bottles.root / "bottle/train/good/link.png").symlink_to(target)
+    assert "bottle/train/good/link.png" in set(build(bottles).frame["path"])
+
+
+def test_a_damaged_mask_leaves_its_picture_without_ground_truth(bottles):
+    bottles.raw("bottle/ground_truth/crack/000_mask.png", b"")
+    manifest = build(bottles)
+    assert reasons(manifest) == {"bottle/ground_truth/crack/000_mask.png": "zero bytes"}
+    test = manifest.select("bottle", "test").set_index("path")
+    assert test.loc["bottle/test/crack/000.png", "mask_path"] == ""
+
+
+def test_all_masks_of_another_size_are_named_with_both_sizes(bottles):
+    bottles.mask("bottle/ground_truth/crack/000_mask.png", size=(16, 20))
+    bottles.mask("bottle/ground_truth/crack/001_mask.png", size=(40, 32))
+    with pytest.raises(SprueError) as caught:
+        build(bottles)
+    for number, size in (("000", "16x20"), ("001", "40x32")):
+        assert (
+            f"mask bottle/ground_truth/crack/{number}_mask.png is {size}, "
+            f"its picture bottle/test/crack/{number}.png is 20x16" in str(caught.value)
+        )
+
+
+def test_all_classes_with_too_few_are_named_together(bottles):
+    bottles.add_class("cup", good=12, first_key=3000)
+    bottles.add_class("jar", good=30, first_key=4000)
+    with pytest.raises(SprueError) as caught:
+        build(bottles)
+    cup, jar = str(caught.value).splitlines()
+    assert "'cup' has 12 good training pictures, but 91 distinct" in cup
+    assert "'jar' has 30 good training pictures, but 91 distinct" in jar
+
+
+def test_a_class_whose_pictures_are_all_damaged_is_named_with_the_reason(bottles):
+    for number in range(3):
+        bottles.raw(f"cup/train/good/{number}.png", b"")
+    with pytest.raises(SprueError) as caught:
+        build(bottles)
+    assert "'cup' has 0 good training pictures" in str(caught.value)
+    assert "Left out of its training pictures: 3, the first cup/train/good/0.png (zero bytes)" in str(caught.value)
+
+
+def test_unknown_layout(bottles):
+    with pytest.raises(SprueError, match=r"'coco' is unknown: choose one of mvtec"):
+        build_manifest(bottles.upath, "bottles", SplitConfig(), 0.05, layout="coco")
+
+
+def test_reading_what_is_no_manifest(tmp_path):
+    with pytest.raises(SprueError, match="There is no manifest at"):
+        Manifest.read(UPath(tmp_path / "manifest.parquet"))
+    for content in (b"", b"hello world, this is no parquet file"):
+        (tmp_path / "other.parquet").write_bytes(content)
+        with pytest.raises(SprueError, match="is no manifest"):
+            Manifest.read(UPath(tmp_path / "other.parquet"))
+
+
+def test_reading_another_parquet_file(tmp_path, bottles):
+    build(bottles).frame.to_parquet(tmp_path / "frame.parquet", engine="fastparquet")
+    with pytest.raises(SprueError, match="is no manifest"):
+        Manifest.read(UPath(tmp_path / "frame.parquet"))
