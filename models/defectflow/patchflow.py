@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from defectflow.coupling import GraphCoupling
 from defectflow.flow import Flow, Maps
-from defectflow.pyramid import fuse, fuse_projected
+from defectflow.pyramid import Grid, finest_size, fuse, fuse_projected
 from defectflow.subnets import BottleneckSubnet
 from defectflow.whitening import fit_whitening
 
@@ -114,15 +114,13 @@ class PatchFlow(Flow):
 
     def adapt(self, maps: Maps) -> Tensor:
         """The whitened pyramid, [B, A, H, W]; in training with noise, and with the stride's positions alone."""
-        adapted = fuse_projected(
-            maps, self.config.neighbourhood, self.get_buffer("adaptor_weight"), self.get_buffer("adaptor_bias")
-        )
-        if not self.training:
-            return adapted
-        if self.config.stride > 1:
+        grid = Grid(finest_size(maps))
+        if self.training and self.config.stride > 1:
             top, left = torch.randint(self.config.stride, (2,)).tolist()
-            adapted = adapted[:, :, top :: self.config.stride, left :: self.config.stride]
-        if self.config.noise > 0:
+            grid = Grid(grid.size, self.config.stride, (top, left))
+        weight_AD, bias_A = self.get_buffer("adaptor_weight"), self.get_buffer("adaptor_bias")
+        adapted = fuse_projected(maps, self.config.neighbourhood, weight_AD, bias_A, grid)
+        if self.training and self.config.noise > 0:
             adapted = adapted + self.config.noise * torch.randn_like(adapted)
         return adapted
 

@@ -11,24 +11,20 @@ from http import HTTPStatus
 from typing import Annotated, Any
 
 import mlflow
-import numpy as np
 import ray
 import torch
 from fastapi import FastAPI, Query, Request, Response
-from numpy.typing import NDArray
 from ray import serve
 
-from sprue.inference.detector import BATCH, Predictions
+from sprue.inference.detector import BATCH
 from sprue.serving import answers, documentation
+from sprue.serving.batching import Batcher
 from sprue.serving.errors import ApiError, answer_errors_in_json
 from sprue.serving.lineup import Lineup, Served, load_lineup, score_together
 from sprue.serving.schemas import Health, Score, ServedClasses
 from sprue.serving.upload import ServiceLimits, decode_picture, read_picture
 
 logger = logging.getLogger(__name__)
-
-BATCH_WAIT_S = 0.01
-"""How long a request waits for others to share the backbone's run."""
 
 app = FastAPI(**documentation.APPLICATION)
 answer_errors_in_json(app)
@@ -74,6 +70,7 @@ class ScoringService:
         self.decoders = ThreadPoolExecutor(self.threads, "picture")
         mlflow.set_tracking_uri(config.tracking_uri)
         mlflow.set_registry_uri(config.tracking_uri)
+        self.batcher = Batcher(score_together, BATCH)
         self.registry_error: str | None = None
         self.lineup: Lineup = await asyncio.to_thread(load_lineup, self.threads)
         self.refresher = asyncio.create_task(self._follow_registry())
@@ -108,8 +105,10 @@ class ScoringService:
         data = await read_picture(request, limits.max_bytes)
         started = time.perf_counter()
         image, input_SS3 = await self._in_pool(decode_picture, data, limits.max_pixels, served.detector.spec.input_size)
+        if not heatmap:
+            del image  # Up to 150 MB, and many requests may wait for their batch.
         decoded = time.perf_counter()
-        predictions, batch = await self._score_batch((served, input_SS3))
+        predictions, batch = await self.batcher((served, input_SS3))
         scored = time.perf_counter()
         score = answers.score(served, predictions)
         headers = {
@@ -141,12 +140,6 @@ class ScoringService:
             failures=dict(lineup.failures),
             registry_error=self.registry_error,
         )
-
-    @serve.batch(max_batch_size=BATCH, batch_wait_timeout_s=BATCH_WAIT_S)
-    async def _score_batch(self, tasks: list[tuple[Served, NDArray[np.uint8]]]) -> list[tuple[Predictions, int]]:
-        """Scores the pictures of concurrent requests; each gets its predictions and the size of the batch."""
-        predictions = await asyncio.to_thread(score_together, tasks)
-        return [(each, len(tasks)) for each in predictions]
 
     async def _in_pool(self, function: Any, *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self.decoders, function, *arguments)

@@ -1,6 +1,5 @@
 """What the service answers when it can't: one JSON shape for every error."""
 
-import logging
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request
@@ -9,8 +8,6 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from sprue.serving.schemas import ErrorBody, ErrorDetail
-
-logger = logging.getLogger(__name__)
 
 
 class ApiError(Exception):
@@ -59,7 +56,7 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _failure(request: Request, error: Exception) -> JSONResponse:
-    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    # The framework raises the error again after this answer, and Ray Serve logs it.
     return _response(
         HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error", "the service failed on this request; its log says why"
     )

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import math
 import socket
 import time
 
@@ -20,7 +21,7 @@ from sprue.serving.upload import ServiceLimits
 logger = logging.getLogger(__name__)
 
 APPLICATION = "sprue"
-STARTUP_S = 300.0
+STARTUP_S = 180.0
 """How long replicas may take to fetch, convert and load the champions."""
 
 
@@ -33,14 +34,15 @@ def serve_champions(
 ) -> str:
     """Serves the champions of the tracking server that MLflow points to, and waits until they answer.
 
-    A service that runs already on this cluster is replaced without a gap.
+    A service that runs already on this cluster is replaced while it answers.
 
     Args:
         host: The address that is listened on: 0.0.0.0 for all.
         port: The port.
         limits: What a request may cost.
         refresh_s: How often the registry is asked for new champions, in seconds.
-        replicas: How many processes share the requests; each reserves one CPU and, where there are any, a GPU.
+        replicas: How many processes share the requests; each reserves one CPU and, where there are GPUs, one or a
+            share of one.
 
     Returns:
         The service's URL.
@@ -49,27 +51,40 @@ def serve_champions(
         SprueError: If the port is busy, the registry has no champions, or the service does not start.
     """
     running = bool(serve.status().proxies)
-    if not running:
+    if running:
+        _require_listening(host, port)
+    else:
         require_free_port(host, port)
     require_champions()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     config = ServiceConfig(mlflow.get_tracking_uri(), limits or ServiceLimits(), refresh_s)
-    gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0) / replicas)
     try:
         serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=quiet)
         target = serve.RunTarget(
-            build_app(config, replicas, gpus), name=APPLICATION, route_prefix="/", logging_config=quiet
+            build_app(config, replicas, gpu_share(replicas, int(ray.cluster_resources().get("GPU", 0)))),
+            name=APPLICATION,
+            route_prefix="/",
+            logging_config=quiet,
         )
         serve.run_many([target], wait_for_applications_running=False)
         _wait_until_running()
-        url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+        url = f"http://{_reachable(host)}:{port}"
         _wait_until_healthy(url)
     except BaseException:
         if not running:
             stop_serving()
         raise
     return url
+
+
+def gpu_share(replicas: int, gpus: int) -> float:
+    """What each replica reserves of a GPU, so that all of them find a place.
+
+    >>> gpu_share(2, 0), gpu_share(2, 4), gpu_share(3, 2)
+    (0.0, 1.0, 0.5)
+    """
+    return 1 / math.ceil(replicas / gpus) if gpus else 0.0
 
 
 def stop_serving() -> None:
@@ -94,8 +109,22 @@ def require_free_port(host: str, port: int) -> None:
             raise SprueError(f"{host}:{port} can't be listened on: {error}") from error
 
 
+def _reachable(host: str) -> str:
+    return "127.0.0.1" if host == "0.0.0.0" else host
+
+
+def _require_listening(host: str, port: int) -> None:
+    try:
+        socket.create_connection((_reachable(host), port), timeout=2.0).close()
+    except OSError as error:
+        raise SprueError(
+            f"Ray Serve runs on this cluster already, and not at {host}:{port}: name its address, or stop it first"
+        ) from error
+
+
 def _wait_until_running() -> None:
     deadline = time.monotonic() + STARTUP_S
+    told = ""
     while True:
         application = serve.status().applications[APPLICATION]
         if application.status == ApplicationStatus.RUNNING:
@@ -103,6 +132,9 @@ def _wait_until_running() -> None:
         reasons = [application.message, *(each.message for each in application.deployments.values())]
         if application.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
             raise SprueError(f"the scoring service does not start: {_culprit(reasons)}")
+        if any(reasons) and _culprit(reasons) != told:
+            told = _culprit(reasons)
+            logger.warning("%s", told)
         if time.monotonic() > deadline:
             raise SprueError(f"the scoring service has not started in {STARTUP_S:.0f} s: {_culprit(reasons)}")
         time.sleep(0.2)
@@ -126,9 +158,6 @@ def _wait_until_healthy(url: str) -> None:
                 return
             failure = f"status {answer.status_code}"
         except requests.RequestException as error:
-            failure = str(error)
+            failure = type(error).__name__
         time.sleep(0.2)
-    raise SprueError(
-        f"the scoring service does not answer at {url}: {failure}. If Ray Serve runs on this cluster at another "
-        "address, stop it first (serve shutdown)"
-    )
+    raise SprueError(f"the scoring service does not answer at {url}: {failure}; see Ray Serve's logs")

@@ -13,22 +13,19 @@ PATIENCE_S = 5.0
 """How long a tracking server may take to say that it is there."""
 
 
-def tracking_uri(store: UPath) -> str:
-    """``$MLFLOW_TRACKING_URI``, by default an SQLite file in a local store.
+def own_database(store: UPath) -> str:
+    """The SQLite database of a local store.
 
     Raises:
-        SprueError: If the store is remote and no server is named: a file on s3 can't be a database.
+        SprueError: If the store is remote: an object can't be a database.
     """
-    named = os.environ.get("MLFLOW_TRACKING_URI")
-    if named:
-        return named
     if store.protocol not in ("", "file"):
         raise SprueError(f"the store {store} can't hold the tracking database; set MLFLOW_TRACKING_URI to a server")
     return f"sqlite:///{store / 'mlflow' / 'mlflow.db'}"
 
 
 def connect(store: UPath) -> str:
-    """Points MLflow to the tracking server and makes sure that it answers.
+    """Points MLflow to ``$MLFLOW_TRACKING_URI``, by default to the store's own database, and makes sure that it answers.
 
     Returns:
         The URI.
@@ -36,7 +33,7 @@ def connect(store: UPath) -> str:
     Raises:
         SprueError: If it does not answer within seconds.
     """
-    uri = tracking_uri(store)
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or own_database(store)
     if uri.startswith("sqlite:///"):
         UPath(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     elif uri.startswith(("http://", "https://")):
@@ -56,10 +53,11 @@ def connect(store: UPath) -> str:
 
 
 def experiment_id(name: str, store: UPath) -> str:
-    """The experiment of that name, made if there is none; artifacts of a store's own database go into the store."""
+    """The experiment of that name, made if there is none; beside a database without a server, artifacts go into the store."""
     client = mlflow.MlflowClient()
     found = client.get_experiment_by_name(name)
     if found is not None:
         return found.experiment_id
-    own = tracking_uri(store).startswith("sqlite:///") and "MLFLOW_TRACKING_URI" not in os.environ
-    return client.create_experiment(name, artifact_location=(store / "mlflow" / "artifacts").as_uri() if own else None)
+    if mlflow.get_tracking_uri().startswith("sqlite:///"):
+        return client.create_experiment(name, artifact_location=(store / "mlflow" / "artifacts").as_uri())
+    return client.create_experiment(name)

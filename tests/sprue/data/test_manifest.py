@@ -152,15 +152,14 @@ def test_damaged_pictures_are_listed_and_left_out(bottles):
     (bottles.root / "bottle/train/good/lost.png").symlink_to(bottles.root / "nowhere.png")
     manifest = build(bottles)
     found = reasons(manifest)
-    assert found.pop("bottle/train/good/cut.jpg").startswith("damaged: image file is truncated")
-    assert found.pop("bottle/train/good/cut.png").startswith("damaged: ")
-    assert found.pop("bottle/train/good/flipped.png").startswith("damaged: ")
+    assert found.pop("bottle/train/good/cut.jpg").startswith("the file is damaged: image file is truncated")
+    assert found.pop("bottle/train/good/cut.png").startswith("the file is damaged: ")
+    assert found.pop("bottle/train/good/flipped.png").startswith("the file is damaged: ")
+    for name in ("bottle/train/good/page.png", "bottle/train/good/Thumbs.db", "bottle/test/crack/readme.txt"):
+        assert found.pop(name).startswith("the file is not a picture")
     assert found == {
-        "bottle/test/crack/readme.txt": "not an image",
-        "bottle/train/good/Thumbs.db": "not an image",
         "bottle/train/good/empty.png": "zero bytes",
         "bottle/train/good/lost.png": "cannot be read: No such file or directory",
-        "bottle/train/good/page.png": "not an image",
     }
     assert len(manifest.frame) == 106
     assert not set(manifest.frame["path"]) & {entry.path for entry in manifest.left_out}
@@ -176,7 +175,7 @@ def test_huge_pictures_are_left_out_before_decoding(bottles, size, is_kept):
     if is_kept:
         assert manifest.left_out == ()
     else:
-        assert "limit of 100 megapixels" in reasons(manifest)["bottle/train/good/huge.png"]
+        assert "pixels" in reasons(manifest)["bottle/train/good/huge.png"]
 
 
 def test_links_to_pictures_are_read(bottles, tmp_path):
@@ -207,12 +206,12 @@ def test_all_masks_of_another_size_are_named_with_both_sizes(bottles):
 
 def test_all_classes_with_too_few_are_named_together(bottles):
     bottles.add_class("cup", good=12, first_key=3000)
-    bottles.add_class("jar", good=30, first_key=4000)
+    bottles.add_class("jar", good=29, first_key=4000)
     with pytest.raises(SprueError) as caught:
         build(bottles)
     cup, jar = str(caught.value).splitlines()
-    assert "'cup' has 12 good training pictures, but 91 distinct" in cup
-    assert "'jar' has 30 good training pictures, but 91 distinct" in jar
+    assert "'cup' has 12 good training pictures, but 30 distinct" in cup
+    assert "'jar' has 29 good training pictures, but 30 distinct" in jar
 
 
 def test_a_class_whose_pictures_are_all_damaged_is_named_with_the_reason(bottles):

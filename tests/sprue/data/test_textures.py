@@ -23,7 +23,7 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def manifest(root) -> Manifest:
-    return build_manifest(UPath(root), "textures", SplitConfig())
+    return build_manifest(UPath(root), "textures", SplitConfig(), alpha=0.05)
 
 
 def contents(root: Path) -> dict[str, bytes]:

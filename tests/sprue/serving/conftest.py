@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import ray
 import torch
-from defectflow import build_flow
 from numpy.typing import NDArray
 from PIL import Image
 from skimage import data
 
+from defectflow import build_flow
 from sprue.inference.backbone import resolve
 from sprue.inference.calibration import Calibration
 from sprue.inference.detector import Detector, Scoring, score_features

@@ -1,0 +1,41 @@
+# Every target sets up what it needs; `make help` lists them.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help setup demo run serve mlflow test lint
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+.venv/installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sprue needs Python 3.11 or newer; name one with PYTHON=")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -r requirements.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+setup: .venv/installed ## make the virtual environment from the pinned versions
+
+demo: setup ## run the main job on the embedded dataset (minutes)
+	$(BIN)/python pipelines/demo.py
+
+run: setup ## run the pipeline on your own folder: make run DATA=/path/to/folder [NAME=...]
+	@test -n "$(DATA)" || { echo 'name a folder: make run DATA=/path/to/folder'; exit 2; }
+	$(BIN)/python pipelines/run.py --data "$(DATA)" $(if $(NAME),--name "$(NAME)")
+
+serve: setup ## keep the scoring service up on the registered champions [PORT=8000 HOST=127.0.0.1]
+	$(BIN)/python pipelines/serve.py --host $(or $(HOST),127.0.0.1) --port $(or $(PORT),8000)
+
+mlflow: setup ## open the tracking UI on the same store [PORT=5000]
+	$(BIN)/mlflow ui --host 127.0.0.1 --port $(or $(PORT),5000) \
+		--backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/store/mlflow/mlflow.db}"
+
+lint: setup ## check style, types and the layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: setup lint ## run all tests
+	$(BIN)/python -m pytest

@@ -1,0 +1,38 @@
+"""Runs the whole pipeline on a folder of pictures: puts it under DVC, then brings every stage up to date."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from sprue.errors import SprueError
+from sprue.pipeline import connect_ray
+from sprue.store import location
+from sprue.tracking.server import connect
+from sprue.workspace import choose_dataset, reproduce, results, track_dataset
+
+
+def run(source: Path, name: str) -> None:
+    """From pictures to registered detectors, and a table of figures."""
+    connect(location("store"))
+    track_dataset(source, name)
+    choose_dataset(name)
+    connect_ray()
+    reproduce()
+    print(f"\n{results(Path('store') / name)}\n")
+    print(f"pictures of what was found  store/{name}/evaluation/<class>/heatmaps.png")
+    print("runs and registered models  make mlflow")
+    print("scoring over HTTP           make serve")
+    print("figures of this version     .venv/bin/dvc metrics show")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder with a folder for each class, as in MVTec AD")
+    parser.add_argument("--name", help="the dataset's name (default: the folder's)")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        run(arguments.data, arguments.name or arguments.data.resolve().name)
+    except SprueError as error:
+        sys.exit(f"sprue: {error}")

@@ -1,0 +1,97 @@
+"""The checkout as a DVC workspace: which dataset is worked on, and bringing everything up to date."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import ray
+from ruamel.yaml import YAML
+
+from sprue.errors import SprueError
+
+PARAMS = Path("params.yaml")
+
+
+def track_dataset(source: Path, name: str) -> None:
+    """Puts a folder of pictures under DVC as ``data/<name>``; a second time takes what has changed.
+
+    A folder outside of the checkout is imported: DVC remembers where it came from.
+
+    Args:
+        source: The folder.
+        name: The dataset's name.
+
+    Raises:
+        SprueError: If the folder is missing, or the name can't be a file name.
+    """
+    if not source.is_dir():
+        raise SprueError(f"there is no folder {source}; give DATA=/path/to/folder")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise SprueError(f"{name!r} can't name a dataset; give NAME= with letters, digits, '_', '.' and '-'")
+    target = Path("data") / name
+    target.parent.mkdir(exist_ok=True)
+    if source.resolve() == target.resolve():
+        dvc("add", "--quiet", str(target))
+    elif Path(f"{target}.dvc").exists() and _imported_from(target) == source.resolve():
+        dvc("update", "--quiet", f"{target}.dvc")
+    else:
+        dvc("import-url", "--quiet", "--force", str(source.resolve()), str(target))
+
+
+def _imported_from(target: Path) -> Path | None:
+    entry = YAML(typ="safe").load(Path(f"{target}.dvc"))
+    dependencies = entry.get("deps", [])
+    return Path(dependencies[0]["path"]) if dependencies else None
+
+
+def choose_dataset(name: str) -> None:
+    """Writes the dataset's name to the parameter file, and leaves the rest of it as it is."""
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 4096
+    params = yaml.load(PARAMS)
+    if params["dataset"] != name:
+        params["dataset"] = name
+        yaml.dump(params, PARAMS)
+
+
+def reproduce() -> None:
+    """Runs ``dvc repro``, with one Ray for all stages that need it.
+
+    Raises:
+        SprueError: If a stage fails; it has said why.
+    """
+    dvc("repro", env={"RAY_ADDRESS": ray.get_runtime_context().gcs_address})
+
+
+def dvc(*arguments: str, env: dict[str, str] | None = None) -> None:
+    """Runs a DVC command in the checkout, with this Python first on the path of its stages.
+
+    Raises:
+        SprueError: If it fails.
+    """
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments], env=os.environ | {"PATH": path} | (env or {}), check=False
+    )
+    if done.returncode:
+        raise SprueError(f"dvc {' '.join(arguments)} failed; the reason stands above")
+
+
+def results(folder: Path) -> str:
+    """The metrics of a dataset's classes as a table, with their mean."""
+    figures = {path.stem: json.loads(path.read_text()) for path in sorted((folder / "metrics").glob("*.json"))}
+    table = pd.DataFrame.from_dict(figures, orient="index")
+    shown = [name for name in ("test_good", "test_defective") if name in table]
+    rates = [name for name in ("image_auroc", "pixel_auroc", "false_alarm_rate", "detection_rate") if name in table]
+    table = table[shown + rates]
+    if len(table) > 1:
+        table.loc["mean"] = table[rates].mean()
+    text = table[shown].map(lambda value: "" if pd.isna(value) else f"{value:.0f}")
+    for name in rates:
+        text[name] = table[name].map(lambda value: "" if pd.isna(value) else f"{value:.2%}")
+    return text.to_string()
