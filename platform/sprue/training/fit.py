@@ -11,6 +11,7 @@ from typing import Any
 import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2.api.config import LoggingConfig
 from ray.util.queue import Empty, Queue
 from upath import UPath
 
@@ -113,6 +114,7 @@ def _fit_class(request: FitRequest, runs: UPath, slots: Slots, epochs: Queue) ->
                 num_to_keep=1, checkpoint_score_attribute="validation_nll", checkpoint_score_order="min"
             ),
             failure_config=FailureConfig(max_failures=0),
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     result = trainer.fit()
