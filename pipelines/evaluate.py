@@ -49,7 +49,9 @@ def main(context: Context) -> None:
         detector = calibrate(class_name, spec, fit.flow_name, fit.build_flow(), scoring, alpha, table, rows)
         evaluation = evaluate(detector, table, manifest.select(class_name, "test"), context.data)
         publish(context, detector, evaluation, fit)
-        logger.info("%-20s %s", class_name, "  ".join(f"{name} {value:.4g}" for name, value in evaluation.figures.items()))
+        logger.info(
+            "%-20s %s", class_name, "  ".join(f"{name} {value:.4g}" for name, value in evaluation.figures.items())
+        )
     context.leave_receipt(inputs, {name: context.folder / name for name in OUTPUTS})
 
 

@@ -20,7 +20,13 @@ def main(context: Context) -> None:
     features = context.folder / "features"
     done = extract(spec, manifest.frame, context.data, features)
     rate = done.extracted / done.seconds
-    logger.info("features %s: %d extracted, %d were there (%.1f pictures/s)", spec.fingerprint, done.extracted, done.stored, rate)
+    logger.info(
+        "features %s: %d extracted, %d were there (%.1f pictures/s)",
+        spec.fingerprint,
+        done.extracted,
+        done.stored,
+        rate,
+    )
     context.leave_receipt(inputs={"manifest": path}, outputs={"features": features})
 
 

@@ -1,4 +1,4 @@
-"""Fits one flow per class on the stored features, side by side on the cluster; a class whose inputs are unchanged is left."""
+"""Fits one flow per class on the stored features; a class whose inputs are unchanged is left as it is."""
 
 import logging
 from dataclasses import asdict
@@ -79,10 +79,7 @@ def main(context: Context) -> None:
     seen: dict[str, list[dict[str, object]]] = {name: [] for name in runs}
 
     def on_epoch(class_name: str, epoch: Epoch) -> None:
-        logger.info(
-            "%-20s epoch %3d  nll %7.4f  validation %7.4f  %6.1f pictures/s  %5.1f epochs/min",
-            class_name, epoch.epoch, epoch.train_nll, epoch.validation_nll, epoch.pictures_per_second, 60 / epoch.seconds,
-        )  # fmt: skip
+        logger.info("%-20s %s", class_name, epoch)
         seen[class_name].append(asdict(epoch))
         runs[class_name].log_epochs(seen[class_name])
 

@@ -34,7 +34,12 @@ def register_class(context: Context, class_name: str, example: UPath) -> tuple[i
     if found is not None:
         return int(found.version), False
     figures = read_json(context.folder / "metrics" / f"{class_name}.json", made_by="evaluate")
-    tags = {"sprue.dataset": context.dataset, "sprue.fit": fit.key, "sprue.features": fit.fingerprint, "sprue.commit": fit.commit}
+    tags = {
+        "sprue.dataset": context.dataset,
+        "sprue.fit": fit.key,
+        "sprue.features": fit.fingerprint,
+        "sprue.commit": fit.commit,
+    }
     run = FitRun.open(experiment_id(context.dataset, context.store), class_name, fit.key, fit.params())
     run.log_epochs(fit.history)
     with local_copy(context.folder / "detectors" / class_name) as folder:

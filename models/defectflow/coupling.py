@@ -39,7 +39,11 @@ class GraphCoupling(InvertibleModule):
     """
 
     def __init__(
-        self, dims_in: Sequence[tuple[int, int, int]], subnet: Subnet, clamp: float, dims_c: Sequence[tuple[int, ...]] = ()
+        self,
+        dims_in: Sequence[tuple[int, int, int]],
+        subnet: Subnet,
+        clamp: float,
+        dims_c: Sequence[tuple[int, ...]] = (),
     ) -> None:
         """Draws the permutations from torch's global generator.
 
@@ -56,7 +60,9 @@ class GraphCoupling(InvertibleModule):
         super().__init__(dims_in, dims_c)
         channels = {dims[0] for dims in dims_in}
         if len(channels) != 1 or min(channels) < 2:
-            raise ValueError(f"the nodes of a coupling share one number of channels, at least 2; got {sorted(channels)}")
+            raise ValueError(
+                f"the nodes of a coupling share one number of channels, at least 2; got {sorted(channels)}"
+            )
         (self.channels,) = channels
         self.first = self.channels // 2
         second = self.channels - self.first

@@ -57,18 +57,21 @@ class Flow(nn.Module, ABC):
     def position_nll(
         self, maps: Maps, condition: Tensor | None = None, mask: Tensor | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """For each node the latent's share of the negative log-likelihood and the whole, [B, H, W], in nats per dimension."""
+        """The latent's share of the negative log-likelihood and the whole, a node [B, H, W], in nats a dimension."""
         latents, log_dets = self(maps, condition, mask)
         norms = [0.5 * z.square().mean(1) for z in latents]
         wholes = [
-            norm + 0.5 * LOG_2PI - log_det / z.shape[1] for norm, z, log_det in zip(norms, latents, log_dets, strict=True)
+            norm + 0.5 * LOG_2PI - log_det / z.shape[1]
+            for norm, z, log_det in zip(norms, latents, log_dets, strict=True)
         ]
         return norms, wholes
 
     def nll(self, maps: Maps, condition: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Negative log-likelihood of each picture, [B], in nats per dimension of the latent."""
         latents, log_dets = self(maps, condition, mask)
-        energy = torch.stack([0.5 * z.flatten(1).square().sum(1) - d.flatten(1).sum(1) for z, d in zip(latents, log_dets, strict=True)])
+        energy = torch.stack(
+            [0.5 * z.flatten(1).square().sum(1) - d.flatten(1).sum(1) for z, d in zip(latents, log_dets, strict=True)]
+        )
         dimensions = sum(z[0].numel() for z in latents)
         return energy.sum(0) / dimensions + 0.5 * LOG_2PI
 

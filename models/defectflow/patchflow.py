@@ -89,7 +89,9 @@ class PatchFlow(Flow):
         self.register_buffer("adaptor_bias", torch.zeros(config.adapted))
         self.blocks = nn.ModuleList(
             GraphCoupling(
-                [(config.adapted, 1, 1)], lambda c_in, c_out: BottleneckSubnet(c_in, config.bottleneck, c_out), config.clamp
+                [(config.adapted, 1, 1)],
+                lambda c_in, c_out: BottleneckSubnet(c_in, config.bottleneck, c_out),
+                config.clamp,
             )
             for _ in range(config.steps)
         )

@@ -36,16 +36,16 @@ class Grid:
     offset: tuple[int, int] = (0, 0)
 
     def sample(self, map_BCHW: Tensor) -> Tensor:
-        """The grid's positions of a map: a slice where it is the finest, else bilinear upsampling at these positions alone.
+        """The grid's positions of a map: a slice if it is the finest, else bilinear upsampling at these positions.
 
         Two matrix products; on CPUs they take a tenth of the time of torch's own bilinear upsampling.
         """
         rows, columns = (slice(first, None, self.stride) for first in self.offset)
         if map_BCHW.shape[-2:] == self.size:
             return map_BCHW[:, :, rows, columns]
-        across_WS = _interpolation(map_BCHW.shape[3], self.size[1], map_BCHW)[:, columns]
-        down_HR = _interpolation(map_BCHW.shape[2], self.size[0], map_BCHW)[:, rows]
-        return down_HR.T @ (map_BCHW @ across_WS)
+        down_HR = _interpolation(map_BCHW.shape[2], self.size[0], map_BCHW)[:, rows].contiguous()
+        across_WS = _interpolation(map_BCHW.shape[3], self.size[1], map_BCHW)[:, columns].contiguous()
+        return (map_BCHW.transpose(2, 3) @ down_HR).transpose(2, 3) @ across_WS
 
 
 def _interpolation(length: int, size: int, like: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def fuse_projected(maps: Sequence[Tensor], neighbourhood: int, weight_AD: Tensor
     (True, True)
     """
     sums: dict[tuple[int, ...], Tensor] = {}
-    weights = weight_AD.split([map_BCHW.shape[1] for map_BCHW in maps], dim=1)
+    weights = torch.split(weight_AD, [map_BCHW.shape[1] for map_BCHW in maps], dim=1)
     for map_BCHW, weight_AC in zip(maps, weights, strict=True):
         size = tuple(map_BCHW.shape[-2:])
         map_BCHW = neighbourhood_mean(map_BCHW, neighbourhood)

@@ -31,18 +31,18 @@ def fit_whitening(batches: Iterable[Tensor], components: int) -> tuple[Tensor, T
     >>> bool(torch.allclose(torch.cov(white_NA.T), torch.eye(3), atol=1e-2))
     True
     """
-    count, shift, total, outer = 0, None, None, None
+    count, shift = 0, torch.zeros(())
+    total, outer = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for x_ND in batches:
-        if shift is None:
+        if count == 0:
             # Sums of squares around a typical value keep the digits that sums around zero would cancel.
             shift = x_ND.mean(0)
-            total = torch.zeros(x_ND.shape[1], dtype=torch.float64, device=x_ND.device)
-            outer = torch.zeros(x_ND.shape[1], x_ND.shape[1], dtype=torch.float64, device=x_ND.device)
+            total, outer = total.to(x_ND.device), outer.to(x_ND.device)
         centred_ND = x_ND - shift
         count += x_ND.shape[0]
-        total += centred_ND.sum(0)
-        outer += centred_ND.T @ centred_ND
-    if shift is None or total is None or outer is None or count <= components:
+        total = total + centred_ND.sum(0)
+        outer = outer + centred_ND.T @ centred_ND
+    if count <= components:
         raise ValueError(f"whitening to {components} components needs more than {components} vectors; got {count}")
     mean = total / count
     covariance = outer / count - torch.outer(mean, mean)

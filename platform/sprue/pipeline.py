@@ -116,7 +116,9 @@ def run_stage(stage: str, main: Callable[[Context], None]) -> None:
         main: Does the work.
     """
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="parameter file (default: %(default)s)")
+    parser.add_argument(
+        "--params", type=Path, default=Path("params.yaml"), help="parameter file (default: %(default)s)"
+    )
     parser.add_argument("--data", help="folder or s3 URL of the dataset (default: data/<dataset>)")
     parser.add_argument("--store", default="store", help="folder or s3 URL of all results (default: %(default)s)")
     arguments = parser.parse_args()

@@ -82,11 +82,9 @@ def replace_folder(source: Path, target: UPath) -> None:
         target.fs.put(f"{source}/", f"{target.path}/", recursive=True)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    shutil.copytree(source, staged, dirs_exist_ok=True)
-    staged.chmod(0o755)
-    if target.exists():
-        shutil.rmtree(target)
+    staged = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.copytree(source, staged.path)
+    shutil.rmtree(target.path, ignore_errors=True)
     staged.rename(target)
 
 

@@ -165,7 +165,9 @@ def build_manifest(root: UPath, dataset: str, splits: SplitConfig, alpha: float,
     _check_masks(records, found)
     records, leaked = _without_leaks(records, found)
     left_out += leaked
-    split_of = _split_training(records, found, class_names, left_out, partial(assign_splits, config=splits, alpha=alpha))
+    split_of = _split_training(
+        records, found, class_names, left_out, partial(assign_splits, config=splits, alpha=alpha)
+    )
     rows = [_row(dataset, record, found, split_of) for record in records]
     rows.sort(key=lambda row: (row["class_name"], row["path"]))
     frame = _typed(pd.DataFrame(rows, columns=list(COLUMNS)))

@@ -100,9 +100,9 @@ def assign_splits(class_name: str, digests: Sequence[str], config: SplitConfig, 
     if len(distinct) < needed:
         duplicates = f" ({len(distinct)} of them distinct)" if len(distinct) < len(digests) else ""
         raise SprueError(
-            f"class {class_name!r} has {len(digests)} good training pictures{duplicates}, but {needed} distinct ones are "
-            f"needed: at least {least} for calibration at alpha={alpha}, {MINIMUM_TRAIN} to train on and the validation "
-            f"fraction of {config.validation}. Add good pictures, or raise alpha."
+            f"class {class_name!r} has {len(digests)} good training pictures{duplicates}, but {needed} distinct ones "
+            f"are needed: at least {least} for calibration at alpha={alpha}, {MINIMUM_TRAIN} to train on and the "
+            f"validation fraction of {config.validation}. Add good pictures, or raise alpha."
         )
     calibration, validation, train = config.counts(len(distinct), least)
     ordered = [CALIBRATION] * calibration + [VALIDATION] * validation + [TRAIN] * train

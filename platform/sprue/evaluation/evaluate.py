@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from defectflow import Flow
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.metrics import roc_curve
 from upath import UPath
 
+from defectflow import Flow
 from sprue.errors import SprueError
 from sprue.evaluation.metrics import image_auroc, pixel_auroc
 from sprue.evaluation.pictures import histogram, panel, stack
@@ -146,8 +146,10 @@ def _examples(scores_N: NDArray[np.float32], labels_N: NDArray[np.integer[Any]])
     """Defective pictures evenly from the highest score to the lowest, then the good ones with the highest."""
     ranked = np.argsort(-scores_N, kind="stable")
     bad, good = ranked[labels_N[ranked] == 1], ranked[labels_N[ranked] == 0]
-    spread = np.unique(np.linspace(0, len(bad) - 1, min(PANELS, len(bad))).round().astype(int)) if len(bad) else []
-    return np.concatenate([bad[spread], good[: PANELS // 2]]) if len(bad) else good[:PANELS]
+    if not len(bad):
+        return good[:PANELS]
+    spread = np.unique(np.linspace(0, len(bad) - 1, min(PANELS, len(bad))).round().astype(int))
+    return np.concatenate([bad[spread], good[: PANELS // 2]])
 
 
 def _panel(evaluation: Evaluation, detector: Detector, root: UPath, index: int) -> Image.Image:

@@ -42,7 +42,7 @@ def pixel_auroc(maps: Maps, masks: Sequence[NDArray[np.bool_] | None]) -> float:
     >>> pixel_auroc(lambda i: np.array([[0.1, 0.4, 0.3, 0.9]]), [np.array([[False, False, True, True]])])
     0.75
     """
-    anomalous = np.sort(np.concatenate([maps(i)[mask] for i, mask in enumerate(masks) if mask is not None] or [[]]))
+    anomalous = np.sort(np.concatenate([np.empty(0), *(maps(i)[m] for i, m in enumerate(masks) if m is not None)]))
     normal_pixels, won = 0, 0.0
     if not len(anomalous):
         return math.nan

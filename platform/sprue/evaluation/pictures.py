@@ -20,7 +20,9 @@ GAP = 8
 CAPTION = 22
 
 
-def panel(image: Image.Image, mask_HW: NDArray[np.bool_] | None, heat_HW: NDArray[np.float32], caption: str) -> Image.Image:
+def panel(
+    image: Image.Image, mask_HW: NDArray[np.bool_] | None, heat_HW: NDArray[np.float32], caption: str
+) -> Image.Image:
     """Input, ground truth, heat and overlay side by side, with a caption below.
 
     Args:
@@ -29,7 +31,9 @@ def panel(image: Image.Image, mask_HW: NDArray[np.bool_] | None, heat_HW: NDArra
         heat_HW: Its heat, 0..1; see `sprue.inference.heatmap.heat`.
         caption: One line.
     """
-    truth = Image.fromarray((mask_HW if mask_HW is not None else np.zeros(image.size[::-1], bool)).astype(np.uint8) * 255)
+    truth = Image.fromarray(
+        (mask_HW if mask_HW is not None else np.zeros(image.size[::-1], bool)).astype(np.uint8) * 255
+    )
     tiles = [image.convert("RGB"), truth.convert("RGB"), colour(heat_HW), overlay(image, heat_HW)]
     canvas = Image.new("RGB", (len(tiles) * (TILE + GAP) - GAP, TILE + CAPTION), "white")
     for index, tile in enumerate(tiles):
@@ -52,7 +56,7 @@ def histogram(good_N: NDArray[np.float32], defective_N: NDArray[np.float32], thr
     """The scores of good and defective test pictures, and the calibrated threshold."""
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots()
-    bins = np.histogram_bin_edges(np.concatenate([good_N, defective_N]), bins=40)
+    bins = np.histogram_bin_edges(np.concatenate([good_N, defective_N]), bins=40).tolist()
     axes.hist(good_N, bins=bins, alpha=0.65, label=f"good ({len(good_N)})", color="#3b6fb6")
     if len(defective_N):
         axes.hist(defective_N, bins=bins, alpha=0.65, label=f"defective ({len(defective_N)})", color="#d0352b")

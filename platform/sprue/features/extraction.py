@@ -84,7 +84,9 @@ class _Decoder:
     def _decode(self, path: str, digest: str) -> NDArray[np.uint8]:
         data = (self.root / path).read_bytes()
         if hashlib.sha256(data).hexdigest() != digest:
-            raise SprueError(f"{self.root / path} has changed since the manifest was written; run the manifest stage again")
+            raise SprueError(
+                f"{self.root / path} has changed since the manifest was written; run the manifest stage again"
+            )
         return model_input(open_image(data, path), self.side)
 
 
@@ -115,10 +117,14 @@ class FeatureTableSink(Datasink[None]):
         """Writes one part for each class in the blocks."""
         batches = [BlockAccessor.for_block(block).to_numpy() for block in blocks]
         names = sorted((name for name in batches[0] if name.startswith("map_")), key=lambda name: int(name[4:]))
-        columns = {name: np.concatenate([batch[name] for batch in batches]) for name in ["class_name", "sha256", *names]}
+        columns = {
+            name: np.concatenate([batch[name] for batch in batches]) for name in ["class_name", "sha256", *names]
+        }
         for class_name in np.unique(columns["class_name"]):
             rows = columns["class_name"] == class_name
-            write_part(self.folder / class_name, columns["sha256"][rows].tolist(), [columns[name][rows] for name in names])
+            write_part(
+                self.folder / class_name, columns["sha256"][rows].tolist(), [columns[name][rows] for name in names]
+            )
 
 
 def extract(
@@ -141,7 +147,9 @@ def extract(
     write_json(folder / "spec.json", spec.to_mapping())
     unique = pictures[["class_name", "sha256", "path"]].drop_duplicates(["class_name", "sha256"])
     tables = {name: FeatureTable(folder / name) for name in unique["class_name"].unique()}
-    missing = unique[[digest not in tables[name] for name, digest in zip(unique["class_name"], unique["sha256"], strict=True)]]
+    missing = unique[
+        [digest not in tables[name] for name, digest in zip(unique["class_name"], unique["sha256"], strict=True)]
+    ]
     stored = len(unique) - len(missing)
     logger.info("%d pictures: %d stored already, %d to extract", len(unique), stored, len(missing))
     if len(missing):

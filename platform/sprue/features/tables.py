@@ -74,7 +74,9 @@ class _Part:
         try:
             return fastparquet.ParquetFile(self.path.path, fs=self.path.fs)
         except (fastparquet.util.ParquetException, OSError, ValueError) as error:
-            raise SprueError(f"{self.path} is not a feature table; delete it and run the features stage again") from error
+            raise SprueError(
+                f"{self.path} is not a feature table; delete it and run the features stage again"
+            ) from error
 
 
 class FeatureTable:
@@ -112,7 +114,9 @@ class FeatureTable:
         wanted: dict[UPath, dict[int, list[int]]] = {}
         for position, digest in enumerate(digests):
             if digest not in self._rows:
-                raise SprueError(f"{self.folder} has no features of picture {digest[:16]}; run the features stage again")
+                raise SprueError(
+                    f"{self.folder} has no features of picture {digest[:16]}; run the features stage again"
+                )
             path, row = self._rows[digest]
             wanted.setdefault(path, {}).setdefault(row, []).append(position)
         maps = [np.empty((len(digests), *shape), np.float16) for shape in self.shapes]

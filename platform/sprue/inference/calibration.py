@@ -56,7 +56,9 @@ class Calibration:
     high: float
 
     @classmethod
-    def fit(cls, scores_N: NDArray[np.floating[Any]], evidence: NDArray[np.floating[Any]], alpha: float) -> "Calibration":
+    def fit(
+        cls, scores_N: NDArray[np.floating[Any]], evidence: NDArray[np.floating[Any]], alpha: float
+    ) -> "Calibration":
         """Calibrates on good pictures that had no part in fitting.
 
         Args:
@@ -71,7 +73,9 @@ class Calibration:
         if len(scores_N) < needed:
             raise SprueError(f"alpha {alpha} needs at least {needed} calibration pictures; there are {len(scores_N)}")
         if not np.isfinite(scores_N).all():
-            raise SprueError(f"{int((~np.isfinite(scores_N)).sum())} calibration scores are not finite: the fit has diverged")
+            raise SprueError(
+                f"{int((~np.isfinite(scores_N)).sum())} calibration scores are not finite: the fit has diverged"
+            )
         low, high = np.quantile(evidence, (0.5, 0.999))
         return cls(tuple(sorted(float(score) for score in scores_N)), alpha, float(low), float(high))
 

@@ -79,7 +79,7 @@ class TorchEngine:
         if threads:
             torch.set_num_threads(threads)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.backbone = load_backbone(spec).to(self.device, memory_format=torch.channels_last)
+        self.backbone = load_backbone(spec).to(self.device).to(memory_format=torch.channels_last)
 
     def __call__(self, images_BSS3: NDArray[np.uint8]) -> list[NDArray[np.float16]]:
         """See `Engine`."""
@@ -148,7 +148,9 @@ def convert(spec: FeatureSpec, folder: Path) -> None:
 
     backbone = load_backbone(spec)
     side = spec.input_size
-    probe_1SS3 = torch.randint(0, 256, (1, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    probe_1SS3 = torch.randint(
+        0, 256, (1, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     logger.info("converting %s to OpenVINO, once for this feature spec", spec.backbone)
     with torch.inference_mode():
         expected = backbone(probe_1SS3)
@@ -160,7 +162,9 @@ def convert(spec: FeatureSpec, folder: Path) -> None:
     for index, map_1CHW in enumerate(expected):
         worst = float((torch.from_numpy(results[index]) - map_1CHW).abs().max() / map_1CHW.abs().max())
         if not worst <= CONVERSION_TOLERANCE:
-            raise ConversionError(f"OpenVINO's output {index} of {spec.backbone} differs from torch's by {worst:.1e} of its range")
+            raise ConversionError(
+                f"OpenVINO's output {index} of {spec.backbone} differs from torch's by {worst:.1e} of its range"
+            )
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent))
     openvino.save_model(model, temporary / "backbone.xml", compress_to_fp16=False)

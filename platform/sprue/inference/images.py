@@ -61,7 +61,9 @@ def open_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Im
             # A PNG's checksums are not looked at when it is decoded; verifying leaves the picture unusable.
             Image.open(io.BytesIO(data), formats=FORMATS).verify()
         if image.width * image.height > max_pixels:
-            raise ImageTooLargeError(f"{name} has {image.width} x {image.height} pixels; at most {max_pixels:,} are read")
+            raise ImageTooLargeError(
+                f"{name} has {image.width} x {image.height} pixels; at most {max_pixels:,} are read"
+            )
         image.load()
         return _eight_bit(image).convert("RGB")
     except UnidentifiedImageError as error:

@@ -45,7 +45,12 @@ class FeatureSpec:
         if not self.blocks or min(self.blocks) < 0 or len(set(self.blocks)) < len(self.blocks):
             raise SprueError(f"features.blocks: {list(self.blocks)} must name blocks from 0, each once")
         for scale in self.scales:
-            if scale <= 0 or scale > 1 or self.input_size % round(1 / scale) or abs(1 / round(1 / scale) - scale) > 1e-6:
+            if (
+                scale <= 0
+                or scale > 1
+                or self.input_size % round(1 / scale)
+                or abs(1 / round(1 / scale) - scale) > 1e-6
+            ):
                 raise SprueError(
                     f"features.scales: {scale} is not 1/k for a whole k that divides input_size {self.input_size}"
                 )
@@ -71,7 +76,7 @@ class FeatureSpec:
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that name the features; where the weights were found does not matter, what they are does.
+        """16 hexadecimal digits that name the features, wherever the weights were found.
 
         Raises:
             ValueError: If the spec has not been resolved.

@@ -109,7 +109,8 @@ def fill(model: nn.Module, state: dict[str, Tensor], source: str, name: str) -> 
             raise SprueError(f"features.weights: {source} lacks {key!r} of {name}")
         if state[key].shape != tensor.shape:
             raise SprueError(
-                f"features.weights: {key!r} has shape {list(state[key].shape)} in {source} and {list(tensor.shape)} in {name}"
+                f"features.weights: {key!r} has shape {list(state[key].shape)} in {source} "
+                f"and {list(tensor.shape)} in {name}"
             )
     model.load_state_dict({key: state.get(key, value) for key, value in own.items()})
 

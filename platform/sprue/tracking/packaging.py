@@ -6,12 +6,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import defectflow
 import mlflow
 import pandas as pd
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 
+import defectflow
 import sprue
 from sprue.inference.detector import Detector
 
@@ -56,7 +56,10 @@ def log_detector(detector: Detector, run_id: str, example: bytes, metadata: dict
                 code_paths=_portable_code(folder / "code"),
                 signature=SIGNATURE,
                 input_example=pd.DataFrame({"image": [example]}),
-                pip_requirements=["mlflow-skinny==" + version("mlflow"), *(f"{each}=={version(each)}" for each in REQUIREMENTS)],
+                pip_requirements=[
+                    "mlflow-skinny==" + version("mlflow"),
+                    *(f"{each}=={version(each)}" for each in REQUIREMENTS),
+                ],
                 metadata=metadata,
             )
     return info.model_uri

@@ -5,12 +5,13 @@ from typing import Any
 
 import mlflow
 import pandas as pd
+from mlflow.pyfunc.model import PythonModel
 
 from sprue.inference.detector import Detector
 from sprue.inference.images import open_image
 
 
-class DetectorModel(mlflow.pyfunc.PythonModel):
+class DetectorModel(PythonModel):
     """Scores encoded pictures, the ``image`` column of a frame, with the detector among the model's artifacts."""
 
     def load_context(self, context: Any) -> None:

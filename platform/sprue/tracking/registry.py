@@ -43,7 +43,9 @@ def find_version(class_name: str, detector_key: str) -> ModelVersion | None:
     return None
 
 
-def register(class_name: str, model_uri: str, run_id: str, detector_key: str, tags: Mapping[str, str], words: str) -> int:
+def register(
+    class_name: str, model_uri: str, run_id: str, detector_key: str, tags: Mapping[str, str], words: str
+) -> int:
     """Registers a logged model as a new version of its class.
 
     Args:

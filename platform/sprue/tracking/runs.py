@@ -51,7 +51,9 @@ class FitRun:
         if not missing:
             return
         metrics = [
-            Metric(name, float(epoch[name]), round(epoch["time"] * 1000), epoch["epoch"]) for epoch in missing for name in CURVES
+            Metric(name, float(epoch[name]), round(epoch["time"] * 1000), epoch["epoch"])
+            for epoch in missing
+            for name in CURVES
         ]
         try:
             mlflow.MlflowClient().log_batch(self.run_id, metrics=metrics)

@@ -25,7 +25,7 @@ def own_database(store: UPath) -> str:
 
 
 def connect(store: UPath) -> str:
-    """Points MLflow to ``$MLFLOW_TRACKING_URI``, by default to the store's own database, and makes sure that it answers.
+    """Points MLflow to ``$MLFLOW_TRACKING_URI``, by default to the store's own database, if it answers.
 
     Returns:
         The URI.
@@ -41,7 +41,7 @@ def connect(store: UPath) -> str:
             requests.get(f"{uri.rstrip('/')}/health", timeout=PATIENCE_S).raise_for_status()
         except requests.RequestException as error:
             raise SprueError(
-                f"the tracking server {uri} does not answer: start it, or unset MLFLOW_TRACKING_URI to track in the store"
+                f"the tracking server {uri} does not answer: start it, or unset MLFLOW_TRACKING_URI to use the store"
             ) from error
     elif urlparse(uri).scheme in ("", "file"):
         raise SprueError(
@@ -53,7 +53,7 @@ def connect(store: UPath) -> str:
 
 
 def experiment_id(name: str, store: UPath) -> str:
-    """The experiment of that name, made if there is none; beside a database without a server, artifacts go into the store."""
+    """The experiment of that name, made if there is none; without a server its artifacts go into the store."""
     client = mlflow.MlflowClient()
     found = client.get_experiment_by_name(name)
     if found is not None:

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
-from ray.train.v2.api.config import LoggingConfig
 from ray.util.queue import Empty, Queue
 from upath import UPath
 
@@ -53,7 +52,7 @@ class Slots:
 
 
 def place_fits(classes: int) -> Slots:
-    """Fits the cluster's resources to a number of classes: a GPU each where there are any, else equal shares of the cores.
+    """Shares the cluster among a number of classes: a GPU each where there are any, else equal shares of the cores.
 
     Raises:
         SprueError: If the cluster offers no CPU.
@@ -83,7 +82,9 @@ def fit_classes(requests: Sequence[FitRequest], runs: UPath, on_epoch: OnEpoch) 
         An outcome for each request, in their order.
     """
     slots = place_fits(len(requests))
-    logger.info("%d classes, %d at a time on %d CPUs and %d GPUs each", len(requests), slots.count, slots.cpus, slots.gpus)
+    logger.info(
+        "%d classes, %d at a time on %d CPUs and %d GPUs each", len(requests), slots.count, slots.cpus, slots.gpus
+    )
     epochs = Queue(actor_options={"num_cpus": 0, "name": f"sprue-epochs-{id(requests):x}"})
     finished = threading.Event()
     listener = threading.Thread(target=_forward, args=(epochs, on_epoch, finished), daemon=True)

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from defectflow import Flow
 from torch import Tensor
 
+from defectflow import Flow
 from sprue.errors import SprueError
 from sprue.training.checkpoint import Checkpoint
 
@@ -72,6 +72,13 @@ class Epoch:
     pictures_per_second: float
     time: float
 
+    def __str__(self) -> str:
+        """One line for the terminal."""
+        return (
+            f"epoch {self.epoch:3d}  nll {self.train_nll:7.4f}  validation {self.validation_nll:7.4f}  "
+            f"{self.pictures_per_second:6.1f} pictures/s  {60 / self.seconds:5.1f} epochs/min"
+        )
+
 
 def rate_at(step: int, steps: int, settings: FitSettings) -> float:
     """The learning rate of a step, a function of the step alone, so that resuming needs no state.
@@ -89,7 +96,7 @@ def rate_at(step: int, steps: int, settings: FitSettings) -> float:
 
 def batches(maps: Sequence[Tensor], order: Tensor, size: int, device: torch.device) -> Iterator[list[Tensor]]:
     """Float32 batches [B, C, H, W] of stored maps [N, C, H, W] in an order [N]."""
-    for rows in order.split(size):
+    for rows in torch.split(order, size):
         yield [map_NCHW[rows].to(device, non_blocking=True).float() for map_NCHW in maps]
 
 
@@ -176,7 +183,7 @@ def _train_epoch(
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = flow.nll(batch).mean()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(flow.parameters(), settings.gradient_norm)
         optimizer.step()
         total += float(loss.detach()) * len(batch[0])

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import safetensors.torch
-from defectflow import Flow, build_flow
 from torch import Tensor
 from upath import UPath
 
+from defectflow import Flow, build_flow
 from sprue.errors import SprueError
 from sprue.store import read_json, write_bytes, write_json
 from sprue.training.worker import FitRequest, run_params
@@ -70,7 +70,9 @@ class FitRecord:
         try:
             return cls(**facts, state=safetensors.torch.load((folder / "flow.safetensors").read_bytes()))
         except (OSError, TypeError, safetensors.SafetensorError) as error:
-            raise SprueError(f"{folder} is not a finished fit: {error}; delete it and run the fit stage again") from error
+            raise SprueError(
+                f"{folder} is not a finished fit: {error}; delete it and run the fit stage again"
+            ) from error
 
     @staticmethod
     def is_current(folder: UPath, key: str) -> bool:

@@ -9,9 +9,9 @@ from typing import Any
 import ray.train
 import ray.train.torch
 import torch
-from defectflow import Flow, build_flow
 from ray.util.queue import Queue
 
+from defectflow import Flow, build_flow
 from sprue.errors import SprueError
 from sprue.features.tables import FeatureTable
 from sprue.store import location

@@ -15,7 +15,8 @@ def digests(count: int) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("total", "counts"), [(60, (19, 6, 35)), (91, (19, 9, 63)), (100, (20, 10, 70)), (104, (21, 10, 73)), (762, (153, 76, 533))]
+    ("total", "counts"),
+    [(60, (19, 6, 35)), (91, (19, 9, 63)), (100, (20, 10, 70)), (104, (21, 10, 73)), (762, (153, 76, 533))],
 )
 def test_counts_are_the_rounded_fractions(total, counts):
     assert SplitConfig().counts(total, 19) == counts
@@ -31,7 +32,9 @@ def test_a_fraction_is_taken_as_the_decimal_that_was_written():
 
 def test_the_split_depends_on_content_and_seed_and_not_on_order():
     forwards = dict(zip(digests(120), assign_splits("tile", digests(120), SplitConfig(), ALPHA), strict=True))
-    backwards = dict(zip(digests(120)[::-1], assign_splits("tile", digests(120)[::-1], SplitConfig(), ALPHA), strict=True))
+    backwards = dict(
+        zip(digests(120)[::-1], assign_splits("tile", digests(120)[::-1], SplitConfig(), ALPHA), strict=True)
+    )
     other = dict(zip(digests(120), assign_splits("tile", digests(120), SplitConfig(seed=1), ALPHA), strict=True))
     assert forwards == backwards
     assert forwards != other

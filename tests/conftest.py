@@ -1,0 +1,109 @@
+"""An object store: SeaweedFS's S3 gateway, one server for the whole session."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+S3_ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "sprue", "AWS_SECRET_ACCESS_KEY": "sprue-secret", "AWS_DEFAULT_REGION": "us-east-1"}
+"""Credentials of `s3_server`, as boto3, s3fs and DVC read them."""
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on, all different."""
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+def _command(folder: Path) -> tuple[list[str], str]:
+    """The server's command line, and its endpoint."""
+    services = ("master", "volume", "filer", "s3")
+    ports = iter(free_ports(2 * len(services)))
+    listen = {service: (next(ports), next(ports)) for service in services}
+    command = [
+        str(Path(sys.executable).parent / "weed"),
+        "server",
+        f"-dir={folder}",
+        "-s3",
+        "-ip=127.0.0.1",
+        "-ip.bind=127.0.0.1",
+        "-master.telemetry=false",
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+        "-volume.preStopSeconds=0",
+        f"-filer.localSocket={folder}/filer.sock",
+        f"-s3.localSocket={folder}/s3.sock",
+        *(f"-{service}.port={http}" for service, (http, _) in listen.items()),
+        *(f"-{service}.port.grpc={grpc}" for service, (_, grpc) in listen.items()),
+    ]
+    return command, f"http://127.0.0.1:{listen['s3'][0]}"
+
+
+def s3_client(endpoint: str):
+    """A client that gives up soon."""
+    return boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        aws_access_key_id=S3_ENVIRONMENT["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=S3_ENVIRONMENT["AWS_SECRET_ACCESS_KEY"],
+        region_name=S3_ENVIRONMENT["AWS_DEFAULT_REGION"],
+        config=Config(connect_timeout=1, read_timeout=5, retries={"max_attempts": 0}),
+    )
+
+
+def _wait_until_it_stores(server: subprocess.Popen[bytes], endpoint: str, log: Path) -> None:
+    """Waits for a put to work: the gateway answers before a volume can take anything."""
+    client = s3_client(endpoint)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            client.create_bucket(Bucket="probe")
+            client.put_object(Bucket="probe", Key="probe", Body=b"probe")
+            return
+        except (BotoCoreError, ClientError):
+            time.sleep(0.2)
+    pytest.fail(f"the S3 server did not start:\n{log.read_text()[-3000:]}")
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The endpoint's URL; `S3_ENVIRONMENT` holds the credentials. Bucket names have at least three characters."""
+    folder = tmp_path_factory.mktemp("s3")
+    log = folder.parent / "s3.log"
+    command, endpoint = _command(folder)
+    environment = os.environ | {name: S3_ENVIRONMENT[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output, env=environment) as server:
+        try:
+            _wait_until_it_stores(server, endpoint, log)
+            yield endpoint
+        finally:
+            server.terminate()
+            try:
+                server.wait(10)
+            except subprocess.TimeoutExpired:
+                server.kill()
+
+
+@pytest.fixture
+def s3_bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty bucket's name; for the test, the environment leads every S3 library to the server."""
+    for name, value in ({"AWS_ENDPOINT_URL": s3_server} | S3_ENVIRONMENT).items():
+        monkeypatch.setenv(name, value)
+    bucket = f"test-{uuid.uuid4().hex[:12]}"
+    s3_client(s3_server).create_bucket(Bucket=bucket)
+    return bucket

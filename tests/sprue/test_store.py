@@ -1,0 +1,123 @@
+"""The store, on a local folder and in an object store alike."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from upath import UPath
+
+from sprue.errors import SprueError
+from sprue.store import digest, local_copy, location, read_json, replace_folder, write_bytes, write_json
+
+
+@pytest.fixture(params=["local", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> UPath:
+    """An empty folder of the store."""
+    if request.param == "local":
+        return location(str(tmp_path / "store"))
+    return location(f"s3://{request.getfixturevalue('s3_bucket')}/store")
+
+
+def files(folder: UPath) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def tree(folder: Path, contents: dict[str, str]) -> Path:
+    for name, text in contents.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def test_a_path_is_made_absolute_and_a_url_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert location("store/a") == UPath(tmp_path / "store" / "a")
+    assert location("~/store") == UPath("/home/me/store")
+    assert location("a/../b") == UPath(tmp_path / "b")
+    assert str(location("s3://plant/store")) == "s3://plant/store"
+
+
+@pytest.mark.parametrize("url", ["gs://plant/store", "http://plant/store", "file:///store", "://x"])
+def test_other_schemes_are_refused_by_name(url):
+    with pytest.raises(SprueError, match=f"{url} is neither a path nor an s3 URL"):
+        location(url)
+
+
+def test_what_is_written_is_read_and_nothing_else_is_left(store):
+    path = store / "a" / "b.json"
+    write_json(path, {"second": [1, 2], "first": "ü"})
+    write_json(path, {"first": "ü", "second": [1, 2]})
+    assert read_json(path, made_by="fit") == {"first": "ü", "second": [1, 2]}
+    again = store / "a" / "c.json"
+    write_json(again, {"first": "ü", "second": [1, 2]})
+    assert path.read_bytes() == again.read_bytes()
+    assert set(files(store)) == {"a/b.json", "a/c.json"}
+
+
+def test_a_missing_file_names_the_stage_that_writes_it(store):
+    with pytest.raises(SprueError, match=r"there is no .*nothing\.json; run the fit stage first"):
+        read_json(store / "nothing.json", made_by="fit")
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = location(str(tmp_path / "file"))
+    write_bytes(path, b"old")
+
+    def full_disk(self, target):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(type(path), "rename", full_disk)
+        write_bytes(path, b"new")
+    assert files(UPath(tmp_path)) == {"file": b"old"}
+
+
+def test_a_digest_is_that_of_names_and_contents(store):
+    write_bytes(store / "x" / "a", b"1")
+    write_bytes(store / "x" / "sub" / "b", b"2")
+    write_bytes(store / "y" / "sub" / "b", b"2")
+    write_bytes(store / "y" / "a", b"1")
+    assert digest(store / "x" / "a") == hashlib.sha256(b"1").hexdigest()
+    whole = digest(store / "x")
+    assert whole == digest(store / "y")
+    write_bytes(store / "y" / "a", b"3")
+    assert digest(store / "y") != whole
+    write_bytes(store / "z" / "a2", b"1")
+    write_bytes(store / "z" / "sub" / "b", b"2")
+    assert digest(store / "z") != whole
+    with pytest.raises(SprueError, match="there is nothing at"):
+        digest(store / "missing")
+
+
+def test_a_digest_is_the_same_here_and_in_an_object_store(s3_bucket, tmp_path):
+    source = tree(tmp_path / "source", {"b": "1", "a/c": "2", "a.d": "3"})
+    remote = location(f"s3://{s3_bucket}/folder")
+    replace_folder(source, remote)
+    assert digest(remote) == digest(location(str(source)))
+
+
+def test_a_folder_takes_the_place_of_what_was_there(store, tmp_path):
+    target = store / "detectors" / "brick"
+    replace_folder(tree(tmp_path / "one", {"a": "1", "sub/b": "2", "gone/c": "3"}), target)
+    assert files(target) == {"a": b"1", "sub/b": b"2", "gone/c": b"3"}
+    replace_folder(tree(tmp_path / "two", {"a": "4", "sub/b": "5"}), target)
+    assert files(target) == {"a": b"4", "sub/b": b"5"}
+    # No staging folder beside it.
+    assert set(files(store)) == {"detectors/brick/a", "detectors/brick/sub/b"}
+
+
+def test_a_replaced_folder_can_be_read_by_others(tmp_path):
+    target = location(str(tmp_path / "store" / "x"))
+    replace_folder(tree(tmp_path / "one", {"a": "1"}), target)
+    assert Path(target.path).stat().st_mode & 0o777 == 0o755
+
+
+def test_a_local_copy_holds_the_folders_files(store, tmp_path):
+    target = store / "x"
+    replace_folder(tree(tmp_path / "one", {"a": "1", "sub/b": "2"}), target)
+    with local_copy(target) as folder:
+        assert isinstance(folder, Path)
+        assert files(UPath(folder)) == {"a": b"1", "sub/b": b"2"}
+    assert files(target) == {"a": b"1", "sub/b": b"2"}
