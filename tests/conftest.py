@@ -43,6 +43,9 @@ def _command(folder: Path) -> tuple[list[str], str]:
         "-ip=127.0.0.1",
         "-ip.bind=127.0.0.1",
         "-master.telemetry=false",
+        # Every bucket takes several volumes.
+        "-volume.max=1000",
+        "-master.volumeSizeLimitMB=64",
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",
         "-volume.preStopSeconds=0",

@@ -26,7 +26,10 @@ class PatchFlowConfig:
 
     Attributes:
         channels: Channels of each backbone map, in the feature spec's order.
-        adapted: Channels after the adaptor (paper: 768).
+        maps: Which of these maps are read, by their place; all if empty (paper: all, three scales of three blocks).
+            Coarse maps add channels, but few independent positions: with some hundred pictures the whitening
+            overfits them.
+        adapted: Channels after the adaptor (paper: 768). Where all fused channels are kept, nothing is lost.
         bottleneck: Hidden channels of a subnetwork (paper: 128).
         steps: Coupling blocks (paper: 1).
         clamp: Bound of the log-scales (not stated; 1.9 as in the related CFlow-AD and Multi-Flow).
@@ -37,6 +40,7 @@ class PatchFlowConfig:
     """
 
     channels: tuple[int, ...]
+    maps: tuple[int, ...] = ()
     adapted: int = 768
     bottleneck: int = 128
     steps: int = 1
@@ -52,8 +56,11 @@ class PatchFlowConfig:
             ValueError: If a setting is out of range; the message names it.
         """
         object.__setattr__(self, "channels", tuple(self.channels))
-        if not 2 <= self.adapted <= sum(self.channels):
-            raise ValueError(f"adapted: {self.adapted} is not between 2 and the {sum(self.channels)} fused channels")
+        object.__setattr__(self, "maps", tuple(self.maps or range(len(self.channels))))
+        if not set(self.maps) <= set(range(len(self.channels))):
+            raise ValueError(f"maps: {list(self.maps)} are not places among the {len(self.channels)} feature maps")
+        if not 2 <= self.adapted <= self.fused:
+            raise ValueError(f"adapted: {self.adapted} is not between 2 and the {self.fused} fused channels")
         if min(self.bottleneck, self.steps, self.stride) < 1:
             raise ValueError(
                 f"bottleneck, steps and stride are at least 1; got {self.bottleneck}, {self.steps} and {self.stride}"
@@ -62,6 +69,11 @@ class PatchFlowConfig:
             raise ValueError(f"neighbourhood: {self.neighbourhood} is not an odd number from 1")
         if self.clamp <= 0 or self.noise < 0:
             raise ValueError(f"clamp is above and noise not below zero; got {self.clamp} and {self.noise}")
+
+    @property
+    def fused(self) -> int:
+        """Channels of the fused pyramid."""
+        return sum(self.channels[place] for place in self.maps)
 
 
 class PatchFlow(Flow):
@@ -85,7 +97,7 @@ class PatchFlow(Flow):
         """Makes an unfitted flow: the couplings are the identity, the adaptor is zero."""
         super().__init__()
         self.config = config
-        self.register_buffer("adaptor_weight", torch.zeros(config.adapted, sum(config.channels)))
+        self.register_buffer("adaptor_weight", torch.zeros(config.adapted, config.fused))
         self.register_buffer("adaptor_bias", torch.zeros(config.adapted))
         self.blocks = nn.ModuleList(
             GraphCoupling(
@@ -110,18 +122,19 @@ class PatchFlow(Flow):
     @torch.no_grad()
     def _sampled(self, batches: Iterable[Maps]) -> Iterator[Tensor]:
         for maps in batches:
-            fused_BDP = fuse(maps, self.config.neighbourhood).flatten(2)
+            fused_BDP = fuse([maps[place] for place in self.config.maps], self.config.neighbourhood).flatten(2)
             stride = max(1, fused_BDP.shape[2] // ADAPTOR_POSITIONS)
             yield fused_BDP[:, :, ::stride].transpose(1, 2).flatten(0, 1)
 
     def adapt(self, maps: Maps) -> Tensor:
         """The whitened pyramid, [B, A, H, W]; in training with noise, and with the stride's positions alone."""
-        grid = Grid(finest_size(maps))
+        chosen = [maps[place] for place in self.config.maps]
+        grid = Grid(finest_size(chosen))
         if self.training and self.config.stride > 1:
             top, left = torch.randint(self.config.stride, (2,)).tolist()
             grid = Grid(grid.size, self.config.stride, (top, left))
         weight_AD, bias_A = self.get_buffer("adaptor_weight"), self.get_buffer("adaptor_bias")
-        adapted = fuse_projected(maps, self.config.neighbourhood, weight_AD, bias_A, grid)
+        adapted = fuse_projected(chosen, self.config.neighbourhood, weight_AD, bias_A, grid)
         if self.training and self.config.noise > 0:
             adapted = adapted + self.config.noise * torch.randn_like(adapted)
         return adapted

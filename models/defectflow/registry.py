@@ -25,7 +25,7 @@ def build_flow(name: str, **config: Any) -> Flow:
     >>> build_flow("patchflow", channels=(8,), depth=3)
     Traceback (most recent call last):
     ...
-    ValueError: patchflow has no setting 'depth'; it has: channels, adapted, bottleneck, steps, clamp, neighbourhood, noise, stride
+    ValueError: patchflow has no setting 'depth'; it has: channels, maps, adapted, bottleneck, steps, clamp, neighbourhood, noise, stride
     """  # noqa: E501
     if name not in FLOWS:
         raise ValueError(f"there is no flow {name!r}; there are: {', '.join(sorted(FLOWS))}")

@@ -31,17 +31,16 @@ def fit_whitening(batches: Iterable[Tensor], components: int) -> tuple[Tensor, T
     >>> bool(torch.allclose(torch.cov(white_NA.T), torch.eye(3), atol=1e-2))
     True
     """
-    count, shift = 0, torch.zeros(())
-    total, outer = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    count, shift, total, outer = 0, torch.zeros(()), torch.zeros(()), torch.zeros(())
     for x_ND in batches:
         if count == 0:
             # Sums of squares around a typical value keep the digits that sums around zero would cancel.
             shift = x_ND.mean(0)
-            total, outer = total.to(x_ND.device), outer.to(x_ND.device)
+            total, outer = shift.double() * 0, torch.outer(shift, shift).double() * 0
         centred_ND = x_ND - shift
         count += x_ND.shape[0]
-        total = total + centred_ND.sum(0)
-        outer = outer + centred_ND.T @ centred_ND
+        total += centred_ND.sum(0).double()
+        outer += (centred_ND.T @ centred_ND).double()
     if count <= components:
         raise ValueError(f"whitening to {components} components needs more than {components} vectors; got {count}")
     mean = total / count
