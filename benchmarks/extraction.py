@@ -103,8 +103,8 @@ def main() -> None:
     bare = compare(spec)
     ray.init(include_dashboard=False, logging_level="ERROR")
     whole, steady = job(spec, count)
-    print(f"{'extraction job':24s} {steady:6.1f} pictures/s   {steady / bare:5.2f} x the bare engine, start-up not counted")
-    print(f"{'with its start-up':24s} {whole:6.1f} pictures/s   {whole / bare:5.2f} x the bare engine, {count} pictures")
+    for name, rate in (("extraction job", steady), (f"with start-up, {count}", whole)):
+        print(f"{name:24s} {rate:6.1f} pictures/s   {rate / bare:5.2f} x the bare engine")
 
 
 if __name__ == "__main__":

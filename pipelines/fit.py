@@ -46,13 +46,12 @@ def requests_of(context: Context, manifest: Manifest) -> list[FitRequest]:
 def record_of(request: FitRequest, outcome: FitOutcome) -> FitRecord:
     """What is kept of a fit that went well."""
     assert outcome.best is not None
-    channels = [shape[0] for shape in FeatureTable(location(request.table)).shapes]
     return FitRecord(
         class_name=request.class_name,
         key=fit_key(request),
         fingerprint=request.fingerprint,
         flow_name=request.flow_name,
-        flow_config=request.flow_config | {"channels": channels},
+        flow_config=request.whole_config(FeatureTable(location(request.table))),
         settings=asdict(request.settings),
         pictures=len(request.train),
         best_epoch=outcome.best.epoch,

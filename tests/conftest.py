@@ -1,4 +1,4 @@
-"""An object store: SeaweedFS's S3 gateway, one server for the whole session."""
+"""What several packages' tests stand on: a cache of their own, an object store (SeaweedFS) and a Ray cluster."""
 
 import os
 import socket
@@ -11,11 +11,29 @@ from pathlib import Path
 
 import boto3
 import pytest
+import ray
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 S3_ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "sprue", "AWS_SECRET_ACCESS_KEY": "sprue-secret", "AWS_DEFAULT_REGION": "us-east-1"}
 """Credentials of `s3_server`, as boto3, s3fs and DVC read them."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Converted backbones and fetched models of this session; the user's own cache is left alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("SPRUE_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """Two cores of Ray, for one module; the dashboard answers Ray Train's questions."""
+    ray.init(address="local", num_cpus=2, include_dashboard=True, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
 
 
 def free_ports(count: int) -> list[int]:
@@ -48,7 +66,6 @@ def _command(folder: Path) -> tuple[list[str], str]:
         "-master.volumeSizeLimitMB=64",
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",
-        "-volume.preStopSeconds=0",
         f"-filer.localSocket={folder}/filer.sock",
         f"-s3.localSocket={folder}/s3.sock",
         *(f"-{service}.port={http}" for service, (http, _) in listen.items()),
@@ -95,11 +112,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             _wait_until_it_stores(server, endpoint, log)
             yield endpoint
         finally:
-            server.terminate()
-            try:
-                server.wait(10)
-            except subprocess.TimeoutExpired:
-                server.kill()
+            server.kill()  # a graceful stop takes ten seconds, and nothing is kept
 
 
 @pytest.fixture

@@ -13,6 +13,6 @@ torch.Size([2])
 
 from defectflow.flow import Flow, Maps
 from defectflow.patchflow import PatchFlow, PatchFlowConfig
-from defectflow.registry import FLOWS, build_flow
+from defectflow.registry import FLOWS, build_flow, fitting_config
 
-__all__ = ["FLOWS", "Flow", "Maps", "PatchFlow", "PatchFlowConfig", "build_flow"]
+__all__ = ["FLOWS", "Flow", "Maps", "PatchFlow", "PatchFlowConfig", "build_flow", "fitting_config"]

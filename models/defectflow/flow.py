@@ -28,7 +28,7 @@ class Flow(nn.Module, ABC):
     front of the couplings; then `nll` is minimised by gradient descent.
     """
 
-    config_class: ClassVar[type]
+    config_class: ClassVar[Any]
     config: Any
 
     @abstractmethod

@@ -5,7 +5,7 @@ Shapes: B pictures, C channels of a backbone map, D fused channels, A adapted ch
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from defectflow.flow import Flow, Maps
 from defectflow.pyramid import Grid, finest_size, fuse, fuse_projected
 from defectflow.subnets import BottleneckSubnet
 from defectflow.whitening import fit_whitening
+
+SAMPLES_PER_CHANNEL = 5
+"""Positions for each channel below which a covariance is too uncertain to whiten by."""
 
 ADAPTOR_POSITIONS = 256
 """Positions of a picture that the adaptor is fitted on; neighbours are nearly copies of each other."""
@@ -29,7 +32,8 @@ class PatchFlowConfig:
         maps: Which of these maps are read, by their place; all if empty (paper: all, three scales of three blocks).
             Coarse maps add channels, but few independent positions: with some hundred pictures the whitening
             overfits them.
-        adapted: Channels after the adaptor (paper: 768). Where all fused channels are kept, nothing is lost.
+        adapted: Channels after the adaptor (paper: 768), at most the fused ones. The directions with the least
+            variance are dropped first, though defects show there well.
         bottleneck: Hidden channels of a subnetwork (paper: 128).
         steps: Coupling blocks (paper: 1).
         clamp: Bound of the log-scales (not stated; 1.9 as in the related CFlow-AD and Multi-Flow).
@@ -59,8 +63,9 @@ class PatchFlowConfig:
         object.__setattr__(self, "maps", tuple(self.maps or range(len(self.channels))))
         if not set(self.maps) <= set(range(len(self.channels))):
             raise ValueError(f"maps: {list(self.maps)} are not places among the {len(self.channels)} feature maps")
-        if not 2 <= self.adapted <= self.fused:
-            raise ValueError(f"adapted: {self.adapted} is not between 2 and the {self.fused} fused channels")
+        object.__setattr__(self, "adapted", min(self.adapted, self.fused))
+        if self.adapted < 2:
+            raise ValueError(f"adapted: {self.adapted} is below 2 (of {self.fused} fused channels)")
         if min(self.bottleneck, self.steps, self.stride) < 1:
             raise ValueError(
                 f"bottleneck, steps and stride are at least 1; got {self.bottleneck}, {self.steps} and {self.stride}"
@@ -70,10 +75,45 @@ class PatchFlowConfig:
         if self.clamp <= 0 or self.noise < 0:
             raise ValueError(f"clamp is above and noise not below zero; got {self.clamp} and {self.noise}")
 
+    @classmethod
+    def fitting(cls, shapes: Sequence[tuple[int, int, int]], pictures: int, **settings: Any) -> Self:
+        """The config for features of some shapes and a number of training pictures.
+
+        Unless `maps` are given, they are taken scale by scale, the largest first, as long as the coarsest has
+        `SAMPLES_PER_CHANNEL` positions in all pictures for each fused channel. The first scale is always read.
+
+        Args:
+            shapes: Channels, rows and columns of each feature map, scale by scale.
+            pictures: How many pictures the adaptor is fitted on.
+            **settings: Fields that are set by hand.
+
+        >>> shapes = [(40, 48, 48), (192, 12, 12), (40, 24, 24), (192, 6, 6)]
+        >>> PatchFlowConfig.fitting(shapes, pictures=500).maps, PatchFlowConfig.fitting(shapes, pictures=50).maps
+        ((0, 1, 2, 3), (0, 1))
+        """
+        chosen: list[int] = []
+        for scale in _scales(shapes):
+            fused = sum(shapes[place][0] for place in (*chosen, *scale))
+            samples = pictures * min(shapes[place][1] * shapes[place][2] for place in scale)
+            if chosen and samples < SAMPLES_PER_CHANNEL * fused:
+                break
+            chosen += scale
+        return cls(**{"channels": tuple(shape[0] for shape in shapes), "maps": tuple(chosen), **settings})
+
     @property
     def fused(self) -> int:
         """Channels of the fused pyramid."""
         return sum(self.channels[place] for place in self.maps)
+
+
+def _scales(shapes: Sequence[tuple[int, int, int]]) -> list[list[int]]:
+    """Places of the maps, scale by scale: a scale begins where a map is larger than the one before."""
+    scales: list[list[int]] = []
+    for place, (_, rows, _) in enumerate(shapes):
+        if place == 0 or rows > shapes[place - 1][1]:
+            scales.append([])
+        scales[-1].append(place)
+    return scales
 
 
 class PatchFlow(Flow):

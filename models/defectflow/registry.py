@@ -1,6 +1,7 @@
 """Finds a flow by the name that recipes and registered models carry."""
 
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from typing import Any
 
 from defectflow.flow import Flow
@@ -8,6 +9,23 @@ from defectflow.patchflow import PatchFlow
 
 FLOWS: dict[str, type[Flow]] = {"patchflow": PatchFlow}
 """The flows by name."""
+
+
+def fitting_config(
+    name: str, shapes: Sequence[tuple[int, int, int]], pictures: int, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A flow's whole config for features of some shapes and a number of training pictures.
+
+    Args:
+        name: A key of `FLOWS`.
+        shapes: Channels, rows and columns of each feature map.
+        pictures: How many pictures it will be fitted on.
+        settings: Fields that are set by hand; what is left out is published or follows from the features.
+
+    Raises:
+        ValueError: As `build_flow`.
+    """
+    return asdict(_flow_class(name, settings).config_class.fitting(shapes, pictures, **settings))
 
 
 def build_flow(name: str, **config: Any) -> Flow:
@@ -27,11 +45,16 @@ def build_flow(name: str, **config: Any) -> Flow:
     ...
     ValueError: patchflow has no setting 'depth'; it has: channels, maps, adapted, bottleneck, steps, clamp, neighbourhood, noise, stride
     """  # noqa: E501
+    flow = _flow_class(name, config)
+    return flow(flow.config_class(**config))
+
+
+def _flow_class(name: str, settings: Mapping[str, Any]) -> type[Flow]:
     if name not in FLOWS:
         raise ValueError(f"there is no flow {name!r}; there are: {', '.join(sorted(FLOWS))}")
     flow = FLOWS[name]
     known = [field.name for field in fields(flow.config_class)]
-    for key in config:
+    for key in settings:
         if key not in known:
             raise ValueError(f"{name} has no setting {key!r}; it has: {', '.join(known)}")
-    return flow(flow.config_class(**config))
+    return flow

@@ -101,6 +101,8 @@ def commit() -> str:
 
 def connect_ray() -> None:
     """Connects to the cluster that ``$RAY_ADDRESS`` names, or starts one on this machine for this process."""
+    # gRPC tells of every fork beside its threads, which is harmless here.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     settings: dict[str, Any] = {"logging_level": logging.ERROR}
     if "RAY_ADDRESS" not in os.environ:
         # Ray Train asks the dashboard which of its controllers live.

@@ -135,6 +135,20 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SPRUE_CACHE") or Path.home() / ".cache" / "sprue")
 
 
+def keep(temporary: Path, folder: Path) -> None:
+    """Renames a finished folder to its name in the cache, unless another process has been quicker with the same.
+
+    Raises:
+        OSError: If it can't be renamed for another reason.
+    """
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        shutil.rmtree(temporary)
+
+
 def convert(spec: FeatureSpec, folder: Path) -> None:
     """Converts a backbone to OpenVINO's format in `folder`, and checks it against torch on one noisy picture.
 
@@ -157,7 +171,7 @@ def convert(spec: FeatureSpec, folder: Path) -> None:
         try:
             model = openvino.convert_model(backbone, example_input=probe_1SS3, input=[(-1, side, side, 3)])
             results = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(probe_1SS3.numpy())
-        except (RuntimeError, TypeError, ValueError) as error:
+        except Exception as error:  # OpenVINO's failures share no class but this
             raise ConversionError(f"OpenVINO can't convert {spec.backbone}: {error}") from error
     for index, map_1CHW in enumerate(expected):
         worst = float((torch.from_numpy(results[index]) - map_1CHW).abs().max() / map_1CHW.abs().max())
@@ -168,8 +182,4 @@ def convert(spec: FeatureSpec, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent))
     openvino.save_model(model, temporary / "backbone.xml", compress_to_fp16=False)
-    try:
-        temporary.rename(folder)
-    except OSError:
-        # Another process finished the same conversion first.
-        shutil.rmtree(temporary)
+    keep(temporary, folder)

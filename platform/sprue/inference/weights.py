@@ -25,6 +25,11 @@ from sprue.errors import SprueError
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
 
+UNREADABLE = (
+    safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError
+)  # fmt: skip
+"""What reading a file that holds no weights, or more than weights, ends in."""
+
 
 def read_weights(source: str) -> dict[str, Tensor]:
     """Reads the parameters and buffers that a source names (all but ``hub:``).
@@ -77,7 +82,7 @@ def _parse(data: bytes, name: str) -> dict[str, Tensor]:
         if name.endswith(".safetensors"):
             return safetensors.torch.load(data)
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except UNREADABLE as error:
         raise SprueError(f"features.weights: {name} is not a weight file that can be read safely: {error}") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]

@@ -1,5 +1,6 @@
 """The model registry: a registered model for each class, whose champion is served."""
 
+import hashlib
 import logging
 import shutil
 import tempfile
@@ -14,7 +15,7 @@ from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 
 from sprue.errors import SprueError
 from sprue.inference.detector import Detector
-from sprue.inference.engines import cache_folder
+from sprue.inference.engines import cache_folder, keep
 
 logger = logging.getLogger(__name__)
 
@@ -97,14 +98,15 @@ def load_detector(champion: Champion) -> Detector:
     Raises:
         SprueError: If its files can't be had.
     """
-    folder = cache_folder() / "models" / f"{champion.model_name}-{champion.version}-{champion.run_id}"
+    key = f"{mlflow.get_registry_uri()} {champion.model_name} {champion.version} {champion.run_id}"
+    folder = cache_folder() / "models" / hashlib.sha256(key.encode()).hexdigest()[:16]
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent))
         try:
             fetched = mlflow.artifacts.download_artifacts(f"models:/{champion.model_name}/{champion.version}")
             shutil.copytree(Path(fetched) / "artifacts" / "detector", temporary, dirs_exist_ok=True)
-            temporary.rename(folder)
+            keep(temporary, folder)
         except (MlflowException, OSError) as error:
             raise SprueError(
                 f"the files of {champion.model_name} version {champion.version} can't be had: {error}"

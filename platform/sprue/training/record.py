@@ -81,8 +81,7 @@ class FitRecord:
 
     def params(self) -> dict[str, Any]:
         """The settings by the names under which a run shows them."""
-        flow = {name: value for name, value in self.flow_config.items() if name != "channels"}
-        return run_params(self.flow_name, flow, self.settings, self.fingerprint, self.pictures)
+        return run_params(self.flow_name, self.flow_config, self.settings, self.fingerprint, self.pictures)
 
     def build_flow(self) -> Flow:
         """The fitted flow."""

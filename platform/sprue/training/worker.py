@@ -11,7 +11,7 @@ import ray.train.torch
 import torch
 from ray.util.queue import Queue
 
-from defectflow import Flow, build_flow
+from defectflow import Flow, build_flow, fitting_config
 from sprue.errors import SprueError
 from sprue.features.tables import FeatureTable
 from sprue.store import location
@@ -39,7 +39,7 @@ class FitRequest:
         train: Digests of the training pictures.
         validation: Digests of the validation pictures.
         flow_name: A key of `defectflow.FLOWS`.
-        flow_config: The flow's settings without its channels, which the features give.
+        flow_config: The flow's settings that are set by hand.
         settings: How to fit.
     """
 
@@ -54,7 +54,8 @@ class FitRequest:
 
     def params(self) -> dict[str, Any]:
         """The settings by the names under which a run shows them."""
-        return run_params(self.flow_name, self.flow_config, asdict(self.settings), self.fingerprint, len(self.train))
+        flow = self.whole_config(FeatureTable(location(self.table)))
+        return run_params(self.flow_name, flow, asdict(self.settings), self.fingerprint, len(self.train))
 
     def check(self) -> None:
         """Checks that the features are there and that the flow accepts its settings.
@@ -66,18 +67,26 @@ class FitRequest:
         if not len(table):
             raise SprueError(f"class {self.class_name} has no features in {self.table}; run the features stage first")
         try:
-            self.build_flow(tuple(shape[0] for shape in table.shapes))
+            self.build_flow(table)
         except (TypeError, ValueError) as error:
             raise SprueError(f"flow: {error}") from error
 
-    def build_flow(self, channels: tuple[int, ...]) -> Flow:
+    def whole_config(self, table: FeatureTable) -> dict[str, Any]:
+        """The flow's settings, with what follows from the features.
+
+        Raises:
+            ValueError: If the flow does not accept its settings.
+        """
+        return fitting_config(self.flow_name, table.shapes, len(self.train), self.flow_config)
+
+    def build_flow(self, table: FeatureTable) -> Flow:
         """A new flow, the same for the same seed.
 
         Raises:
             ValueError: If the flow does not accept its settings.
         """
         torch.manual_seed(self.settings.seed)
-        return build_flow(self.flow_name, channels=channels, **self.flow_config)
+        return build_flow(self.flow_name, **self.whole_config(table))
 
 
 def fit_worker(config: dict[str, Any]) -> None:
@@ -98,7 +107,7 @@ def fit_worker(config: dict[str, Any]) -> None:
             ray.train.report(asdict(epoch), checkpoint=ray.train.Checkpoint.from_directory(folder))
         epochs.put((request.class_name, epoch))
 
-    flow = request.build_flow(tuple(shape[0] for shape in table.shapes))
+    flow = request.build_flow(table)
     device = ray.train.torch.get_device()
     train(flow, train_maps, validation_maps, request.settings, device, report, _latest_checkpoint())
 

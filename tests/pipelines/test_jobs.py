@@ -1,0 +1,128 @@
+"""Every stage as a Ray job: from a checkout to a head that runs elsewhere, with the data and the store shared."""
+
+import json
+import subprocess
+import uuid
+from pathlib import Path
+
+import mlflow
+import pytest
+import s3fs
+
+STAGES = ("manifest", "features", "fit", "evaluate", "register")
+CLASS_NAME = "brick"
+OUTPUTS = {
+    "manifest": {"manifest"},
+    "features": {"features"},
+    "fit": {"fits"},
+    "evaluate": {"detectors", "evaluation", "metrics", "plots"},
+}
+
+
+class Jobs:
+    """Submits stages as a user does, and keeps what they said."""
+
+    def __init__(self, checkout, head, **environment):
+        self.checkout, self.head, self.environment = checkout, head, environment
+
+    def submit(self, *entrypoint):
+        """The job's status and its output."""
+        name = f"job-{uuid.uuid4().hex[:8]}"
+        variables = [f"{key}={value}" for key, value in self.environment.items()]
+        done = self.checkout.run(
+            "ray", "job", "submit", "--address", self.head.dashboard, "--submission-id", name,
+            "--working-dir", ".", "--runtime-env", "infra/ray/runtime_env.yaml",
+            "--", "env", *variables, *entrypoint, check=False,
+        )  # fmt: skip
+        said = done.stdout + done.stderr
+        job = self.head.get(f"api/jobs/{name}")
+        assert job.ok, said
+        assert (done.returncode == 0) == (job.json()["status"] == "SUCCEEDED"), said
+        return job.json()["status"], said
+
+    def run_all(self, data, store):
+        """Every stage in its order; what each said."""
+        said = {}
+        for stage in STAGES:
+            status, said[stage] = self.submit("python", f"pipelines/{stage}.py", "--data", str(data), "--store", str(store))
+            assert status == "SUCCEEDED", said[stage][-5000:]
+        return said
+
+
+@pytest.fixture
+def one_class(checkout, tmp_path):
+    """A folder with one class's pictures alone, outside of the checkout."""
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / CLASS_NAME).symlink_to(checkout.folder / "data/tiny" / CLASS_NAME)
+    return tmp_path / "pictures"
+
+
+def check_store(read, commit):
+    """Receipts name what was read and written; each stage read what the one before it wrote."""
+    receipts = {stage: json.loads(read(f"receipts/{stage}.json")) for stage in OUTPUTS}
+    for stage, receipt in receipts.items():
+        assert receipt["stage"] == stage
+        assert receipt["commit"] == commit
+        assert set(receipt["outputs"]) == OUTPUTS[stage]
+        assert all(len(digest) == 64 for digest in [*receipt["inputs"].values(), *receipt["outputs"].values()])
+    assert receipts["features"]["inputs"]["manifest"] == receipts["manifest"]["outputs"]["manifest"]
+    assert receipts["evaluate"]["inputs"]["features"] == receipts["features"]["outputs"]["features"]
+    assert receipts["evaluate"]["inputs"]["fits"] == receipts["fit"]["outputs"]["fits"]
+    assert json.loads(read(f"metrics/{CLASS_NAME}.json"))["image_auroc"] > 0.5
+    assert read(f"evaluation/{CLASS_NAME}/heatmaps.png").startswith(b"\x89PNG")
+
+
+def champion(tracking_uri):
+    """The registered version that is served."""
+    return mlflow.MlflowClient(tracking_uri, tracking_uri).get_model_version_by_alias(CLASS_NAME, "champion")
+
+
+def test_stages_run_as_jobs_on_a_shared_folder(checkout, ray_head, one_class, tmp_path):
+    commit = checkout.git("rev-parse", "HEAD")
+    store = tmp_path / "store"
+    jobs = Jobs(checkout, ray_head, SPRUE_COMMIT=commit)
+    said = jobs.run_all(one_class, store)
+    assert "38 extracted, 0 were there" in said["features"]
+    check_store(lambda name: (store / "tiny" / name).read_bytes(), commit)
+    assert champion(f"sqlite:///{store}/mlflow/mlflow.db").tags["sprue.commit"] == commit
+
+
+def test_stages_run_as_jobs_on_an_object_store(checkout, ray_head, object_store, bucket, one_class, tmp_path):
+    commit = checkout.git("rev-parse", "HEAD")
+    remote = s3fs.S3FileSystem(
+        endpoint_url=object_store["AWS_ENDPOINT_URL"],
+        key=object_store["AWS_ACCESS_KEY_ID"],
+        secret=object_store["AWS_SECRET_ACCESS_KEY"],
+        use_listings_cache=False,
+    )
+    remote.put(f"{one_class}/", f"{bucket}/pictures/", recursive=True)
+    tracking_uri = f"sqlite:///{tmp_path}/mlflow.db"
+    jobs = Jobs(checkout, ray_head, SPRUE_COMMIT=commit, MLFLOW_TRACKING_URI=tracking_uri)
+    said = jobs.run_all(f"s3://{bucket}/pictures", f"s3://{bucket}/store")
+    assert "38 extracted, 0 were there" in said["features"]
+    check_store(lambda name: remote.cat_file(f"{bucket}/store/tiny/{name}"), commit)
+    artifacts = champion(tracking_uri).source
+    print(artifacts)
+
+
+def test_a_job_that_fails_says_why(checkout, ray_head, tmp_path):
+    status, said = Jobs(checkout, ray_head).submit(
+        "python", "pipelines/features.py", "--data", str(tmp_path), "--store", str(tmp_path / "store")
+    )
+    assert status == "FAILED"
+    assert f"sprue features: There is no manifest at {tmp_path}/store/tiny/manifest.parquet: run the manifest stage first." in said
+    assert "Traceback" not in said
+
+
+def test_a_job_runs_the_code_that_was_sent(checkout, ray_head):
+    """On the driver's machine as in the workers, although the head runs elsewhere with an installed sprue."""
+    program = (
+        "import ray; ray.init(); where = lambda: __import__('sprue').__file__ + ' ' + __import__('platform').__file__;"
+        "print('driver', where()); print('worker', ray.get(ray.remote(where).remote()))"
+    )
+    status, said = Jobs(checkout, ray_head).submit("python", "-c", program)
+    assert status == "SUCCEEDED", said
+    for line in ("driver ", "worker "):
+        found = next(each for each in said.splitlines() if each.startswith(line)).split()
+        assert "runtime_resources/working_dir_files" in found[1]
+        assert Path(found[2]).parent == Path(subprocess.__file__).parent

@@ -1,0 +1,178 @@
+"""What is calibrated, saved and served is one object with one answer.
+
+Shapes: B pictures, S side of the input, C channels, H rows, W columns.
+"""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage import data
+from upath import UPath
+
+from defectflow import build_flow
+from sprue.errors import SprueError
+from sprue.features.tables import FeatureTable, write_part
+from sprue.inference.backbone import resolve
+from sprue.inference.calibration import Calibration
+from sprue.inference.detector import BATCH, Detector, Scoring, score_features
+from sprue.inference.engines import build_engine
+from sprue.inference.images import model_input
+from sprue.inference.spec import FeatureSpec
+
+SIDE = 96
+
+
+def crops(count, seed):
+    """Pictures of a photograph, all of different sizes."""
+    rng = np.random.default_rng(seed)
+    texture = data.brick()
+    return [
+        Image.fromarray(texture[top : top + height, left : left + width]).convert("RGB")
+        for top, left, height, width in zip(
+            *rng.integers(0, 300, (2, count)), *rng.integers(80, 200, (2, count)), strict=True
+        )
+    ]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return build_engine(resolve(FeatureSpec(input_size=SIDE, blocks=(2, 3), scales=(1.0, 0.5))))
+
+
+@pytest.fixture(scope="module", params=["latent", "likelihood"])
+def detector(request, engine):
+    """A detector with random couplings, calibrated on 30 crops."""
+    spec = resolve(FeatureSpec(input_size=SIDE, blocks=(2, 3), scales=(1.0, 0.5)))
+    maps = engine(np.stack([model_input(image, SIDE) for image in crops(40, seed=0)]))
+    torch.manual_seed(0)
+    flow = build_flow("patchflow", channels=[each.shape[1] for each in maps], adapted=16, bottleneck=8, steps=2)
+    flow.fit_adaptor([[torch.from_numpy(each[:10]).float() for each in maps]])
+    for parameter in flow.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    scoring = Scoring(request.param, top=0.05)
+    scores, evidence = score_features(flow.eval(), scoring, [each[10:] for each in maps])
+    return Detector("brick", spec, "patchflow", flow, scoring, Calibration.fit(scores, evidence, alpha=0.05))
+
+
+def assert_same(one, other):
+    for name in ("score_B", "p_value_B", "is_anomalous_B", "evidence_BHW"):
+        assert np.array_equal(getattr(one, name), getattr(other, name)), name
+
+
+def test_a_saved_detector_predicts_the_same_to_the_bit(detector, engine, tmp_path):
+    images = crops(BATCH + 3, seed=1)
+    detector.save(tmp_path / "detector")
+    loaded = Detector.load(tmp_path / "detector")
+    own_engine = loaded.build_engine()
+    assert_same(loaded.predict(images, own_engine), detector.predict(images, engine))
+    assert loaded.spec.fingerprint == detector.spec.fingerprint
+    assert (loaded.class_name, loaded.flow_name, loaded.scoring) == ("brick", "patchflow", detector.scoring)
+    assert loaded.calibration == detector.calibration
+    loaded.save(tmp_path / "again")
+    for file in (tmp_path / "detector").iterdir():
+        if file.name != "detector.json":
+            assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+
+
+def test_a_detector_moves_with_its_folder_and_is_not_executable(detector, engine, tmp_path):
+    detector.save(tmp_path / "here")
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    assert {file.name for file in (tmp_path / "there").iterdir()} == {
+        "detector.json",
+        "flow.safetensors",
+        "backbone.safetensors",
+    }
+    moved = Detector.load(tmp_path / "there")
+    images = crops(2, seed=2)
+    assert_same(moved.predict(images, moved.build_engine("torch")), detector.predict(images, build_engine(detector.spec, "torch")))
+
+
+def test_pictures_and_their_stored_features_give_the_same_predictions(detector, engine, tmp_path):
+    images = crops(BATCH + 3, seed=3)
+    names = [f"{index:064x}" for index in range(len(images))]
+    inputs_BSS3 = np.stack([model_input(image, SIDE) for image in images])
+    for start in (0, BATCH):
+        part = slice(start, start + BATCH)
+        write_part(UPath(tmp_path), names[part], engine(inputs_BSS3[part]))
+    stored = FeatureTable(UPath(tmp_path)).read(names)
+    assert_same(detector.predict_features(stored), detector.predict(images, engine))
+
+
+def test_a_prediction_is_consistent(detector, engine):
+    images = crops(5, seed=4)
+    predictions = detector.predict(images, engine)
+    assert predictions.evidence_BHW.shape == (5, SIDE // 8, SIDE // 8)
+    count = round(0.05 * (SIDE // 8) ** 2)
+    top_B = np.sort(predictions.evidence_BHW.reshape(5, -1), axis=1)[:, -count:].mean(1)
+    np.testing.assert_allclose(predictions.score_B, top_B, rtol=1e-5)
+    assert np.array_equal(predictions.is_anomalous_B, predictions.score_B > np.float32(detector.calibration.threshold))
+    map_HW = predictions.anomaly_map(2, images[2].size[::-1])
+    assert map_HW.shape == images[2].size[::-1]
+    assert map_HW.max() <= predictions.evidence_BHW[2].max()
+
+
+def test_a_picture_with_a_hole_is_anomalous_and_the_map_shows_where(detector, engine):
+    (image,) = crops(1, seed=5)
+    defective = image.resize((160, 160))
+    defective.paste((255, 0, 255), (100, 20, 140, 60))
+    predictions = detector.predict([image, defective], engine)
+    assert predictions.is_anomalous_B[1]
+    assert predictions.score_B[1] > predictions.score_B[0]
+    row, column = divmod(int(predictions.anomaly_map(1, (160, 160)).argmax()), 160)
+    assert 0 <= row <= 80
+    assert 80 <= column <= 160
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (lambda folder: (folder / "detector.json").unlink(), "is not a saved detector"),
+        (lambda folder: (folder / "flow.safetensors").unlink(), "is not a saved detector"),
+        (lambda folder: (folder / "flow.safetensors").write_bytes(b"x" * 20), "is not a saved detector"),
+        (lambda folder: (folder / "detector.json").write_text("{"), "is not a saved detector"),
+        (lambda folder: (folder / "detector.json").write_text('{"format": 7}'), "has format 7, this version of sprue reads 1"),
+    ],
+)
+def test_a_damaged_folder_is_refused(detector, tmp_path, damage, match):
+    detector.save(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(SprueError, match=match):
+        Detector.load(tmp_path)
+
+
+def test_other_backbone_weights_than_the_detectors_are_refused(detector, tmp_path):
+    detector.save(tmp_path)
+    state = {key: value * 1.001 if value.is_floating_point() else value for key, value in torch_load(tmp_path).items()}
+    import safetensors.torch
+
+    safetensors.torch.save_file(state, tmp_path / "backbone.safetensors")
+    with pytest.raises(SprueError, match="these are other weights"):
+        Detector.load(tmp_path).build_engine("torch")
+
+
+def torch_load(folder):
+    import safetensors.torch
+
+    return safetensors.torch.load_file(folder / "backbone.safetensors")
+
+
+def test_the_files_say_what_the_detector_is(detector, tmp_path):
+    detector.save(tmp_path)
+    facts = json.loads((tmp_path / "detector.json").read_text())
+    assert facts["class_name"] == "brick"
+    assert facts["flow"]["config"]["adapted"] == 16
+    assert facts["scoring"] == {"evidence": detector.scoring.evidence, "top": 0.05}
+    assert len(facts["calibration"]["scores"]) == 30
+
+
+@pytest.mark.parametrize(
+    ("setting", "match"),
+    [({"evidence": "norm"}, "'norm' is neither"), ({"top": 0.0}, "top: 0.0 is not"), ({"top": 1.5}, "top: 1.5 is not")],
+)
+def test_scoring_settings_are_checked(setting, match):
+    with pytest.raises(SprueError, match=match):
+        Scoring(**setting)
