@@ -39,14 +39,13 @@ def main(context: Context) -> None:
     """Writes ``detectors``, ``evaluation``, ``metrics`` and ``plots``."""
     inputs = {name: context.folder / name for name in ("manifest.parquet", "features", "fits")}
     manifest = Manifest.read(inputs["manifest.parquet"])
-    spec = resolve(FeatureSpec.from_mapping(context.section("features")))
+    spec = resolve(context.settings(FeatureSpec, "features"))
     scoring = context.settings(Scoring, "scoring")
-    alpha = float(context.section("calibration")["alpha"])
     for class_name in manifest.classes:
         fit = FitRecord.read(inputs["fits"] / class_name)
         table = FeatureTable(inputs["features"] / spec.fingerprint / class_name)
         rows = manifest.select(class_name, "calibration")
-        detector = calibrate(class_name, spec, fit.flow_name, fit.build_flow(), scoring, alpha, table, rows)
+        detector = calibrate(class_name, spec, fit.flow_name, fit.build_flow(), scoring, context.alpha, table, rows)
         evaluation = evaluate(detector, table, manifest.select(class_name, "test"), context.data)
         publish(context, detector, evaluation, fit)
         logger.info(

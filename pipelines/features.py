@@ -15,7 +15,7 @@ def main(context: Context) -> None:
     """Adds to the feature tables."""
     path = context.folder / "manifest.parquet"
     manifest = Manifest.read(path)
-    spec = resolve(FeatureSpec.from_mapping(context.section("features")))
+    spec = resolve(context.settings(FeatureSpec, "features"))
     connect_ray()
     features = context.folder / "features"
     done = extract(spec, manifest.frame, context.data, features)

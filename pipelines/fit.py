@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 def requests_of(context: Context, manifest: Manifest) -> list[FitRequest]:
     """One request for each class of the manifest."""
-    fingerprint = resolve(FeatureSpec.from_mapping(context.section("features"))).fingerprint
+    fingerprint = resolve(context.settings(FeatureSpec, "features")).fingerprint
     flow = context.section("flow")
     name = flow.pop("name")
     settings = context.settings(FitSettings, "fit")

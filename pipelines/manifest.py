@@ -11,10 +11,9 @@ logger = logging.getLogger(__name__)
 
 def main(context: Context) -> None:
     """Writes ``manifest.parquet``."""
-    settings = context.section("manifest")
-    layout = settings.pop("layout", "mvtec")
-    alpha = float(context.section("calibration")["alpha"])
-    manifest = build_manifest(context.data, context.dataset, SplitConfig(**settings), alpha, layout)
+    splits = context.settings(SplitConfig, "manifest", besides=["layout"])
+    layout = context.section("manifest").get("layout", "mvtec")
+    manifest = build_manifest(context.data, context.dataset, splits, context.alpha, layout)
     for left_out in manifest.left_out:
         logger.warning("left out: %s: %s", left_out.path, left_out.reason)
     counts = manifest.frame.groupby(["class_name", "split"]).size().unstack(fill_value=0)

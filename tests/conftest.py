@@ -15,7 +15,11 @@ import ray
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-S3_ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "sprue", "AWS_SECRET_ACCESS_KEY": "sprue-secret", "AWS_DEFAULT_REGION": "us-east-1"}
+S3_ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "sprue",
+    "AWS_SECRET_ACCESS_KEY": "sprue-secret",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
 """Credentials of `s3_server`, as boto3, s3fs and DVC read them."""
 
 

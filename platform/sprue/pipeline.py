@@ -9,7 +9,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,17 +61,34 @@ class Context:
             raise SprueError(f"the parameter file has no section {name!r}")
         return dict(section)
 
-    def settings(self, kind: type[Settings], section: str) -> Settings:
+    @property
+    def alpha(self) -> float:
+        """The false-alarm rate that is wanted.
+
+        Raises:
+            SprueError: If it is missing or not a number.
+        """
+        alpha = self.section("calibration").get("alpha")
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+            raise SprueError(f"calibration.alpha: {alpha!r} is not a number between 0 and 1")
+        return float(alpha)
+
+    def settings(self, kind: type[Settings], section: str, besides: Collection[str] = ()) -> Settings:
         """A section as a dataclass, which checks the ranges.
+
+        Args:
+            kind: The dataclass.
+            section: The section's name.
+            besides: Settings of the section that are not the dataclass's.
 
         Raises:
             SprueError: If a setting is unknown or of the wrong type.
         """
-        values = self.section(section)
+        values = {name: value for name, value in self.section(section).items() if name not in besides}
         known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
         for name in values:
             if name not in known:
-                raise SprueError(f"{section}: there is no setting {name!r}; there are: {', '.join(known)}")
+                raise SprueError(f"{section}: there is no setting {name!r}; there are: {', '.join([*besides, *known])}")
         try:
             return kind(**values)
         except (TypeError, ValueError) as error:

@@ -30,7 +30,8 @@ def location(text: str) -> UPath:
         return UPath(os.path.abspath(os.path.expanduser(text)))  # noqa: PTH100, PTH111 - text may not be a local path
     if scheme != "s3":
         raise SprueError(f"store: {text} is neither a path nor an s3 URL")
-    return UPath(text)
+    # Several processes write to the store, so a listing may be out of date as soon as it is made.
+    return UPath(text, use_listings_cache=False)
 
 
 class KeptBytes(io.BytesIO):

@@ -41,6 +41,20 @@ def test_the_defaults_are_the_published_ones():
     assert (config.adapted, config.bottleneck, config.steps, config.stride, config.noise) == (768, 128, 1, 1, 0.0)
 
 
+def test_no_more_channels_are_adapted_than_there_are():
+    assert PatchFlowConfig(CHANNELS).adapted == 10
+    assert PatchFlowConfig(CHANNELS, maps=(1,)).adapted == 6
+
+
+def test_maps_that_are_not_chosen_have_no_part():
+    torch.manual_seed(0)
+    maps = feature_maps(seed=1)
+    flow = PatchFlow(PatchFlowConfig(CHANNELS, maps=(1,))).fit_adaptor([maps]).eval()
+    alone = PatchFlow(PatchFlowConfig(CHANNELS[1:])).fit_adaptor([maps[1:]]).eval()
+    assert flow.adapt(maps).shape == (6, 6, 4, 3)
+    assert torch.equal(flow.adapt(maps), alone.adapt(maps[1:]))
+
+
 @pytest.mark.parametrize("adapted", [10, 3])
 def test_the_adaptor_whitens_what_it_is_fitted_on(adapted):
     flow = fitted(adapted=adapted)
@@ -236,8 +250,8 @@ def test_a_strange_position_stands_out_where_it_is():
 @pytest.mark.parametrize(
     ("setting", "match"),
     [
-        ({"adapted": 11}, "adapted: 11 is not between 2 and the 10"),
-        ({"adapted": 1}, "adapted: 1 is not"),
+        ({"adapted": 1}, "adapted: 1 is below 2"),
+        ({"maps": (0, 2)}, r"maps: \[0, 2\] are not places among the 2"),
         ({"bottleneck": 0}, "bottleneck, steps and stride are at least 1"),
         ({"steps": 0}, "bottleneck, steps and stride are at least 1"),
         ({"stride": 0}, "bottleneck, steps and stride are at least 1"),

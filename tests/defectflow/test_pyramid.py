@@ -20,7 +20,9 @@ def test_the_neighbourhood_mean_counts_what_lies_inside():
     assert neighbourhood_mean(map_BCHW, 1) is map_BCHW
 
 
-@pytest.mark.parametrize("sizes", [((8, 8), (4, 4)), ((48, 48), (24, 24), (12, 12)), ((9, 7), (4, 5), (1, 1)), ((6, 6),)])
+@pytest.mark.parametrize(
+    "sizes", [((8, 8), (4, 4)), ((48, 48), (24, 24), (12, 12)), ((9, 7), (4, 5), (1, 1)), ((6, 6),)]
+)
 @pytest.mark.parametrize(("stride", "offset"), [(1, (0, 0)), (2, (1, 0)), (3, (2, 1))])
 def test_fusion_is_pooling_then_bilinear_upsampling_then_concatenation(sizes, stride, offset):
     generator = torch.Generator().manual_seed(0)

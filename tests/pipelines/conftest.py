@@ -1,4 +1,4 @@
-"""What the tests of the pipeline share, all of it real: copies of the checkout, a Ray head, an object store, pictures."""
+"""What the tests of the pipeline share, all of it real: copies of the checkout, a Ray head, an object store."""
 
 import os
 import secrets
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -56,7 +56,9 @@ class Checkout:
             timeout=400,
         )
         if check and done.returncode:
-            pytest.fail(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+            pytest.fail(
+                f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+            )
         return done
 
     def git(self, *arguments: str) -> str:
@@ -134,7 +136,9 @@ def write_pictures(folder: Path, classes: Sequence[str] = CLASSES, good: int = G
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A user's environment: nothing of this machine's but the path, and caches of its own."""
     folder = tmp_path_factory.mktemp("user")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "MLFLOW_", "RAY_", "SPRUE_"))}
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "MLFLOW_", "RAY_", "SPRUE_"))
+    }
     user = {f"GIT_{role}_{part}": "test@example.org" for role in ("AUTHOR", "COMMITTER") for part in ("NAME", "EMAIL")}
     return kept | user | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -142,6 +146,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "DVC_SITE_CACHE_DIR": str(folder / "dvc"),
         "DVC_NO_ANALYTICS": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "SPRUE_CACHE": str(folder / "cache"),
     }  # fmt: skip
@@ -149,10 +154,13 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Checkout:
-    """The working tree as a repository of its own with quick parameters, and with pictures that are not under DVC yet."""
+    """The working tree as a repository with quick parameters, and pictures that are not under DVC yet."""
     checkout = Checkout(tmp_path_factory.mktemp("checkout"), environment)
     listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, check=True
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
     )
     for name in filter(None, listed.stdout.decode().split("\0")):
         if (ROOT / name).is_file():
@@ -163,6 +171,35 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, st
     checkout.commit("The working tree")
     write_pictures(checkout.folder / "data" / DATASET)
     return checkout
+
+
+@pytest.fixture
+def pictures() -> Callable[[Path], Path]:
+    """Writes a small dataset; see `write_pictures`."""
+    return write_pictures
+
+
+@pytest.fixture
+def parameters() -> Callable[[Path, Mapping[str, object]], None]:
+    """Writes the quick parameters with some changes."""
+
+    def write(path: Path, changes: Mapping[str, object]) -> None:
+        write_params(path, QUICK)
+        write_params(path, changes, path)
+
+    return write
+
+
+@pytest.fixture
+def add_pictures() -> Callable[[Path, str, int], None]:
+    """Writes further good pictures of a class into a folder."""
+
+    def add(folder: Path, class_name: str, count: int) -> None:
+        rng = np.random.default_rng(99)
+        for number in range(count):
+            crop(class_name, rng).save(folder / f"new{number}.png")
+
+    return add
 
 
 @pytest.fixture(scope="session")
@@ -214,18 +251,21 @@ def ray_head(environment: dict[str, str], object_store: dict[str, str]) -> Itera
         f"--temp-dir={folder}", "--object-store-memory=500000000",
     ]  # fmt: skip
     log = folder / "start.log"
-    with log.open("wb") as output, subprocess.Popen(
-        command, cwd=folder, env=environment | object_store, stdout=output, stderr=output, start_new_session=True
-    ) as process:
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(
+            command, cwd=folder, env=environment | object_store, stdout=output, stderr=output, start_new_session=True
+        ) as process,
+    ):
         try:
             headers = {"Authorization": f"Bearer {environment['RAY_AUTH_TOKEN']}"}
             head = Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", headers)
             _wait_until_it_takes_jobs(head, process, log)
             yield head
         finally:
-            process.send_signal(signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGTERM)
             try:
-                process.wait(30)
+                process.wait(5)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
     shutil.rmtree(folder, ignore_errors=True)

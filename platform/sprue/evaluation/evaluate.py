@@ -130,7 +130,8 @@ def write_evaluation(evaluation: Evaluation, detector: Detector, root: UPath, fo
     figure = histogram(good_N, defective_N, detector.calibration.threshold, detector.class_name)
     figure.savefig(folder / "histogram.png", dpi=110, metadata={"Software": None})
     chosen = _examples(predictions.score_B, labels_N)
-    stack([_panel(evaluation, detector, root, int(index)) for index in chosen]).save(folder / "heatmaps.png")
+    if len(chosen):
+        stack([_panel(evaluation, detector, root, int(index)) for index in chosen]).save(folder / "heatmaps.png")
 
 
 def roc_points(evaluation: Evaluation) -> pd.DataFrame:

@@ -82,7 +82,10 @@ class _Decoder:
         return {"class_name": batch["class_name"], "sha256": batch["sha256"], "image": np.stack(images)}
 
     def _decode(self, path: str, digest: str) -> NDArray[np.uint8]:
-        data = (self.root / path).read_bytes()
+        try:
+            data = (self.root / path).read_bytes()
+        except OSError as error:
+            raise SprueError(f"{self.root / path} can't be read: {error}") from error
         if hashlib.sha256(data).hexdigest() != digest:
             raise SprueError(
                 f"{self.root / path} has changed since the manifest was written; run the manifest stage again"
@@ -159,6 +162,7 @@ def extract(
 
 def _run(spec: FeatureSpec, missing: pd.DataFrame, root: UPath, folder: UPath, engine: EngineName) -> None:
     placement = place_engines()
+    ray.data.DataContext.get_current().raise_original_map_exception = True
     dataset = ray.data.from_items(missing.to_dict("records"), override_num_blocks=-(-len(missing) // BATCH))
     try:
         dataset.map_batches(_Decoder(root, spec.input_size), batch_size=None).map_batches(
@@ -172,5 +176,6 @@ def _run(spec: FeatureSpec, missing: pd.DataFrame, root: UPath, folder: UPath, e
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         if isinstance(cause, SprueError | OSError):
-            raise SprueError(str(cause)) from error
+            # Ray adds lines about trying again.
+            raise SprueError(str(cause).splitlines()[0]) from error
         raise

@@ -72,7 +72,7 @@ class _Part:
     @property
     def file(self) -> Any:
         try:
-            return fastparquet.ParquetFile(self.path.path, fs=self.path.fs)
+            return fastparquet.ParquetFile(self.path.path, verify=True, fs=self.path.fs)
         except (fastparquet.util.ParquetException, OSError, ValueError) as error:
             raise SprueError(
                 f"{self.path} is not a feature table; delete it and run the features stage again"

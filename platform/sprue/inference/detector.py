@@ -198,7 +198,8 @@ def portable_state(module: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def _batches(maps: Sequence[NDArray[np.float16]]) -> Iterator[list[Tensor]]:
-    for start in range(0, len(maps[0]), FLOW_BATCH):
+    # No pictures are one empty batch, which has the right shapes.
+    for start in range(0, max(1, len(maps[0])), FLOW_BATCH):
         yield [torch.from_numpy(map_NCHW[start : start + FLOW_BATCH]) for map_NCHW in maps]
 
 

@@ -26,8 +26,15 @@ from sprue.errors import SprueError
 SUFFIXES = (".safetensors", ".pth", ".pt")
 
 UNREADABLE = (
-    safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError
-)  # fmt: skip
+    safetensors.SafetensorError,
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+)
 """What reading a file that holds no weights, or more than weights, ends in."""
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
@@ -110,7 +111,9 @@ def _fit_class(request: FitRequest, runs: UPath, slots: Slots, epochs: Queue) ->
         ),
         run_config=RunConfig(
             name=name,
-            storage_path=runs.path if runs.protocol in ("", "file") else str(runs),
+            storage_path=runs.path,
+            # The store's own way to reach it, so that Ray Train needs no endpoint and no keys of its own.
+            storage_filesystem=None if runs.protocol in ("", "file") else PyFileSystem(FSSpecHandler(runs.fs)),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=1, checkpoint_score_attribute="validation_nll", checkpoint_score_order="min"
             ),

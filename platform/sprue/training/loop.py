@@ -90,7 +90,7 @@ def rate_at(step: int, steps: int, settings: FitSettings) -> float:
     rising = settings.warmup * steps
     if step + 1 <= rising:
         return settings.learning_rate * (step + 1) / rising
-    progress = (step - rising) / (steps - rising)
+    progress = max(0.0, step - rising) / (steps - rising)
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 

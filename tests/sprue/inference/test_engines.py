@@ -34,7 +34,7 @@ def pictures(count, side, seed=0):
 
 
 def assert_engines_agree(spec, batches):
-    """OpenVINO's maps lie within 1e-4 of each map's range from torch's, and what is stored of both within its rounding."""
+    """Maps differ by at most 1e-4 of each map's range, and what is stored of them by its rounding more."""
     openvino, torch_engine = OpenVINOEngine(spec), TorchEngine(spec)
     for count in batches:
         images_BSS3 = pictures(count, spec.input_size, seed=count)
@@ -74,7 +74,9 @@ def transformer(tmp_path_factory):
     torch.manual_seed(0)
     file = tmp_path_factory.mktemp("weights") / "vit.safetensors"
     safetensors.torch.save_file(timm.create_model("vit_tiny_patch16_224", img_size=96).state_dict(), file)
-    return resolve(FeatureSpec("vit_tiny_patch16_224", f"file:{file}", blocks=(7, 11), scales=(1.0, 0.5), input_size=96))
+    return resolve(
+        FeatureSpec("vit_tiny_patch16_224", f"file:{file}", blocks=(7, 11), scales=(1.0, 0.5), input_size=96)
+    )
 
 
 def test_a_transformer_gives_maps_at_every_scale(transformer):
@@ -84,7 +86,15 @@ def test_a_transformer_gives_maps_at_every_scale(transformer):
 
 
 def test_openvino_equals_torch_for_a_transformer(transformer):
-    assert_engines_agree(transformer, [1, 3])
+    assert_engines_agree(replace(transformer, scales=(1.0,)), [1, 3])
+
+
+def test_a_transformer_that_openvino_runs_unfaithfully_runs_on_torch(transformer, caplog):
+    """OpenVINO's resizing of the position embedding, which the smaller scale needs, is not torch's."""
+    if torch.cuda.is_available():
+        pytest.skip("on a GPU torch is taken")
+    assert build_engine(transformer).name == "torch"
+    assert "OpenVINO's output 2 of vit_tiny_patch16_224 differs from torch's" in caplog.text
 
 
 def test_maps_are_those_of_the_picture_whatever_its_batch():
@@ -146,7 +156,7 @@ def test_what_openvino_cannot_convert_runs_on_torch(tmp_path, monkeypatch, caplo
     assert engine(pictures(2, 64))[0].shape == (2, 8, 16, 16)
     with pytest.raises(SprueError, match="OpenVINO can't convert besselnet"):
         build_engine(spec, "openvino")
-    assert not list((tmp_path / "cache").rglob("*.xml")) if (tmp_path / "cache").exists() else True
+    assert not list(tmp_path.rglob("*.xml"))
 
 
 def test_a_conversion_that_is_not_faithful_is_not_used(tmp_path, monkeypatch, caplog):
@@ -180,5 +190,5 @@ def test_a_backbone_that_cannot_be_had_is_refused_by_name(setting, match):
 
 
 def test_a_size_that_a_transformer_cannot_read_is_refused(transformer):
-    with pytest.raises(SprueError, match="can't be tapped .* of 96 pixels"):
+    with pytest.raises(SprueError, match=r"can't be tapped .* of 96 pixels"):
         load_backbone(replace(transformer, scales=(1 / 4,)))

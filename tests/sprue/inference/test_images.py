@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sprue.inference.heatmap import heat, overlay
 from sprue.inference.calibration import Calibration
+from sprue.inference.heatmap import heat, overlay
 from sprue.inference.images import ImageTooLargeError, NotAnImageError, UnreadableImageError, model_input, open_image
 
 GREY_HW = np.arange(0, 240, dtype=np.uint8).reshape(12, 20)

@@ -1,0 +1,138 @@
+"""The pipeline under DVC, as a user drives it: what runs again, what does not, and versions that come and go."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import mlflow
+import pytest
+
+STAGES = ["manifest", "features", "fit", "evaluate", "register"]
+
+
+def ran(output):
+    """Stages that ``dvc repro`` ran, in their order."""
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage '")]
+
+
+@pytest.fixture(scope="session")
+def first_version(checkout, ray_head, tmp_path_factory):
+    """A checkout whose pictures are under DVC and whose stages have run once; what ``dvc repro`` said."""
+    version = checkout.copy(tmp_path_factory.mktemp("first") / "checkout")
+    version = replace(version, environment={**version.environment, "RAY_ADDRESS": ray_head.address})
+    version.dvc("add", "data/tiny")
+    said = version.dvc("repro")
+    version.commit("The first version")
+    return version, said
+
+
+@pytest.fixture
+def version(first_version, tmp_path):
+    """A copy of the first version for one test to change."""
+    return first_version[0].copy(tmp_path / "checkout")
+
+
+def champions(folder):
+    """Versions of the registry's champions by class."""
+    uri = f"sqlite:///{folder}/store/mlflow/mlflow.db"
+    models = mlflow.MlflowClient(uri, uri).search_registered_models()
+    return {model.name: int(model.aliases["champion"]) for model in models}
+
+
+def test_repro_runs_every_stage(first_version):
+    version, said = first_version
+    assert ran(said) == STAGES
+    assert "76 extracted, 0 were there" in said
+    assert champions(version.folder) == {"brick": 1, "grass": 1}
+    receipt = json.loads((version.folder / "store/tiny/receipts/fit.json").read_text())
+    assert receipt["commit"] == version.git("rev-parse", "HEAD~")
+
+
+def test_metrics_have_a_row_for_each_class(first_version):
+    version, _ = first_version
+    header, *rows = version.dvc("metrics", "show").splitlines()
+    assert "image_auroc" in header
+    assert [row.split()[0].split("/")[-1] for row in rows] == ["brick.json", "grass.json"]
+    metrics = json.loads(version.run("dvc", "metrics", "show", "--json").stdout)[""]["data"]
+    assert {path.split("/")[-1] for path in metrics} == {"brick.json", "grass.json"}
+    for found in metrics.values():
+        assert found["data"]["test_good"] == found["data"]["test_defective"] == 4
+        assert 0.5 < found["data"]["image_auroc"] <= 1
+
+
+def test_a_second_repro_only_asks_the_registry(version):
+    before = (version.folder / "dvc.lock").read_bytes()
+    said = version.dvc("repro")
+    assert ran(said) == ["register"]
+    assert said.count("version 1 was registered already") == 2
+    assert (version.folder / "dvc.lock").read_bytes() == before
+    assert version.git("status", "--porcelain") == ""
+
+
+def test_another_alpha_changes_the_evaluation_alone(version):
+    before = version.digests("store/tiny/features", "store/tiny/fits")
+    manifest = (version.folder / "store/tiny/manifest.parquet").read_bytes()
+    version.set_params({"calibration": {"alpha": 0.25}})
+    said = version.dvc("repro")
+    assert ran(said) == ["manifest", "evaluate", "register"]
+    assert (version.folder / "store/tiny/manifest.parquet").read_bytes() == manifest
+    assert version.digests("store/tiny/features", "store/tiny/fits") == before
+    assert json.loads((version.folder / "store/tiny/metrics/brick.json").read_text())["alpha"] == 0.25
+
+
+def test_more_epochs_fit_again_on_the_same_features(version):
+    before = version.digests("store/tiny/features")
+    version.set_params({"fit": {"epochs": 3}})
+    said = version.dvc("repro", "fit")
+    assert ran(said) == ["fit"]
+    assert "2 of 2 classes are to be fitted" in said
+    assert version.digests("store/tiny/features") == before
+    for class_name in ("brick", "grass"):
+        assert len(json.loads((version.folder / f"store/tiny/fits/{class_name}/fit.json").read_text())["history"]) == 3
+
+
+def test_a_replaced_registry_is_noticed(version):
+    shutil.rmtree(version.folder / "store/mlflow")
+    said = version.dvc("repro")
+    assert ran(said) == ["register"]
+    assert said.count("version 1 is champion") == 2
+    assert champions(version.folder) == {"brick": 1, "grass": 1}
+
+
+@pytest.mark.parametrize("remote", ["folder", "s3"])
+def test_a_second_clone_computes_nothing_again(version, object_store, bucket, remote, tmp_path):
+    variables = object_store if remote == "s3" else {}
+    url = f"s3://{bucket}/dvc" if remote == "s3" else str(tmp_path / "remote")
+    version.dvc("remote", "add", "--default", "plant", url)
+    version.commit("Where the data is kept")
+    version.dvc("push", **variables)
+    clone = version.clone(tmp_path / "clone")
+    assert not (clone.folder / "data/tiny").exists()
+    clone.dvc("pull", **variables)
+    for folder in ("data/tiny", "store/tiny/features", "store/tiny/fits"):
+        assert clone.digests(folder) == version.digests(folder) != {}
+    said = clone.dvc("repro")
+    assert ran(said) == ["register"]
+    assert said.count("version 1 is champion") == 2
+    assert clone.git("status", "--porcelain") == ""
+
+
+def test_new_pictures_make_a_version_and_the_old_one_comes_back(version, add_pictures):
+    watched = ("data/tiny", "store/tiny/features", "store/tiny/fits")
+    before, manifest = version.digests(*watched), (version.folder / "store/tiny/manifest.parquet").read_bytes()
+    add_pictures(version.folder / "data/tiny/brick/train/good", "brick", 3)
+    version.dvc("add", "data/tiny")
+    said = version.dvc("repro", "features")
+    assert ran(said) == ["manifest", "features"]
+    assert "3 extracted, 76 were there" in said
+    after = version.digests("store/tiny/features")
+    old = {name: content for name, content in before.items() if name.startswith("store/tiny/features/")}
+    assert old.items() < after.items()
+    version.commit("Three more")
+    version.git("checkout", "--quiet", "HEAD~")
+    version.dvc("checkout")
+    assert version.digests(*watched) == before
+    assert (version.folder / "store/tiny/manifest.parquet").read_bytes() == manifest
+    said = version.dvc("repro")
+    assert ran(said) == ["register"]
+    assert said.count("version 1 was registered already") == 2

@@ -1,0 +1,137 @@
+"""What goes into a table comes out to the bit, in whatever order it is asked for.
+
+Shapes: N pictures, C channels, H rows, W columns.
+"""
+
+import hashlib
+
+import numpy as np
+import pytest
+from upath import UPath
+
+from sprue.errors import SprueError
+from sprue.features import tables
+from sprue.features.tables import FeatureTable, write_part
+
+SHAPES = [(4, 6, 5), (7, 3, 2)]
+
+
+def names(start, count):
+    return [hashlib.sha256(str(index).encode()).hexdigest() for index in range(start, start + count)]
+
+
+def maps(count, seed=0):
+    """Every bit pattern that a float16 can have may occur: subnormals, infinities and NaNs too."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 2**16, (count, *shape), dtype=np.uint16).view(np.float16) for shape in SHAPES]
+
+
+def bits(stored):
+    return [map_NCHW.view(np.uint16) for map_NCHW in stored]
+
+
+def assert_same_bits(one, other):
+    for ours, theirs in zip(bits(one), bits(other), strict=True):
+        assert np.array_equal(ours, theirs)
+
+
+@pytest.fixture(params=["local", "s3"])
+def folder(request, tmp_path):
+    if request.param == "local":
+        return UPath(tmp_path / "table")
+    return UPath(f"s3://{request.getfixturevalue('s3_bucket')}/table")
+
+
+@pytest.fixture
+def small_groups(monkeypatch):
+    """Row groups of four pictures."""
+    monkeypatch.setattr(tables, "ROW_GROUP_BYTES", 4 * sum(2 * int(np.prod(shape)) for shape in SHAPES))
+
+
+def test_several_parts_and_row_groups_come_back_to_the_bit_and_in_order(folder, small_groups):
+    whole = maps(24)
+    digests = names(0, 24)
+    for start, stop in ((0, 1), (1, 14), (14, 24)):
+        path = write_part(folder, digests[start:stop], [each[start:stop] for each in whole])
+        assert len(tables._Part(path).file.row_groups) == -(-(stop - start) // 4)
+    table = FeatureTable(folder)
+    assert len(table) == 24
+    assert table.shapes == SHAPES
+    assert_same_bits(table.read(digests), whole)
+    order = [*np.random.default_rng(1).permutation(24)[:17].tolist(), 3, 3, 23, 0, 3]
+    assert_same_bits(table.read([digests[index] for index in order]), [each[order] for each in whole])
+
+
+def test_only_the_row_groups_that_are_asked_for_are_read(tmp_path, small_groups, monkeypatch):
+    digests = names(0, 16)
+    write_part(UPath(tmp_path), digests, maps(16))
+    table = FeatureTable(UPath(tmp_path))
+    read = []
+    original = tables.fastparquet.ParquetFile.to_pandas
+    monkeypatch.setattr(
+        tables.fastparquet.ParquetFile,
+        "to_pandas",
+        lambda self, **kwargs: read.append(len(self.row_groups)) or original(self, **kwargs),
+    )
+    assert_same_bits(table.read([digests[5], digests[6]]), [each[[5, 6]] for each in maps(16)])
+    assert read == [1]
+
+
+def test_what_the_table_holds_can_be_asked(tmp_path):
+    folder = UPath(tmp_path)
+    write_part(folder, names(0, 3), maps(3))
+    table = FeatureTable(folder)
+    assert names(0, 1)[0] in table
+    assert names(7, 1)[0] not in table
+    empty = table.read([])
+    assert [each.shape for each in empty] == [(0, *shape) for shape in SHAPES]
+
+
+def test_the_same_pictures_make_the_same_file(tmp_path):
+    first = write_part(UPath(tmp_path / "a"), names(0, 3), maps(3))
+    second = write_part(UPath(tmp_path / "b"), names(0, 3), maps(3))
+    assert first.name == second.name
+    assert first.read_bytes() == second.read_bytes()
+    assert [file.name for file in (tmp_path / "a").iterdir()] == [first.name]
+    assert write_part(UPath(tmp_path / "a"), names(0, 2), maps(2)).name != first.name
+
+
+def test_a_picture_in_two_parts_counts_once(tmp_path):
+    folder = UPath(tmp_path)
+    write_part(folder, names(0, 3), maps(3))
+    write_part(folder, names(2, 3), [each[2:5] for each in maps(5)])
+    table = FeatureTable(folder)
+    assert len(table) == 5
+    assert table.read(names(0, 5))[0].shape[0] == 5
+
+
+def test_no_folder_is_an_empty_table(folder):
+    table = FeatureTable(folder)
+    assert len(table) == 0
+    with pytest.raises(SprueError, match="has no features of picture"):
+        table.read(names(0, 1))
+
+
+def test_a_missing_picture_is_named(tmp_path):
+    write_part(UPath(tmp_path), names(0, 3), maps(3))
+    missing = names(9, 1)[0]
+    with pytest.raises(SprueError, match=f"has no features of picture {missing[:16]}; run the features stage again"):
+        FeatureTable(UPath(tmp_path)).read([*names(0, 2), missing])
+
+
+@pytest.mark.parametrize("damage", ["garbage", "empty", "head", "tail", "footer"])
+def test_a_corrupt_part_is_named_and_says_what_to_do(tmp_path, damage):
+    path = write_part(UPath(tmp_path), names(0, 3), maps(3))
+    data = path.read_bytes()
+    changed = {
+        "garbage": b"not parquet at all",
+        "empty": b"",
+        "head": data[: len(data) // 2],
+        "tail": data[len(data) // 2 :],
+        "footer": data[:-300] + bytes(200) + data[-100:],
+    }
+    path.write_bytes(changed[damage])
+    with pytest.raises(
+        SprueError, match=rf"{path.name} is not a feature table; delete it and run the features stage again"
+    ):
+        FeatureTable(UPath(tmp_path)).read(names(0, 3))

@@ -1,0 +1,214 @@
+"""Runs, packaged models and champions in a real tracking store."""
+
+import io
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from skimage import data
+
+from defectflow import build_flow
+from sprue.errors import SprueError
+from sprue.inference.backbone import resolve
+from sprue.inference.calibration import Calibration
+from sprue.inference.detector import Detector, Scoring, score_features
+from sprue.inference.engines import build_engine
+from sprue.inference.images import model_input
+from sprue.inference.spec import FeatureSpec
+from sprue.tracking.packaging import log_detector
+from sprue.tracking.registry import Champion, champions, find_version, load_detector, make_champion, register
+from sprue.tracking.runs import CURVES, FitRun
+from sprue.tracking.server import experiment_id
+
+SIDE = 64
+
+
+def epochs(count):
+    return [
+        {"epoch": number, "time": 1.7e9 + number, "seconds": 1.0, **dict.fromkeys(CURVES, number + 0.5)}
+        for number in range(1, count + 1)
+    ]
+
+
+def steps(run_id, curve):
+    return [(metric.step, metric.value) for metric in mlflow.MlflowClient().get_metric_history(run_id, curve)]
+
+
+def crops(count, seed):
+    corners = np.random.default_rng(seed).integers(0, 400, (count, 2))
+    return [Image.fromarray(data.brick()[top : top + 100, left : left + 100]).convert("RGB") for top, left in corners]
+
+
+@pytest.fixture(scope="module")
+def detector():
+    spec = resolve(FeatureSpec(input_size=SIDE, blocks=(2,), scales=(1.0,)))
+    maps = build_engine(spec)(np.stack([model_input(image, SIDE) for image in crops(30, seed=0)]))
+    torch.manual_seed(0)
+    flow = build_flow("patchflow", channels=(40,), adapted=16, bottleneck=8)
+    flow.fit_adaptor([[torch.from_numpy(maps[0][:10]).float()]])
+    for parameter in flow.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    scores, evidence = score_features(flow.eval(), Scoring(), [maps[0][10:]])
+    return Detector("brick", spec, "patchflow", flow, Scoring(), Calibration.fit(scores, evidence, alpha=0.05))
+
+
+def png(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_an_epoch_is_logged_once_and_a_reopened_run_goes_on(store):
+    experiment = experiment_id("textures", store)
+    assert experiment_id("textures", store) == experiment
+    run = FitRun.open(experiment, "brick", "k1", {"flow": "patchflow", "fit.epochs": 4})
+    run.log_epochs(epochs(1))
+    run.log_epochs(epochs(2))
+    run.log_epochs(epochs(2))
+    reopened = FitRun.open(experiment, "brick", "k1", {"flow": "patchflow", "fit.epochs": 4})
+    assert (reopened.run_id, reopened.logged) == (run.run_id, {1, 2})
+    reopened.log_epochs(epochs(3))
+    for curve in CURVES:
+        assert steps(run.run_id, curve) == [(1, 1.5), (2, 2.5), (3, 3.5)]
+    assert FitRun.open(experiment, "brick", "k2", {}).run_id != run.run_id
+    assert FitRun.open(experiment, "grass", "k1", {}).run_id != run.run_id
+    logged = mlflow.MlflowClient().get_run(run.run_id)
+    assert logged.data.params == {"flow": "patchflow", "fit.epochs": "4"}
+    assert logged.info.status == "RUNNING"
+
+
+def test_what_a_server_that_was_away_has_missed_is_logged_later(store, monkeypatch, caplog):
+    run = FitRun.open(experiment_id("textures", store), "away", "k", {})
+    uri = mlflow.get_tracking_uri()
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        mlflow.set_tracking_uri("http://127.0.0.1:9")
+        run.log_epochs(epochs(2))
+        mlflow.set_tracking_uri(uri)
+    assert "took no figures" in caplog.text
+    assert (run.logged, steps(run.run_id, CURVES[0])) == (set(), [])
+    run.log_epochs(epochs(3))
+    assert steps(run.run_id, CURVES[0]) == [(1, 1.5), (2, 2.5), (3, 3.5)]
+
+
+def test_a_finished_run_has_figures_and_pictures_and_a_failed_one_says_so(store, tmp_path):
+    experiment = experiment_id("textures", store)
+    run = FitRun.open(experiment, "finished", "k", {})
+    (tmp_path / "scores.csv").write_text("picture,score\n")
+    run.finish({"image_auroc": 0.98}, tmp_path, {"sprue.dataset": "textures"})
+    client = mlflow.MlflowClient()
+    logged = client.get_run(run.run_id)
+    assert (logged.info.status, logged.data.metrics["image_auroc"]) == ("FINISHED", 0.98)
+    assert logged.data.tags["sprue.dataset"] == "textures"
+    assert [file.path for file in client.list_artifacts(run.run_id, "evaluation")] == ["evaluation/scores.csv"]
+    assert list(Path((store / "mlflow" / "artifacts").path).rglob("scores.csv"))
+    failed = FitRun.open(experiment, "failed", "k", {})
+    failed.fail()
+    assert client.get_run(failed.run_id).info.status == "FAILED"
+    assert FitRun.open(experiment, "failed", "k", {}).run_id == failed.run_id
+
+
+@pytest.fixture(scope="module")
+def logged(store, detector):
+    """The run and the URI of the packaged detector."""
+    run = FitRun.open(experiment_id("models", store), "brick", "k", {})
+    return run.run_id, log_detector(detector, run.run_id, png(crops(1, seed=9)[0]), {"sprue.dataset": "textures"})
+
+
+def test_a_registered_detector_is_found_and_comes_back_as_it_was(store, detector, logged):
+    run_id, uri = logged
+    assert champions() == []
+    assert find_version("brick", "key-1") is None
+    version = register("brick", uri, run_id, "key-1", {"sprue.dataset": "textures"}, "words")
+    assert int(find_version("brick", "key-1").version) == version == 1
+    assert find_version("brick", "key-2") is None
+    assert find_version("grass", "key-1") is None
+    assert champions() == []
+    make_champion("brick", version)
+    (champion,) = champions()
+    assert champion == Champion("brick", "brick", 1, run_id)
+
+    engine = build_engine(detector.spec)
+    images = crops(5, seed=1)
+    expected = detector.predict(images, engine)
+    for _ in range(2):  # the second time from the cache
+        loaded = load_detector(champion)
+        predicted = loaded.predict(images, engine)
+        assert np.array_equal(predicted.score_B, expected.score_B)
+        assert np.array_equal(predicted.p_value_B, expected.p_value_B)
+        assert (loaded.class_name, loaded.spec.fingerprint) == ("brick", detector.spec.fingerprint)
+
+    assert register("brick", uri, run_id, "key-2", {}, "words") == 2
+    assert champions() == [champion]
+    make_champion("brick", 2)
+    assert [each.version for each in champions()] == [2]
+
+
+def test_a_version_without_its_files_is_named(store, tmp_path):
+    (tmp_path / "model").mkdir()
+    version = register("gone", str(tmp_path / "model"), "", "key", {}, "")
+    make_champion("gone", version)
+    (champion,) = (each for each in champions() if each.class_name == "gone")
+    with pytest.raises(SprueError, match="the files of gone version 1 can't be had"):
+        load_detector(champion)
+
+
+BARE = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith(("ray", "dvc", "sprue.training", "sprue.tracking", "sprue.features")):
+            raise ImportError(f"{name} is not part of a packaged model")
+
+sys.meta_path.insert(0, Refuse())
+import mlflow, pandas
+model = mlflow.pyfunc.load_model(sys.argv[1])
+import defectflow, sprue.inference.detector
+for module in (defectflow, sprue.inference.detector):
+    assert module.__file__.startswith(sys.argv[1]), module.__file__
+images = [open(path, "rb").read() for path in sys.argv[3:]]
+model.predict(pandas.DataFrame({"image": images})).to_json(sys.argv[2], double_precision=15)
+"""
+
+
+def test_a_packaged_model_runs_without_ray_dvc_and_pickle(logged, detector, tmp_path):
+    folder = mlflow.artifacts.download_artifacts(logged[1], dst_path=str(tmp_path / "model"))
+    assert not [file.name for file in Path(folder).rglob("*") if file.suffix in (".pkl", ".pickle")]
+    assert "ray" not in (Path(folder) / "requirements.txt").read_text()
+    images = crops(3, seed=2)
+    files = []
+    for index, image in enumerate(images):
+        files.append(tmp_path / f"{index}.png")
+        image.save(files[-1])
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(tmp_path),
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "OMP_NUM_THREADS": "1",
+    }
+    subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            textwrap.dedent(BARE),
+            folder.rstrip("/"),
+            str(tmp_path / "answer.json"),
+            *map(str, files),
+        ],
+        cwd=tmp_path,
+        env=environment,
+        check=True,
+    )
+    answer = pd.read_json(tmp_path / "answer.json", precise_float=True)
+    expected = detector.predict(images, build_engine(detector.spec))
+    np.testing.assert_allclose(answer["score"], expected.score_B.astype(float), rtol=1e-6)
+    np.testing.assert_allclose(answer["p_value"], expected.p_value_B, rtol=1e-12)
+    assert np.array_equal(answer["is_anomalous"].astype(bool), expected.is_anomalous_B)

@@ -1,0 +1,92 @@
+"""Ray Train fits the classes side by side, and again only what is not finished."""
+
+import hashlib
+import math
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from upath import UPath
+
+from sprue.errors import SprueError
+from sprue.features.tables import FeatureTable, write_part
+from sprue.training.fit import fit_classes, place_fits
+from sprue.training.loop import FitSettings, train
+from sprue.training.worker import FitRequest
+
+FLOW = {"adapted": 6, "bottleneck": 8}
+
+
+def request_of(folder, class_name, broken=False, **changes):
+    """Writes a class's features and asks for a fit of them."""
+    rng = np.random.default_rng(0)
+    maps = [rng.normal(size=(14, 3, 6, 6)).astype(np.float16), rng.normal(size=(14, 5, 3, 3)).astype(np.float16)]
+    if broken:
+        maps[0][-1, 0, 0, 0] = math.nan
+    names = [hashlib.sha256(f"{class_name}{index}".encode()).hexdigest() for index in range(14)]
+    write_part(UPath(folder / class_name), names, maps)
+    settings = FitSettings(epochs=3, batch_size=5)
+    arguments = {"train": tuple(names[:10]), "validation": tuple(names[10:]), "flow_config": FLOW, "settings": settings}
+    return FitRequest(class_name, "f" * 16, str(folder / class_name), flow_name="patchflow", **arguments | changes)
+
+
+def fitted_here(request):
+    """The last epoch and checkpoint of the same fit without Ray."""
+    table = FeatureTable(UPath(request.table))
+    train_maps, validation_maps = (
+        [torch.from_numpy(map_NCHW) for map_NCHW in table.read(names)] for names in (request.train, request.validation)
+    )
+    reports = []
+    flow = request.build_flow(table)
+    keep = lambda *report: reports.append(report)  # noqa: E731
+    train(flow, train_maps, validation_maps, request.settings, torch.device("cpu"), keep)
+    return reports
+
+
+def test_classes_are_fitted_and_one_that_fails_stops_no_other(cluster, tmp_path):
+    good, bad = request_of(tmp_path / "tables", "brick"), request_of(tmp_path / "tables", "grass", broken=True)
+    seen = []
+    ours, failed = fit_classes([good, bad], UPath(tmp_path / "runs"), lambda name, epoch: seen.append((name, epoch)))
+
+    assert (failed.class_name, failed.best, failed.history) == ("grass", None, [])
+    assert "the likelihood stopped being finite in epoch 1" in failed.failure
+    assert "\n" not in failed.failure
+
+    assert (ours.class_name, ours.failure) == ("brick", "")
+    assert [row["epoch"] for row in ours.history] == [1, 2, 3]
+    assert [(name, asdict(epoch)) for name, epoch in seen] == [("brick", row) for row in ours.history]
+    assert ours.best.epoch == min(ours.history, key=lambda row: row["validation_nll"])["epoch"]
+    if not torch.cuda.is_available():
+        expected = fitted_here(good)
+        best = expected[ours.best.epoch - 1][1]
+        figures = [row["validation_nll"] for row in ours.history]
+        assert figures == pytest.approx([epoch.validation_nll for epoch, _ in expected], rel=1e-4)
+        for key, value in best.flow.items():
+            torch.testing.assert_close(ours.best.flow[key], value, rtol=1e-3, atol=1e-4)
+
+    seen.clear()
+    (again,) = fit_classes([good], UPath(tmp_path / "runs"), lambda name, epoch: seen.append(name))
+    assert seen == []
+    assert again.history == ours.history
+    assert again.best.epoch == ours.best.epoch
+    assert all(torch.equal(value, ours.best.flow[key]) for key, value in again.best.flow.items())
+
+
+def test_cores_are_shared_out(cluster):
+    if torch.cuda.is_available():
+        pytest.skip("where there is a GPU, fits share it")
+    assert [(place_fits(count).count, place_fits(count).cpus) for count in (1, 2, 3)] == [(1, 2), (2, 1), (2, 1)]
+
+
+def test_a_request_is_checked_before_anything_starts(tmp_path):
+    request_of(tmp_path, "brick").check()
+    with pytest.raises(SprueError, match=r"class grass has no features in .*; run the features stage first"):
+        FitRequest("grass", "f", str(tmp_path / "grass"), ("a",), ("b",), "patchflow", FLOW, FitSettings()).check()
+    for changes, match in (
+        ({"flow_config": {"adapted": 1}}, "flow: adapted: 1 is below 2"),
+        ({"flow_config": {"depth": 2}}, "flow: patchflow has no setting 'depth'"),
+        ({"flow_config": {"adapted": "many"}}, "flow: "),
+    ):
+        with pytest.raises(SprueError, match=match):
+            request_of(tmp_path, "brick", **changes).check()
