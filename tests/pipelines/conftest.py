@@ -173,13 +173,13 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, st
     return checkout
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def pictures() -> Callable[[Path], Path]:
     """Writes a small dataset; see `write_pictures`."""
     return write_pictures
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def parameters() -> Callable[[Path, Mapping[str, object]], None]:
     """Writes the quick parameters with some changes."""
 

@@ -45,9 +45,10 @@ def bench(checkout, tmp_path, pictures, parameters):
     return Bench(checkout, tmp_path, pictures, parameters)
 
 
-@pytest.fixture
-def with_manifest(bench):
-    """Its manifest is written."""
+@pytest.fixture(scope="module")
+def with_manifest(checkout, tmp_path_factory, pictures, parameters):
+    """One whose manifest is written, for tests that spoil no more than the parameters."""
+    bench = Bench(checkout, tmp_path_factory.mktemp("bench"), pictures, parameters)
     done = bench.stage("manifest")
     assert done.returncode == 0, done.stderr
     return bench
@@ -104,6 +105,7 @@ def test_wrong_parameters(with_manifest, stage, section, changes, culprits):
 
 
 def test_unreachable_tracking_server(with_manifest, closed_port):
+    with_manifest.write_params(with_manifest.params, {})
     address = f"http://127.0.0.1:{closed_port}"
     with_manifest.refuses("fit", address, "does not answer", MLFLOW_TRACKING_URI=address)
     command = ("python", "pipelines/run.py", "--data", str(with_manifest.data), "--name", "new")

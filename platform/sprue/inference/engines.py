@@ -7,6 +7,8 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -149,6 +151,18 @@ def keep(temporary: Path, folder: Path) -> None:
         shutil.rmtree(temporary)
 
 
+@contextmanager
+def _logging_kept() -> Iterator[None]:
+    """Keeps the root logger as it is: OpenVINO's converter silences it, and leaves it so where it fails."""
+    root = logging.getLogger()
+    level, filters, handlers = root.level, root.filters[:], root.handlers[:]
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.filters[:], root.handlers[:] = filters, handlers
+
+
 def convert(spec: FeatureSpec, folder: Path) -> None:
     """Converts a backbone to OpenVINO's format in `folder`, and checks it against torch on one noisy picture.
 
@@ -166,7 +180,7 @@ def convert(spec: FeatureSpec, folder: Path) -> None:
         0, 256, (1, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
     logger.info("converting %s to OpenVINO, once for this feature spec", spec.backbone)
-    with torch.inference_mode():
+    with torch.inference_mode(), _logging_kept():
         expected = backbone(probe_1SS3)
         try:
             model = openvino.convert_model(backbone, example_input=probe_1SS3, input=[(-1, side, side, 3)])

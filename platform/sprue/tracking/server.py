@@ -1,5 +1,6 @@
 """Which tracking server is used, and whether it answers."""
 
+import logging
 import os
 from urllib.parse import urlparse
 
@@ -47,6 +48,9 @@ def connect(store: UPath) -> str:
         raise SprueError(
             f"MLFLOW_TRACKING_URI={uri} is a folder, which has no model registry: use a server or sqlite:///FILE"
         )
+    # Its progress bars and notices would drown what a stage has to say.
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     return uri
