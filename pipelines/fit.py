@@ -26,7 +26,9 @@ def requests_of(context: Context, manifest: Manifest) -> list[FitRequest]:
     """One request for each class of the manifest."""
     fingerprint = resolve(context.settings(FeatureSpec, "features")).fingerprint
     flow = context.section("flow")
-    name = flow.pop("name")
+    name = flow.pop("name", None)
+    if name is None:
+        raise SprueError("flow: the setting 'name' is missing; write the name of a flow, such as patchflow")
     settings = context.settings(FitSettings, "fit")
     return [
         FitRequest(

@@ -117,14 +117,22 @@ def commit() -> str:
 
 
 def connect_ray() -> None:
-    """Connects to the cluster that ``$RAY_ADDRESS`` names, or starts one on this machine for this process."""
+    """Connects to the cluster that ``$RAY_ADDRESS`` names, or starts one on this machine for this process.
+
+    Raises:
+        SprueError: If nothing answers at that address.
+    """
     # gRPC tells of every fork beside its threads, which is harmless here.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     settings: dict[str, Any] = {"logging_level": logging.ERROR}
     if "RAY_ADDRESS" not in os.environ:
+        settings["address"] = "local"
         # Ray Train asks the dashboard which of its controllers live.
         settings["include_dashboard"] = True
-    ray.init(**settings)
+    try:
+        ray.init(**settings)
+    except ConnectionError as error:
+        raise SprueError(f"there is no Ray cluster at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: {error}") from error
 
 
 def run_stage(stage: str, main: Callable[[Context], None]) -> None:
