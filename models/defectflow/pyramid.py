@@ -38,7 +38,7 @@ class Grid:
     def sample(self, map_BCHW: Tensor) -> Tensor:
         """The grid's positions of a map: a slice if it is the finest, else bilinear upsampling at these positions.
 
-        Two matrix products; on CPUs they take a tenth of the time of torch's own bilinear upsampling.
+        Two matrix products, which on CPUs are faster than torch's own bilinear upsampling of many channels.
         """
         rows, columns = (slice(first, None, self.stride) for first in self.offset)
         if map_BCHW.shape[-2:] == self.size:
