@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 def requests_of(context: Context, manifest: Manifest) -> list[FitRequest]:
     """One request for each class of the manifest."""
-    fingerprint = resolve(context.settings(FeatureSpec, "features")).fingerprint
+    spec = resolve(context.settings(FeatureSpec, "features"))
     flow = context.section("flow")
     name = flow.pop("name", None)
     if name is None:
@@ -33,8 +33,9 @@ def requests_of(context: Context, manifest: Manifest) -> list[FitRequest]:
     return [
         FitRequest(
             class_name,
-            fingerprint,
-            str(context.folder / "features" / fingerprint / class_name),
+            spec.fingerprint,
+            str(context.folder / "features" / spec.fingerprint / class_name),
+            len(spec.blocks),
             tuple(manifest.select(class_name, "train")["sha256"]),
             tuple(manifest.select(class_name, "validation")["sha256"]),
             name,

@@ -11,8 +11,25 @@ Stands on torch, FrEIA and numpy alone, for use on a cluster, in a notebook or o
 torch.Size([2])
 """
 
+from defectflow.csflow import CSFlow, CSFlowConfig
+from defectflow.dnfad import DNFAD, DNFADConfig
 from defectflow.flow import Flow, Maps
+from defectflow.multiflow import MultiFlow, MultiFlowConfig
 from defectflow.patchflow import PatchFlow, PatchFlowConfig
 from defectflow.registry import FLOWS, build_flow, fitting_config
 
-__all__ = ["FLOWS", "Flow", "Maps", "PatchFlow", "PatchFlowConfig", "build_flow", "fitting_config"]
+__all__ = [
+    "DNFAD",
+    "FLOWS",
+    "CSFlow",
+    "CSFlowConfig",
+    "DNFADConfig",
+    "Flow",
+    "Maps",
+    "MultiFlow",
+    "MultiFlowConfig",
+    "PatchFlow",
+    "PatchFlowConfig",
+    "build_flow",
+    "fitting_config",
+]

@@ -6,6 +6,7 @@ pyramid, a scale or a view) of the graph that the block works on.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import cast
 
 import torch
 from FrEIA.modules import InvertibleModule
@@ -29,8 +30,9 @@ class GraphCoupling(InvertibleModule):
 
     Source: Dinh, Sohl-Dickstein, Bengio, "Density estimation using Real NVP" (2017), equations 7 and 8.
 
+    >>> from functools import partial
     >>> from defectflow.subnets import BottleneckSubnet
-    >>> block = GraphCoupling([(6, 4, 4)], lambda c_in, c_out: BottleneckSubnet(c_in, 8, c_out), clamp=1.9)
+    >>> block = GraphCoupling([(6, 4, 4)], partial(BottleneckSubnet, bottleneck=8), clamp=1.9)
     >>> x = torch.randn(2, 6, 4, 4)
     >>> (z,), log_det_B = block([x])
     >>> (y,), _ = block([z], rev=True)
@@ -52,7 +54,8 @@ class GraphCoupling(InvertibleModule):
                 and columns are not held to, since the block works on maps of any size.
             subnet: Builds the two subnetworks.
             clamp: Bound of the log-scale.
-            dims_c: Channels of the condition, which is concatenated after the half that a subnetwork reads.
+            dims_c: Dimensions of the nodes' conditions, of which only the first's channels are read; a condition is
+                concatenated after the half that a subnetwork reads.
 
         Raises:
             ValueError: If nodes differ in their channels or have fewer than two.
@@ -75,22 +78,28 @@ class GraphCoupling(InvertibleModule):
             self.register_buffer(f"perm{node}", torch.randperm(self.channels))
 
     def _affine(
-        self, subnet: nn.Module, read: list[Tensor], condition: Tensor | None, count: int
+        self, subnet: nn.Module, read: list[Tensor], condition: Sequence[Tensor] | None, count: int
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The clamped log-scales and the shifts that a subnetwork makes of the halves it reads."""
-        inputs = read if condition is None else [torch.cat([half, condition], dim=1) for half in read]
+        inputs = read
+        if condition is not None:
+            inputs = [torch.cat(pair, dim=1) for pair in zip(read, condition, strict=True)]
         log_scales, shifts = [], []
-        for out in subnet(inputs):
+        for out, half in zip(subnet(inputs), read, strict=True):
+            # Under autocast the subnetwork's matrix products are short floats; sums of log-scales must not be.
+            out = out.to(half.dtype)
             log_scales.append(soft_clamp(out[:, :count], self.clamp))
             shifts.append(out[:, count:])
         return log_scales, shifts
 
-    def couple(self, maps: Sequence[Tensor], condition: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
+    def couple(
+        self, maps: Sequence[Tensor], condition: Sequence[Tensor] | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Forward pass.
 
         Args:
             maps: A map [B, C, H, W] for each node.
-            condition: [B, K, H, W] for every node, or None.
+            condition: A map [B, K, H, W] for each node, or None.
 
         Returns:
             The transformed maps, and for each the log-determinant of every position, [B, H, W].
@@ -105,7 +114,9 @@ class GraphCoupling(InvertibleModule):
         outputs = [torch.cat(halves, dim=1) for halves in zip(a, b, strict=True)]
         return outputs, [sa.sum(1) + sb.sum(1) for sa, sb in zip(s_a, s_b, strict=True)]
 
-    def uncouple(self, latents: Sequence[Tensor], condition: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
+    def uncouple(
+        self, latents: Sequence[Tensor], condition: Sequence[Tensor] | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Inverse of `couple`; the log-determinants are those of the inverse."""
         a = [z[:, : self.first] for z in latents]
         b = [z[:, self.first :] for z in latents]
@@ -122,11 +133,38 @@ class GraphCoupling(InvertibleModule):
     def forward(
         self, x_or_z: Iterable[Tensor], c: Iterable[Tensor] | None = None, rev: bool = False, jac: bool = True
     ) -> tuple[list[Tensor], Tensor]:
-        """FrEIA's interface: the maps and the log-determinant of each picture, [B], over all nodes."""
-        condition = next(iter(c), None) if c is not None else None
+        """FrEIA's interface: the maps and the log-determinant of each picture, [B], over all nodes.
+
+        There is a condition for each node, or one for all.
+        """
+        condition = list(c or ()) or None
+        if condition is not None and len(condition) == 1:
+            condition *= len(self.dims_in)
         outputs, log_dets = (self.uncouple if rev else self.couple)(list(x_or_z), condition)
         return outputs, torch.stack([log_det.sum((1, 2)) for log_det in log_dets]).sum(0)
 
     def output_dims(self, input_dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
         """A coupling keeps the shape of its maps."""
         return input_dims
+
+
+def couple_all(
+    blocks: Iterable[nn.Module], nodes: Sequence[Tensor], condition: Sequence[Tensor] | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """A chain of couplings: the latents [B, C, H, W] and the sums of the log-determinants [B, H, W], node by node."""
+    latents = list(nodes)
+    log_dets = [node.new_zeros(len(node), *node.shape[2:]) for node in nodes]
+    for block in blocks:
+        latents, more = cast(GraphCoupling, block).couple(latents, condition)
+        log_dets = [log_det + added for log_det, added in zip(log_dets, more, strict=True)]
+    return latents, log_dets
+
+
+def uncouple_all(
+    blocks: Iterable[nn.Module], latents: Sequence[Tensor], condition: Sequence[Tensor] | None
+) -> list[Tensor]:
+    """The inverse of `couple_all`."""
+    nodes = list(latents)
+    for block in reversed(list(blocks)):
+        nodes, _ = cast(GraphCoupling, block).uncouple(nodes, condition)
+    return nodes

@@ -5,13 +5,14 @@ Shapes: B pictures, C channels of a backbone map, D fused channels, A adapted ch
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from functools import partial
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from defectflow.coupling import GraphCoupling
-from defectflow.flow import Flow, Maps
+from defectflow.flow import Flow, FlowConfig, Maps, Shape
 from defectflow.pyramid import Grid, finest_size, fuse, fuse_projected
 from defectflow.subnets import BottleneckSubnet
 from defectflow.whitening import fit_whitening
@@ -24,33 +25,25 @@ ADAPTOR_POSITIONS = 256
 
 
 @dataclass(frozen=True)
-class PatchFlowConfig:
+class PatchFlowConfig(FlowConfig):
     """Settings of `PatchFlow`; the defaults are the published ones where the paper states them.
 
     Attributes:
-        channels: Channels of each backbone map, in the feature spec's order.
-        maps: Which of these maps are read, by their place; all if empty (paper: all, three scales of three blocks).
-            Coarse maps add channels, but few independent positions: with some hundred pictures the whitening
-            overfits them.
+        maps: Paper: all, three scales of three blocks. Coarse maps add channels, but few independent positions:
+            with some hundred pictures the whitening overfits them.
         adapted: Channels after the adaptor (paper: 768), at most the fused ones. The directions with the least
             variance are dropped first, though defects show there well.
         bottleneck: Hidden channels of a subnetwork (paper: 128).
         steps: Coupling blocks (paper: 1).
         clamp: Bound of the log-scales (not stated; 1.9 as in the related CFlow-AD and Multi-Flow).
         neighbourhood: Side of the neighbourhood that is averaged (3; see `defectflow.pyramid`).
-        noise: Standard deviation of the noise on the adapted features in training, in their own (unit) deviations.
         stride: In training every stride-th position each way is read, from an offset drawn for every step (paper:
             1, all). Neighbours are nearly copies of each other, so 2 learns as much a step in a quarter of the time.
     """
 
-    channels: tuple[int, ...]
-    maps: tuple[int, ...] = ()
     adapted: int = 768
     bottleneck: int = 128
-    steps: int = 1
-    clamp: float = 1.9
     neighbourhood: int = 3
-    noise: float = 0.0
     stride: int = 1
 
     def __post_init__(self) -> None:
@@ -59,61 +52,39 @@ class PatchFlowConfig:
         Raises:
             ValueError: If a setting is out of range; the message names it.
         """
-        object.__setattr__(self, "channels", tuple(self.channels))
-        object.__setattr__(self, "maps", tuple(self.maps or range(len(self.channels))))
-        if not set(self.maps) <= set(range(len(self.channels))):
-            raise ValueError(f"maps: {list(self.maps)} are not places among the {len(self.channels)} feature maps")
+        super().__post_init__()
         object.__setattr__(self, "adapted", min(self.adapted, self.fused))
         if self.adapted < 2:
             raise ValueError(f"adapted: {self.adapted} is below 2 (of {self.fused} fused channels)")
-        if min(self.bottleneck, self.steps, self.stride) < 1:
-            raise ValueError(
-                f"bottleneck, steps and stride are at least 1; got {self.bottleneck}, {self.steps} and {self.stride}"
-            )
+        if min(self.bottleneck, self.stride) < 1:
+            raise ValueError(f"bottleneck and stride are at least 1; got {self.bottleneck} and {self.stride}")
         if self.neighbourhood < 1 or self.neighbourhood % 2 == 0:
             raise ValueError(f"neighbourhood: {self.neighbourhood} is not an odd number from 1")
-        if self.clamp <= 0 or self.noise < 0:
-            raise ValueError(f"clamp is above and noise not below zero; got {self.clamp} and {self.noise}")
 
     @classmethod
-    def fitting(cls, shapes: Sequence[tuple[int, int, int]], pictures: int, **settings: Any) -> Self:
+    def fitting(cls, scales: Sequence[Sequence[Shape]], pictures: int, **settings: Any) -> Self:
         """The config for features of some shapes and a number of training pictures.
 
         Unless `maps` are given, they are taken scale by scale, the largest first, as long as the coarsest has
         `SAMPLES_PER_CHANNEL` positions in all pictures for each fused channel. The first scale is always read.
 
-        Args:
-            shapes: Channels, rows and columns of each feature map, scale by scale.
-            pictures: How many pictures the adaptor is fitted on.
-            **settings: Fields that are set by hand.
-
-        >>> shapes = [(40, 48, 48), (192, 12, 12), (40, 24, 24), (192, 6, 6)]
-        >>> PatchFlowConfig.fitting(shapes, pictures=500).maps, PatchFlowConfig.fitting(shapes, pictures=50).maps
+        >>> scales = [[(40, 48, 48), (192, 12, 12)], [(40, 24, 24), (192, 6, 6)]]
+        >>> PatchFlowConfig.fitting(scales, pictures=500).maps, PatchFlowConfig.fitting(scales, pictures=50).maps
         ((0, 1, 2, 3), (0, 1))
         """
-        chosen: list[int] = []
-        for scale in _scales(shapes):
-            fused = sum(shapes[place][0] for place in (*chosen, *scale))
-            samples = pictures * min(shapes[place][1] * shapes[place][2] for place in scale)
-            if chosen and samples < SAMPLES_PER_CHANNEL * fused:
+        taken, fused = 0, 0
+        for scale in scales:
+            fused += sum(channels for channels, _, _ in scale)
+            samples = pictures * min(rows * columns for _, rows, columns in scale)
+            if taken and samples < SAMPLES_PER_CHANNEL * fused:
                 break
-            chosen += scale
-        return cls(**{"channels": tuple(shape[0] for shape in shapes), "maps": tuple(chosen), **settings})
+            taken += len(scale)
+        return super().fitting(scales, pictures, **{"maps": tuple(range(taken)), **settings})
 
     @property
     def fused(self) -> int:
         """Channels of the fused pyramid."""
         return sum(self.channels[place] for place in self.maps)
-
-
-def _scales(shapes: Sequence[tuple[int, int, int]]) -> list[list[int]]:
-    """Places of the maps, scale by scale: a scale begins where a map is larger than the one before."""
-    scales: list[list[int]] = []
-    for place, (_, rows, _) in enumerate(shapes):
-        if place == 0 or rows > shapes[place - 1][1]:
-            scales.append([])
-        scales[-1].append(place)
-    return scales
 
 
 class PatchFlow(Flow):
@@ -135,15 +106,15 @@ class PatchFlow(Flow):
 
     def __init__(self, config: PatchFlowConfig) -> None:
         """Makes an unfitted flow: the couplings are the identity, the adaptor is zero."""
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.register_buffer("adaptor_weight", torch.zeros(config.adapted, config.fused))
         self.register_buffer("adaptor_bias", torch.zeros(config.adapted))
         self.blocks = nn.ModuleList(
             GraphCoupling(
                 [(config.adapted, 1, 1)],
-                lambda c_in, c_out: BottleneckSubnet(c_in, config.bottleneck, c_out),
+                partial(BottleneckSubnet, bottleneck=config.bottleneck),
                 config.clamp,
+                config.dims_c(),
             )
             for _ in range(config.steps)
         )
@@ -162,39 +133,16 @@ class PatchFlow(Flow):
     @torch.no_grad()
     def _sampled(self, batches: Iterable[Maps]) -> Iterator[Tensor]:
         for maps in batches:
-            fused_BDP = fuse([maps[place] for place in self.config.maps], self.config.neighbourhood).flatten(2)
+            fused_BDP = fuse(self.chosen(maps), self.config.neighbourhood).flatten(2)
             stride = max(1, fused_BDP.shape[2] // ADAPTOR_POSITIONS)
             yield fused_BDP[:, :, ::stride].transpose(1, 2).flatten(0, 1)
 
-    def adapt(self, maps: Maps) -> Tensor:
-        """The whitened pyramid, [B, A, H, W]; in training with noise, and with the stride's positions alone."""
-        chosen = [maps[place] for place in self.config.maps]
+    def adapt(self, maps: Maps) -> list[Tensor]:
+        """The whitened pyramid, [B, A, H, W], one node; in training at the stride's positions alone."""
+        chosen = self.chosen(maps)
         grid = Grid(finest_size(chosen))
         if self.training and self.config.stride > 1:
             top, left = torch.randint(self.config.stride, (2,)).tolist()
             grid = Grid(grid.size, self.config.stride, (top, left))
         weight_AD, bias_A = self.get_buffer("adaptor_weight"), self.get_buffer("adaptor_bias")
-        adapted = fuse_projected(chosen, self.config.neighbourhood, weight_AD, bias_A, grid)
-        if self.training and self.config.noise > 0:
-            adapted = adapted + self.config.noise * torch.randn_like(adapted)
-        return adapted
-
-    def forward(
-        self, maps: Maps, condition: Tensor | None = None, mask: Tensor | None = None
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """See `Flow.forward`; there is one node."""
-        z = self.adapt(maps)
-        log_det_BHW = z.new_zeros(z.shape[0], *z.shape[2:])
-        for block in self.blocks:
-            (z,), (block_log_det_BHW,) = cast(GraphCoupling, block).couple([z], condition)
-            log_det_BHW = log_det_BHW + block_log_det_BHW
-        if mask is not None:
-            z, log_det_BHW = z * mask, log_det_BHW * mask[:, 0]
-        return [z], [log_det_BHW]
-
-    def inverse(self, latents: Sequence[Tensor], condition: Tensor | None = None) -> list[Tensor]:
-        """The adapted map [B, A, H, W] of a latent map, as a list of one."""
-        maps = list(latents)
-        for block in reversed(self.blocks):
-            maps, _ = cast(GraphCoupling, block).uncouple(maps, condition)
-        return maps
+        return [fuse_projected(chosen, self.config.neighbourhood, weight_AD, bias_A, grid)]

@@ -4,28 +4,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
-from defectflow.flow import Flow
+from defectflow.csflow import CSFlow
+from defectflow.dnfad import DNFAD
+from defectflow.flow import Flow, Shape
+from defectflow.multiflow import MultiFlow
 from defectflow.patchflow import PatchFlow
 
-FLOWS: dict[str, type[Flow]] = {"patchflow": PatchFlow}
+FLOWS: dict[str, type[Flow]] = {"csflow": CSFlow, "dnfad": DNFAD, "multiflow": MultiFlow, "patchflow": PatchFlow}
 """The flows by name."""
 
 
 def fitting_config(
-    name: str, shapes: Sequence[tuple[int, int, int]], pictures: int, settings: Mapping[str, Any]
+    name: str, scales: Sequence[Sequence[Shape]], pictures: int, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """A flow's whole config for features of some shapes and a number of training pictures.
 
     Args:
         name: A key of `FLOWS`.
-        shapes: Channels, rows and columns of each feature map.
+        scales: Shapes of the feature maps of each scale of the picture, the largest scale first.
         pictures: How many pictures it will be fitted on.
         settings: Fields that are set by hand; what is left out is published or follows from the features.
 
     Raises:
         ValueError: As `build_flow`.
     """
-    return asdict(_flow_class(name, settings).config_class.fitting(shapes, pictures, **settings))
+    return asdict(_flow_class(name, settings).config_class.fitting(scales, pictures, **settings))
 
 
 def build_flow(name: str, **config: Any) -> Flow:
@@ -43,7 +46,7 @@ def build_flow(name: str, **config: Any) -> Flow:
     >>> build_flow("patchflow", channels=(8,), depth=3)
     Traceback (most recent call last):
     ...
-    ValueError: patchflow has no setting 'depth'; it has: channels, maps, adapted, bottleneck, steps, clamp, neighbourhood, noise, stride
+    ValueError: patchflow has no setting 'depth'; it has: channels, maps, steps, clamp, noise, noise_scheme, adapted, bottleneck, neighbourhood, stride
     """  # noqa: E501
     flow = _flow_class(name, config)
     return flow(flow.config_class(**config))

@@ -1,19 +1,24 @@
-"""Subnetworks of the coupling block: from the halves that are read to log-scales and shifts."""
+"""Subnetworks of the coupling block: from the halves that are read to log-scales and shifts.
+
+Every output is multiplied by a learnable ``gamma`` that starts at zero, so that a new coupling is the identity.
+
+Shapes: B pictures, C channels, H rows, W columns of a node's map.
+"""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from defectflow.pyramid import Grid
 
 
 class BottleneckSubnet(nn.Module):
-    """Three 1x1 convolutions through a bottleneck, the same for every node, without messages (PatchFlow).
+    """Three 1x1 convolutions through a bottleneck, the same for every node, without messages (PatchFlow)."""
 
-    The output is multiplied by a learnable ``gamma`` per channel that starts at zero, so that a new coupling
-    is the identity.
-    """
-
-    def __init__(self, c_in: int, bottleneck: int, c_out: int) -> None:
+    def __init__(self, c_in: int, c_out: int, bottleneck: int) -> None:
         """Makes the layers: `c_in` to `bottleneck` to `bottleneck` to `c_out` channels."""
         super().__init__()
         self.layers = nn.Sequential(
@@ -28,3 +33,155 @@ class BottleneckSubnet(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Maps [B, c_in, H, W] to [B, c_out, H, W], node by node."""
         return [self.layers(map_BCHW) * self.gamma for map_BCHW in maps]
+
+
+class CrossScaleSubnet(nn.Module):
+    """Two convolutions a scale, and messages from the hidden maps to the next smaller and larger scale (CS-Flow).
+
+    A message to the next larger scale is a convolution of the upsampled hidden map, so it and the scale's own
+    second convolution are one convolution of both hidden maps, stacked: one larger matrix product.
+
+    Source: Rudolph et al. (2022), figure 4; leaky ReLU of slope 0.1 from the authors' code.
+    """
+
+    def __init__(self, c_in: int, c_out: int, nodes: int, hidden: int, kernel: int) -> None:
+        """Makes the convolutions of `nodes` scales, the largest first, all with square kernels of side `kernel`."""
+        super().__init__()
+        self.lift = nn.ModuleList(nn.Conv2d(c_in, hidden, kernel, padding=kernel // 2) for _ in range(nodes))
+        self.gather = nn.ModuleList(
+            _stacked(hidden, 1 + (node < nodes - 1), c_out, kernel, padding_mode="zeros") for node in range(nodes)
+        )
+        self.down = nn.ModuleList(
+            nn.Conv2d(hidden, c_out, kernel, stride=2, padding=kernel // 2) for _ in range(nodes - 1)
+        )
+        self.gamma = nn.Parameter(torch.zeros(nodes))
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Maps [B, c_in, H, W], each half the size of the one before, to [B, c_out, H, W]."""
+        hidden = [F.leaky_relu(lift(map_BCHW), 0.1) for lift, map_BCHW in zip(self.lift, maps, strict=True)]
+        outputs = []
+        for node, gather in enumerate(self.gather):
+            seen = [hidden[node]]
+            if node + 1 < len(hidden):
+                seen.append(Grid((hidden[node].shape[2], hidden[node].shape[3])).sample(hidden[node + 1]))
+            out = gather(torch.cat(seen, dim=1))
+            if node > 0:
+                out = out + self.down[node - 1](hidden[node - 1])
+            outputs.append(out * self.gamma[node])
+        return outputs
+
+
+class CrossViewSubnet(nn.Module):
+    """Two convolutions a view, and the mean of messages from the neighbours' hidden maps (Multi-Flow).
+
+    A view's second convolution and its messages are one convolution of the stacked hidden maps of the view and of
+    its neighbours, these divided by their number.
+
+    Source: Multi-Flow, "Multi-View Normalizing Flows"; ReLU and replication at the border from the authors' code.
+    """
+
+    def __init__(self, c_in: int, c_out: int, neighbours: Sequence[Sequence[int]], hidden: int, kernel: int) -> None:
+        """Makes the convolutions of all views.
+
+        Args:
+            c_in: Channels that are read.
+            c_out: Channels of the output.
+            neighbours: For each view, the views that it gets messages from.
+            hidden: Channels of the hidden maps.
+            kernel: Side of the kernels.
+        """
+        super().__init__()
+        self.neighbours = [tuple(sources) for sources in neighbours]
+        self.lift = nn.ModuleList(
+            nn.Conv2d(c_in, hidden, kernel, padding=kernel // 2, padding_mode="replicate") for _ in neighbours
+        )
+        self.gather = nn.ModuleList(
+            _stacked(hidden, 1 + len(sources), c_out, kernel, padding_mode="replicate") for sources in neighbours
+        )
+        self.gamma = nn.Parameter(torch.zeros(len(neighbours)))
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Maps [B, c_in, H, W] of equal sizes to [B, c_out, H, W]."""
+        hidden = [F.relu(lift(map_BCHW)) for lift, map_BCHW in zip(self.lift, maps, strict=True)]
+        outputs = []
+        for node, (gather, sources) in enumerate(zip(self.gather, self.neighbours, strict=True)):
+            seen = [hidden[node], *(hidden[source] / len(sources) for source in sources)]
+            outputs.append(gather(torch.cat(seen, dim=1)) * self.gamma[node])
+        return outputs
+
+
+class DynamicSpatialAttention(nn.Module):
+    """Weights a map's positions by what is in the picture (the attention of DNFAD's DSAM).
+
+    The mean and the maximum over the channels are filtered by a depthwise convolution whose kernel is a mixture of
+    `groups` kernels, weighted by the picture itself, then by one that makes one channel of the two; this times its
+    own sigmoid is added to every channel of the map.
+
+    Sources: DNFAD, figure of the DSAM; the input-dependent convolution is of Lou et al., "TransXNet" (2023).
+    """
+
+    KERNEL = 3
+
+    def __init__(self, groups: int = 8) -> None:
+        """Makes the kernels that are mixed."""
+        super().__init__()
+        self.groups = groups
+        self.kernels = nn.Parameter(torch.empty(groups, 2, self.KERNEL, self.KERNEL))
+        self.biases = nn.Parameter(torch.zeros(groups, 2))
+        nn.init.trunc_normal_(self.kernels, std=0.02)
+        self.mixture = nn.Sequential(nn.Conv2d(2, 1, 1), nn.Conv2d(1, 2 * groups, 1))
+        self.combine = nn.Conv2d(2, 1, self.KERNEL, padding=1, bias=False)
+
+    def forward(self, map_BCHW: Tensor) -> Tensor:
+        """A map [B, C, H, W], raised where attention falls."""
+        pooled = torch.cat([map_BCHW.mean(1, keepdim=True), map_BCHW.amax(1, keepdim=True)], dim=1)
+        pictures, channels, rows, columns = pooled.shape
+        kernels = self._mixed(F.adaptive_avg_pool2d(pooled, self.KERNEL), self.kernels)
+        biases = self._mixed(pooled.mean((2, 3), keepdim=True), self.biases[:, :, None, None])
+        filtered = F.conv2d(
+            pooled.reshape(1, pictures * channels, rows, columns),
+            kernels.reshape(pictures * channels, 1, self.KERNEL, self.KERNEL),
+            biases.flatten(),
+            padding=1,
+            groups=pictures * channels,
+        )
+        attention = self.combine(filtered.reshape(pictures, channels, rows, columns))
+        return map_BCHW + attention * attention.sigmoid()
+
+    def _mixed(self, pooled: Tensor, mixed: Tensor) -> Tensor:
+        """The mixture of `mixed` [groups, 2, K, K] for each picture, [B, 2, K, K], by weights made of `pooled`."""
+        weights = self.mixture(pooled).reshape(len(pooled), self.groups, 2, *pooled.shape[2:]).softmax(1)
+        return (weights * mixed).sum(1)
+
+
+class AttentionSubnet(nn.Module):
+    """Dynamic spatial attention and two 3x3 convolutions, the same for every node (DNFAD's DSAM subnetwork)."""
+
+    def __init__(self, c_in: int, c_out: int, hidden: int) -> None:
+        """Makes the layers: `c_in` to `hidden` to `c_out` channels."""
+        super().__init__()
+        self.attention = DynamicSpatialAttention()
+        self.first = nn.Conv2d(c_in, hidden, 3, padding=1, padding_mode="replicate")
+        self.norm = nn.LayerNorm(hidden)
+        self.second = nn.Conv2d(hidden, c_out, 3, padding=1, padding_mode="replicate")
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Maps [B, c_in, H, W] to [B, c_out, H, W], node by node."""
+        return [self._one(map_BCHW) * self.gamma for map_BCHW in maps]
+
+    def _one(self, map_BCHW: Tensor) -> Tensor:
+        hidden = self.first(self.attention(map_BCHW))
+        hidden = self.norm(hidden.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return F.relu(self.second(F.relu(hidden)))
+
+
+def _stacked(
+    hidden: int, sources: int, c_out: int, kernel: int, padding_mode: Literal["zeros", "replicate"]
+) -> nn.Conv2d:
+    """A convolution of stacked hidden maps whose weights start as those of one convolution for each of them."""
+    stacked = nn.Conv2d(hidden * sources, c_out, kernel, padding=kernel // 2, padding_mode=padding_mode)
+    with torch.no_grad():
+        # The usual range falls with the root of the inputs, which are one map's for each source.
+        stacked.weight.mul_(sources**0.5)
+    return stacked

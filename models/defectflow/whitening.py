@@ -12,12 +12,13 @@ RELATIVE_FLOOR = 1e-6
 """Directions whose variance is below this share of the largest are constant in the data but for rounding."""
 
 
-def fit_whitening(batches: Iterable[Tensor], components: int) -> tuple[Tensor, Tensor]:
+def fit_whitening(batches: Iterable[Tensor], components: int, *, decorrelate: bool = True) -> tuple[Tensor, Tensor]:
     """Fits the whitening in one pass, accumulated in float64.
 
     Args:
         batches: Feature vectors [N, D], several times.
         components: A, how many of the directions with the largest variance are kept.
+        decorrelate: False leaves the channels as they are but for their mean and variance; then all are kept.
 
     Returns:
         The weight [A, D] and the bias [A] in float32: ``weight @ x + bias`` is white.
@@ -47,6 +48,10 @@ def fit_whitening(batches: Iterable[Tensor], components: int) -> tuple[Tensor, T
     covariance = outer / count - torch.outer(mean, mean)
     if not torch.isfinite(covariance).all():
         raise ValueError("whitening met features that are not finite")
+    if not decorrelate:
+        variances = covariance.diagonal()
+        weight = variances.clamp_min(variances.max() * RELATIVE_FLOOR).rsqrt().diag()
+        return weight.float(), -(weight @ (shift.double() + mean)).float()
     variances, directions = torch.linalg.eigh(covariance)
     variances, directions = variances.flip(0)[:components], directions.flip(1)[:, :components]
     weight = directions.T / variances.clamp_min(variances[0] * RELATIVE_FLOOR).sqrt()[:, None]

@@ -26,7 +26,7 @@ class MessageSubnet(nn.Module):
 
 
 def bottleneck(c_in, c_out):
-    return BottleneckSubnet(c_in, 8, c_out)
+    return BottleneckSubnet(c_in, c_out, 8)
 
 
 def randomised(block, seed=0):
@@ -57,7 +57,7 @@ def inputs(case, size, dtype, pictures=2):
     shape = (pictures, case.get("channels", 6), *size)
     maps = [torch.randn(shape, generator=generator, dtype=dtype) for _ in range(case.get("nodes", 1))]
     extra = case.get("condition", 0)
-    condition = torch.randn(pictures, extra, *size, generator=generator, dtype=dtype) if extra else None
+    condition = [torch.randn(pictures, extra, *size, generator=generator, dtype=dtype) for _ in maps] if extra else None
     return maps, condition
 
 
@@ -84,11 +84,11 @@ def test_the_log_determinant_is_that_of_the_jacobian(case):
     size = (2, 3)
     block = coupling(**case).double()
     maps, condition = inputs(case, size, torch.float64)
-    _, log_det_B = block(maps, c=None if condition is None else [condition])
+    _, log_det_B = block(maps, c=condition)
     _, log_dets = block.couple(maps, condition)
     torch.testing.assert_close(torch.stack([each.sum((1, 2)) for each in log_dets]).sum(0), log_det_B)
     for picture in range(2):
-        one = None if condition is None else condition[picture : picture + 1]
+        one = None if condition is None else [each[picture : picture + 1] for each in condition]
 
         def whole(flat, one=one):
             latents, _ = block.couple(list(flat.view(len(maps), 1, -1, *size)), one)
@@ -158,8 +158,8 @@ def test_freia_chains_it_in_a_sequence_and_in_a_graph():
     outputs = [ff.OutputNode(node.out0), ff.OutputNode(node.out1)]
     graph = randomised(ff.GraphINN([first, second, condition, node, *outputs])).double()
     maps, c = inputs({"nodes": 2, "channels": 4, "condition": 3}, (2, 2), torch.float64)
-    latents, log_det_B = graph(maps, c=[c])
-    restored, _ = graph(latents, c=[c], rev=True)
+    latents, log_det_B = graph(maps, c=c[:1])
+    restored, _ = graph(latents, c=c[:1], rev=True)
     assert log_det_B.shape == (2,)
     for x, y in zip(maps, restored, strict=True):
         torch.testing.assert_close(y, x)

@@ -51,15 +51,15 @@ def test_maps_that_are_not_chosen_have_no_part():
     maps = feature_maps(seed=1)
     flow = PatchFlow(PatchFlowConfig(CHANNELS, maps=(1,))).fit_adaptor([maps]).eval()
     alone = PatchFlow(PatchFlowConfig(CHANNELS[1:])).fit_adaptor([maps[1:]]).eval()
-    assert flow.adapt(maps).shape == (6, 6, 4, 3)
-    assert torch.equal(flow.adapt(maps), alone.adapt(maps[1:]))
+    assert flow.adapt(maps)[0].shape == (6, 6, 4, 3)
+    assert torch.equal(flow.adapt(maps)[0], alone.adapt(maps[1:])[0])
 
 
 @pytest.mark.parametrize("adapted", [10, 3])
 def test_the_adaptor_whitens_what_it_is_fitted_on(adapted):
     flow = fitted(adapted=adapted)
     with torch.no_grad():
-        adapted_BAHW = torch.cat([flow.adapt(feature_maps(seed=seed)) for seed in (1, 2)])
+        adapted_BAHW = torch.cat([flow.adapt(feature_maps(seed=seed))[0] for seed in (1, 2)])
     values_NA = adapted_BAHW.permute(0, 2, 3, 1).flatten(0, 2).double()
     torch.testing.assert_close(values_NA.mean(0), torch.zeros(adapted).double(), atol=1e-4, rtol=0)
     torch.testing.assert_close(torch.cov(values_NA.T, correction=0), torch.eye(adapted).double(), atol=1e-3, rtol=0)
@@ -105,7 +105,7 @@ def test_a_new_flows_likelihood_is_a_gaussians():
     flow = PatchFlow(PatchFlowConfig(CHANNELS, adapted=5, bottleneck=8, steps=3))
     flow.fit_adaptor([feature_maps(seed=1)]).eval()
     maps = feature_maps(seed=3)
-    values_BHWA = flow.adapt(maps).permute(0, 2, 3, 1)
+    values_BHWA = flow.adapt(maps)[0].permute(0, 2, 3, 1)
     log_likelihood_BHW = MultivariateNormal(torch.zeros(5), torch.eye(5)).log_prob(values_BHWA)
     expected_B = -log_likelihood_BHW.sum((1, 2)) / (5 * 8 * 6)
     torch.testing.assert_close(flow.nll(maps), expected_B)
@@ -117,7 +117,7 @@ def test_a_new_flows_likelihood_is_a_gaussians():
 def test_the_likelihood_counts_the_change_of_variables():
     flow = fitted().double()
     maps = [map_BCHW.double() for map_BCHW in feature_maps(pictures=1, size=(2, 2), seed=3)]
-    adapted_BAHW = flow.adapt(maps)
+    (adapted_BAHW,) = flow.adapt(maps)
 
     def through_the_couplings(x_BAHW):
         for block in flow.blocks:
@@ -151,7 +151,7 @@ def test_the_inverse_returns_the_adapted_maps():
     with torch.no_grad():
         latents, _ = flow(maps)
         (restored_BAHW,) = flow.inverse(latents)
-        adapted_BAHW = flow.adapt(maps)
+        (adapted_BAHW,) = flow.adapt(maps)
     assert (latents[0] - adapted_BAHW).abs().max() > 0.1
     torch.testing.assert_close(restored_BAHW, adapted_BAHW, rtol=1e-3, atol=1e-3)
 
@@ -160,12 +160,12 @@ def test_training_reads_exactly_a_sub_grid_and_evaluation_every_position():
     flow = fitted(stride=2)
     maps = feature_maps(size=(8, 6), seed=3)
     with torch.no_grad():
-        whole_BAHW = flow.adapt(maps)
+        (whole_BAHW,) = flow.adapt(maps)
         assert whole_BAHW.shape == (6, 10, 8, 6)
         flow.train()
         seen = set()
         for _ in range(40):
-            part_BAHW = flow.adapt(maps)
+            (part_BAHW,) = flow.adapt(maps)
             assert part_BAHW.shape == (6, 10, 4, 3)
             matching = [
                 (top, left)
@@ -180,13 +180,15 @@ def test_training_reads_exactly_a_sub_grid_and_evaluation_every_position():
 
 def test_noise_is_added_in_training_alone():
     flow = fitted(noise=0.25)
+    for parameter in flow.parameters():
+        torch.nn.init.zeros_(parameter)
     maps = feature_maps(pictures=40, seed=3)
     with torch.no_grad():
-        still_BAHW = flow.adapt(maps)
-        assert torch.equal(flow.adapt(maps), still_BAHW)
+        (still_BAHW,), _ = flow(maps)
+        assert torch.equal(flow(maps)[0][0], still_BAHW)
         flow.train()
-        difference = flow.adapt(maps) - still_BAHW
-        assert not torch.equal(flow.adapt(maps), flow.adapt(maps))
+        difference = flow(maps)[0][0] - still_BAHW
+        assert not torch.equal(flow(maps)[0][0], flow(maps)[0][0])
     assert difference.std().item() == pytest.approx(0.25, rel=0.05)
     assert abs(difference.mean().item()) < 0.01
 
@@ -198,12 +200,14 @@ def test_what_is_masked_counts_for_nothing():
     mask[:, :, 4:] = 0
     with torch.no_grad():
         (z,), (log_det_BHW,) = flow(maps)
-        (masked_z,), (masked_log_det_BHW,) = flow(maps, mask=mask)
+        (masked_z,), (masked_log_det_BHW,) = flow(maps, mask=[mask])
     assert torch.equal(masked_z[:, :, :4], z[:, :, :4])
     assert torch.equal(masked_log_det_BHW[:, :4], log_det_BHW[:, :4])
     assert not masked_z[:, :, 4:].any()
     assert not masked_log_det_BHW[:, 4:].any()
-    assert torch.equal(flow.nll(maps, mask=torch.ones(6, 1, 8, 6)), flow.nll(maps))
+    torch.testing.assert_close(flow.nll(maps, mask=[torch.ones(6, 1, 8, 6)]), flow.nll(maps))
+    _, (whole_BHW,) = flow.position_nll(maps)
+    torch.testing.assert_close(flow.nll(maps, mask=[mask]), whole_BHW[:, :4].mean((1, 2)))
 
 
 @pytest.mark.parametrize("evidence", ["latent", "likelihood"])
@@ -215,7 +219,7 @@ def test_scores_are_the_mean_of_the_largest_evidence(evidence):
         expected_BHW = 0.5 * z.square().mean(1)
         if evidence == "likelihood":
             expected_BHW = expected_BHW + 0.5 * math.log(2 * math.pi) - log_det_BHW / 10
-        torch.testing.assert_close(flow.evidence_map(maps, evidence), expected_BHW)
+        torch.testing.assert_close(flow.assess(maps, evidence)[1], expected_BHW)
         top_five_B = expected_BHW.flatten(1).sort(1).values[:, -5:].mean(1)
         torch.testing.assert_close(flow.score(maps, evidence, top=5 / 48), top_five_B)
         torch.testing.assert_close(flow.score(maps, evidence, top=1e-6), expected_BHW.amax((1, 2)))
@@ -228,7 +232,7 @@ def test_anomaly_maps_have_the_pictures_size(size):
     maps = feature_maps(pictures=2, seed=3)
     with torch.no_grad():
         map_BHW = flow.anomaly_map(maps, size)
-        evidence_BHW = flow.evidence_map(maps)
+        _, evidence_BHW = flow.assess(maps)
     assert map_BHW.shape == (2, *size)
     expected = F.interpolate(evidence_BHW[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
     torch.testing.assert_close(map_BHW, expected)
@@ -252,9 +256,9 @@ def test_a_strange_position_stands_out_where_it_is():
     [
         ({"adapted": 1}, "adapted: 1 is below 2"),
         ({"maps": (0, 2)}, r"maps: \[0, 2\] are not places among the 2"),
-        ({"bottleneck": 0}, "bottleneck, steps and stride are at least 1"),
-        ({"steps": 0}, "bottleneck, steps and stride are at least 1"),
-        ({"stride": 0}, "bottleneck, steps and stride are at least 1"),
+        ({"bottleneck": 0}, "bottleneck and stride are at least 1"),
+        ({"steps": 0}, "steps is at least 1"),
+        ({"stride": 0}, "bottleneck and stride are at least 1"),
         ({"neighbourhood": 2}, "neighbourhood: 2 is not an odd number"),
         ({"neighbourhood": -1}, "neighbourhood: -1 is not an odd number"),
         ({"clamp": 0.0}, "clamp is above"),
@@ -268,7 +272,7 @@ def test_settings_out_of_range_are_refused_by_name(setting, match):
 
 
 def test_an_unknown_flow_is_refused_with_those_that_there_are():
-    with pytest.raises(ValueError, match="there is no flow 'nice'; there are: patchflow"):
+    with pytest.raises(ValueError, match="there is no flow 'nice'; there are: csflow, dnfad, multiflow, patchflow"):
         build_flow("nice", channels=CHANNELS)
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from defectflow import Flow, build_flow
-from defectflow.flow import Evidence, top_mean
+from defectflow.flow import Evidence
 from sprue.errors import SprueError
 from sprue.inference.backbone import load_backbone
 from sprue.inference.calibration import Calibration
@@ -41,11 +41,11 @@ class Scoring:
 
     Attributes:
         evidence: ``latent`` for the latent norm, ``likelihood`` for the negative log-likelihood.
-        top: Share of the positions, those with the largest evidence, whose mean is the score.
+        top: Share of the positions, those with the largest evidence, whose mean is the score; the flow's own if None.
     """
 
     evidence: Evidence = "latent"
-    top: float = 0.03
+    top: float | None = None
 
     def __post_init__(self) -> None:
         """Checks the ranges.
@@ -55,7 +55,7 @@ class Scoring:
         """
         if self.evidence not in ("latent", "likelihood"):
             raise SprueError(f"scoring.evidence: {self.evidence!r} is neither 'latent' nor 'likelihood'")
-        if not 0 < self.top <= 1:
+        if self.top is not None and not 0 < self.top <= 1:
             raise SprueError(f"scoring.top: {self.top} is not a share above 0, at most 1")
 
 
@@ -186,8 +186,9 @@ def score_features(
     scores, evidence = [], []
     for batch in _batches(maps):
         with torch.inference_mode():
-            evidence_BHW = flow.evidence_map([map_BCHW.to(device).float() for map_BCHW in batch], scoring.evidence)
-            scores.append(top_mean(evidence_BHW, scoring.top).cpu().numpy())
+            maps_on_device = [map_BCHW.to(device).float() for map_BCHW in batch]
+            score_B, evidence_BHW = flow.assess(maps_on_device, scoring.evidence, scoring.top)
+            scores.append(score_B.cpu().numpy())
             evidence.append(evidence_BHW.cpu().numpy())
     return np.concatenate(scores), np.concatenate(evidence)
 

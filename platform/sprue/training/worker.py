@@ -36,6 +36,7 @@ class FitRequest:
         class_name: The product class.
         fingerprint: Of the feature spec.
         table: The class's feature table, as every node sees it.
+        blocks: How many feature maps each scale of a picture has.
         train: Digests of the training pictures.
         validation: Digests of the validation pictures.
         flow_name: A key of `defectflow.FLOWS`.
@@ -46,6 +47,7 @@ class FitRequest:
     class_name: str
     fingerprint: str
     table: str
+    blocks: int
     train: tuple[str, ...]
     validation: tuple[str, ...]
     flow_name: str
@@ -77,7 +79,8 @@ class FitRequest:
         Raises:
             ValueError: If the flow does not accept its settings.
         """
-        return fitting_config(self.flow_name, table.shapes, len(self.train), self.flow_config)
+        scales = [table.shapes[start : start + self.blocks] for start in range(0, len(table.shapes), self.blocks)]
+        return fitting_config(self.flow_name, scales, len(self.train), self.flow_config)
 
     def build_flow(self, table: FeatureTable) -> Flow:
         """A new flow, the same for the same seed.

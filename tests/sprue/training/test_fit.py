@@ -28,7 +28,9 @@ def request_of(folder, class_name, broken=False, **changes):
     write_part(UPath(folder / class_name), names, maps)
     settings = FitSettings(epochs=3, batch_size=5)
     arguments = {"train": tuple(names[:10]), "validation": tuple(names[10:]), "flow_config": FLOW, "settings": settings}
-    return FitRequest(class_name, "f" * 16, str(folder / class_name), flow_name="patchflow", **arguments | changes)
+    return FitRequest(
+        class_name, "f" * 16, str(folder / class_name), blocks=2, flow_name="patchflow", **arguments | changes
+    )
 
 
 def fitted_here(request):
@@ -82,7 +84,7 @@ def test_cores_are_shared_out(cluster):
 def test_a_request_is_checked_before_anything_starts(tmp_path):
     request_of(tmp_path, "brick").check()
     with pytest.raises(SprueError, match=r"class grass has no features in .*; run the features stage first"):
-        FitRequest("grass", "f", str(tmp_path / "grass"), ("a",), ("b",), "patchflow", FLOW, FitSettings()).check()
+        FitRequest("grass", "f", str(tmp_path / "grass"), 2, ("a",), ("b",), "patchflow", FLOW, FitSettings()).check()
     for changes, match in (
         ({"flow_config": {"adapted": 1}}, "flow: adapted: 1 is below 2"),
         ({"flow_config": {"depth": 2}}, "flow: patchflow has no setting 'depth'"),

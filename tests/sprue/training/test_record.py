@@ -17,6 +17,7 @@ REQUEST = FitRequest(
     class_name="brick",
     fingerprint="f" * 16,
     table="/here/features",
+    blocks=2,
     train=("a", "b"),
     validation=("c",),
     flow_name="patchflow",

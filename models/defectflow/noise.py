@@ -1,0 +1,64 @@
+"""Noise on the features in training, and what the couplings are told of it.
+
+Noise keeps a flow from fitting single pictures; a flow that is told how much there is can be asked for none.
+
+Shapes: B pictures, C channels, H rows, W columns of a feature map.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+NoiseScheme = Literal["simplenet", "softflow", "uniform"]
+"""How the noise's deviation is drawn: one for all and untold; one for each picture; one for each position."""
+
+CONDITION_SCALE = 20.0
+"""The condition is this times the deviation (from the authors' code of Multi-Flow)."""
+
+
+def condition_channels(scheme: NoiseScheme, deviation: float) -> int:
+    """Channels of the condition that a scheme tells the couplings: none without noise."""
+    return 1 if deviation > 0 and scheme != "simplenet" else 0
+
+
+def add_noise(nodes: Sequence[Tensor], scheme: NoiseScheme, deviation: float) -> tuple[list[Tensor], list[Tensor]]:
+    """Adds Gaussian noise to a graph's maps.
+
+    With ``simplenet`` every position has the whole deviation; with ``softflow`` a picture's is uniform between 0
+    and it, the same for all nodes; with ``uniform`` every position of every node has its own.
+
+    Sources: Liu et al., "SimpleNet" (2023); Kim et al., "SoftFlow" (2020), section 3.2; Multi-Flow's code.
+
+    Args:
+        nodes: Maps [B, C, H, W].
+        scheme: How deviations are drawn.
+        deviation: The largest standard deviation.
+
+    Returns:
+        The noisy maps, and the condition [B, 1, H, W] of each.
+
+    >>> noisy, conditions = add_noise([torch.zeros(2, 3, 4, 4)], "softflow", 0.2)
+    >>> conditions[0].shape, bool((conditions[0] <= CONDITION_SCALE * 0.2).all())
+    (torch.Size([2, 1, 4, 4]), True)
+    """
+    shared_B = nodes[0].new_empty(len(nodes[0]), 1, 1, 1).uniform_(0, deviation)
+    noisy, conditions = [], []
+    for map_BCHW in nodes:
+        shape = (len(map_BCHW), 1, *map_BCHW.shape[2:])
+        match scheme:
+            case "simplenet":
+                deviation_B1HW = map_BCHW.new_full(shape, deviation)
+            case "softflow":
+                deviation_B1HW = shared_B.expand(shape)
+            case "uniform":
+                deviation_B1HW = map_BCHW.new_empty(shape).uniform_(0, deviation)
+        noisy.append(map_BCHW + deviation_B1HW * torch.randn_like(map_BCHW))
+        conditions.append(CONDITION_SCALE * deviation_B1HW)
+    return noisy, conditions
+
+
+def no_noise(nodes: Sequence[Tensor]) -> list[Tensor]:
+    """The condition of maps without noise: zeros [B, 1, H, W] for each."""
+    return [map_BCHW.new_zeros(len(map_BCHW), 1, *map_BCHW.shape[2:]) for map_BCHW in nodes]

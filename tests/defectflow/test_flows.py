@@ -1,0 +1,201 @@
+"""What holds for every flow: it is invertible, and its likelihood is a density's.
+
+Shapes: B pictures, C channels, H rows, W columns of a map.
+"""
+
+import pytest
+import torch
+
+from defectflow import FLOWS, build_flow
+from defectflow.coupling import GraphCoupling
+from defectflow.noise import add_noise
+
+CASES = {
+    "patchflow": {"channels": (4, 3), "adapted": 6, "bottleneck": 8, "steps": 2},
+    "patchflow-told": {
+        "channels": (4, 3),
+        "adapted": 5,
+        "bottleneck": 8,
+        "steps": 3,
+        "noise": 0.2,
+        "noise_scheme": "uniform",
+    },
+    "csflow": {"channels": (4, 4, 4), "hidden": 6, "steps": 2},
+    "csflow-whitened": {
+        "channels": (4, 4),
+        "hidden": 6,
+        "steps": 3,
+        "adaptation": "whiten",
+        "noise": 0.2,
+        "noise_scheme": "softflow",
+    },
+    "dnfad": {"channels": (4,), "steps": 2, "position_channels": 8},
+    "dnfad-told": {"channels": (3, 2), "steps": 2, "position_channels": 4, "noise": 0.2, "noise_scheme": "uniform"},
+    "multiflow": {"channels": (4,), "views": 5, "hidden": 6, "steps": 2},
+    "multiflow-alone": {"channels": (4,), "views": 1, "hidden": 6, "steps": 2, "noise": 0.0},
+    "multiflow-chain": {"channels": (4,), "views": 3, "neighbours": ((1,), (0, 2), ()), "hidden": 6, "steps": 2},
+}
+
+
+def inputs(case, size=(8, 4), pictures=2, dtype=torch.float64, seed=1):
+    """A flow's maps: views of one size, or maps each half the one before."""
+    generator = torch.Generator().manual_seed(seed)
+    name, config = case.split("-")[0], CASES[case]
+    if name == "multiflow":
+        shapes = [(channels, *size) for _ in range(config["views"]) for channels in config["channels"]]
+    else:
+        shapes = [(channels, size[0] >> i, size[1] >> i) for i, channels in enumerate(config["channels"])]
+    return [torch.randn(pictures, *shape, generator=generator, dtype=dtype) for shape in shapes]
+
+
+def random_flow(case, seed=0):
+    """A fitted flow with random couplings whose log-scales stay below one, in evaluation."""
+    torch.manual_seed(seed)
+    flow = build_flow(case.split("-")[0], **CASES[case] | {"clamp": 1.0})
+    flow.fit_adaptor([inputs(case, size=(16, 8), pictures=8, dtype=torch.float32)])
+    for parameter in flow.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return flow.eval()
+
+
+def test_every_flow_is_tried():
+    assert {case.split("-")[0] for case in CASES} == set(FLOWS)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("size", [(8, 4), (4, 12)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_inverse_returns_what_the_couplings_read(case, size, dtype, tolerance, seed):
+    flow, maps = random_flow(case, seed).to(dtype), inputs(case, size, dtype=dtype, seed=seed)
+    with torch.no_grad():
+        latents, _ = flow(maps)
+        restored = flow.inverse(latents)
+        adapted = flow.adapt(maps)
+    assert len(restored) == len(adapted)
+    for x, y, z in zip(adapted, restored, latents, strict=True):
+        assert (z - x).abs().max() > 0.05
+        assert (y - x).abs().max() <= tolerance * x.abs().max()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_log_determinant_is_that_of_the_jacobian(case):
+    flow, maps = random_flow(case).double(), inputs(case, size=(4, 4), pictures=1)
+    adapted = flow.adapt(maps)
+    _, log_dets = flow(maps)
+    # DNFAD's branches are densities of their own, over the same map.
+    groups = [[node] for node in range(len(adapted))] if case.startswith("dnfad") else [list(range(len(adapted)))]
+    for group in groups:
+        shapes = [adapted[node].shape for node in group]
+
+        def chain(flat, group=group, shapes=shapes):
+            nodes = list(adapted)
+            parts = flat.split([shape.numel() for shape in shapes])
+            for node, part, shape in zip(group, parts, shapes, strict=True):
+                nodes[node] = part.reshape(shape)
+            latents, _ = flow.couple(nodes, flow.condition(nodes))
+            return torch.cat([latents[node].flatten() for node in group])
+
+        flat = torch.cat([adapted[node].flatten() for node in group])
+        _, expected = torch.linalg.slogdet(torch.autograd.functional.jacobian(chain, flat))
+        found = sum(log_dets[node].sum() for node in group)
+        assert abs(found.item()) > 0.05
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_likelihood_is_that_of_a_standard_normal_under_the_change_of_variables(case):
+    flow, maps = random_flow(case).double(), inputs(case)
+    latents, log_dets = flow(maps)
+    normal = torch.distributions.Normal(0.0, 1.0)
+    log_likelihood_B = sum(normal.log_prob(z).flatten(1).sum(1) for z in latents)
+    log_likelihood_B = log_likelihood_B + sum(log_det.flatten(1).sum(1) for log_det in log_dets)
+    torch.testing.assert_close(flow.nll(maps), -log_likelihood_B / sum(z[0].numel() for z in latents))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_new_flow_only_changes_the_order_of_channels(case):
+    torch.manual_seed(0)
+    flow = build_flow(case.split("-")[0], **CASES[case]).double().eval()
+    maps = inputs(case)
+    latents, log_dets = flow(maps)
+    for x, z, log_det_BHW in zip(flow.adapt(maps), latents, log_dets, strict=True):
+        assert torch.equal(z.sort(1).values, x.sort(1).values)
+        assert not log_det_BHW.any()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bfloat16_differs_by_its_rounding_alone(case):
+    flow, maps = random_flow(case), inputs(case, dtype=torch.float32)
+    with torch.no_grad():
+        exact_B = flow.nll(maps)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough_B = flow.nll(maps)
+            latents, _ = flow(maps)
+            restored = flow.inverse(latents)
+    torch.testing.assert_close(rough_B, exact_B, rtol=0.03, atol=0.03)
+    for x, y in zip(flow.adapt(maps), restored, strict=True):
+        assert (y.float() - x).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_lowers_the_likelihood_loss_and_every_parameter_has_a_gradient(case):
+    torch.manual_seed(0)
+    flow, maps = (
+        build_flow(case.split("-")[0], **CASES[case]),
+        inputs(case, size=(16, 8), dtype=torch.float32, pictures=8),
+    )
+    maps = [map_BCHW * map_BCHW.abs() for map_BCHW in maps]
+    flow.fit_adaptor([maps])
+    before = flow.eval().nll(maps).mean().item()
+    flow.train()
+    optimizer = torch.optim.Adam(flow.parameters(), 1e-2)
+    for _ in range(20):
+        optimizer.zero_grad()
+        flow.nll(maps).mean().backward()
+        optimizer.step()
+    without = [name for name, parameter in flow.named_parameters() if parameter.grad is None]
+    assert not without
+    assert flow.eval().nll(maps).mean().item() < before - 0.01
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_scores_rise_where_a_picture_is_strange(case):
+    flow, maps = random_flow(case), inputs(case, dtype=torch.float32)
+    strange = [map_BCHW.clone() for map_BCHW in maps]
+    strange[0][1, :, 2, 1] += 20.0
+    with torch.no_grad():
+        (usual_B, _), (odd_B, evidence) = flow.assess(maps), flow.assess(strange)
+    torch.testing.assert_close(odd_B[0], usual_B[0])
+    assert odd_B[1] > usual_B[1]
+    assert bool(torch.isfinite(evidence).all())
+
+
+@pytest.mark.parametrize("scheme", ["simplenet", "softflow", "uniform"])
+def test_noise_has_the_deviation_that_is_told(scheme):
+    torch.manual_seed(0)
+    nodes = [torch.zeros(4, 500, 3, 3), torch.zeros(4, 500, 2, 2)]
+    noisy, told = add_noise(nodes, scheme, 0.3)
+    for map_BCHW, told_B1HW in zip(noisy, told, strict=True):
+        assert told_B1HW.shape == (4, 1, *map_BCHW.shape[2:])
+        torch.testing.assert_close(map_BCHW.std(1, keepdim=True), told_B1HW / 20, rtol=0.15, atol=0.001)
+        assert told_B1HW.max() <= 6.0
+    same_in_a_picture = bool((told[0].std((2, 3)) == 0).all())
+    same_everywhere = bool((told[0] == told[0][0, 0, 0, 0]).all())
+    assert (same_in_a_picture, same_everywhere) == {
+        "simplenet": (True, True),
+        "softflow": (True, False),
+        "uniform": (False, False),
+    }[scheme]
+
+
+@pytest.mark.parametrize("scheme", ["softflow", "uniform"])
+def test_a_flow_that_is_told_hears_of_noise_in_training_alone(scheme):
+    flow = build_flow("csflow", channels=(4, 4), hidden=4, noise=0.3, noise_scheme=scheme)
+    nodes = [torch.zeros(2, 4, 4, 4), torch.zeros(2, 4, 2, 2)]
+    assert isinstance(flow.blocks[0], GraphCoupling)
+    still, told = flow.eval().told(nodes)
+    assert not any(each.any() for each in (*still, *told))
+    noisy, told = flow.train().told(nodes)
+    assert all(each.any() for each in (*noisy, *told))
+    assert build_flow("csflow", channels=(4, 4), hidden=4, noise=0.3).train().told(nodes)[1] is None

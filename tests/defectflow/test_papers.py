@@ -1,0 +1,161 @@
+"""What is particular to CS-Flow, DNFAD and Multi-Flow.
+
+Shapes: B pictures, V views, C channels, H rows, W columns of a map.
+"""
+
+import pytest
+import torch
+
+from defectflow import CSFlowConfig, build_flow
+from defectflow.dnfad import position_code
+from defectflow.multiflow import top_and_ring
+
+
+def randomised(flow):
+    """The flow with random parameters, in evaluation."""
+    for parameter in flow.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return flow.eval()
+
+
+def test_the_defaults_are_the_published_ones():
+    csflow = build_flow("csflow", channels=(4, 4, 4)).config
+    assert (csflow.steps, csflow.hidden, csflow.clamp, csflow.kernels, csflow.adaptation) == (
+        4,
+        1024,
+        3.0,
+        (3, 5),
+        "none",
+    )
+    dnfad = build_flow("dnfad", channels=(4,)).config
+    assert (dnfad.steps, dnfad.clamp, dnfad.position_channels, dnfad.branches) == (6, 2.0, 64, ("local", "global"))
+    multiflow = build_flow("multiflow", channels=(4,)).config
+    assert (multiflow.steps, multiflow.hidden, multiflow.clamp, multiflow.kernels) == (6, 64, 1.9, (3, 5))
+    assert multiflow.noise**2 == pytest.approx(0.15)
+
+
+def test_csflow_messages_reach_the_neighbouring_scales_alone():
+    torch.manual_seed(0)
+    flow = randomised(build_flow("csflow", channels=(4,) * 4, hidden=6, steps=1, clamp=1.0))
+    subnet = flow.blocks[0].s1
+    maps = [torch.randn(1, 2, 16 >> scale, 16 >> scale) for scale in range(4)]
+    with torch.no_grad():
+        before = subnet(maps)
+        maps[1] = maps[1] + 1.0
+        after = subnet(maps)
+    assert [not torch.equal(x, y) for x, y in zip(before, after, strict=True)] == [True, True, True, False]
+
+
+def test_csflows_score_is_the_mean_over_all_scales_and_its_map_the_finest():
+    torch.manual_seed(0)
+    maps = [torch.randn(3, 4, 8, 8), torch.randn(3, 4, 4, 4)]
+    flow = randomised(build_flow("csflow", channels=(4, 4), hidden=6, steps=2))
+    with torch.no_grad():
+        latents, _ = flow(maps)
+        score_B, evidence_BHW = flow.assess(maps)
+    squares_BN = torch.cat([z.flatten(1) for z in latents], dim=1).square()
+    torch.testing.assert_close(score_B, squares_BN.mean(1) / 2)
+    torch.testing.assert_close(evidence_BHW, latents[0].square().mean(1) / 2)
+    both = build_flow("csflow", channels=(4, 4), hidden=6, steps=2, localise="all").eval()
+    both.load_state_dict(flow.state_dict())
+    with torch.no_grad():
+        assert not torch.allclose(both.assess(maps)[1], evidence_BHW)
+
+
+def test_csflow_wants_scales_that_halve():
+    with pytest.raises(ValueError, match=r"scales halve one another, but map 1 is \(3, 3\) after \(7, 7\)"):
+        CSFlowConfig.fitting([[(8, 7, 7)], [(8, 3, 3)]], pictures=5)
+    with pytest.raises(ValueError, match=r"share one number of channels; they have \[4, 6\]"):
+        build_flow("csflow", channels=(4, 6))
+
+
+def test_multiflow_messages_follow_the_graph():
+    torch.manual_seed(0)
+    assert top_and_ring(4) == ((1, 2, 3), (0, 2, 3), (0, 1, 3), (0, 1, 2))
+    assert top_and_ring(2) == ((1,), (0,))
+    subnet = randomised(build_flow("multiflow", channels=(4,), views=6, hidden=6, steps=1, noise=0.0)).blocks[0].s1
+    maps = [torch.randn(1, 2, 4, 4) for _ in range(6)]
+    with torch.no_grad():
+        before = subnet(maps)
+        maps[2] = maps[2] + 1.0
+        after = subnet(maps)
+    changed = [view for view in range(6) if not torch.equal(before[view], after[view])]
+    assert changed == [0, 1, 2, 3]
+
+
+def test_multiflow_scores_pictures_and_samples():
+    torch.manual_seed(0)
+    settings = {"channels": (3, 4), "maps": (1,), "views": 3, "hidden": 6, "steps": 2}
+    flow = randomised(build_flow("multiflow", **settings))
+    maps = [torch.randn(2, channels, 4, 4) for _ in range(3) for channels in (3, 4)]
+    with torch.no_grad():
+        sample_B, evidence_BVHW = flow.assess(maps)
+        picture_BV = flow.picture_score(maps)
+    torch.testing.assert_close(picture_BV, evidence_BVHW.amax((2, 3)))
+    torch.testing.assert_close(sample_B, picture_BV.amax(1))
+    mean = build_flow("multiflow", **settings, sample_score="mean").eval()
+    mean.load_state_dict(flow.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(mean.score(maps), picture_BV.mean(1))
+
+
+@pytest.mark.parametrize(
+    ("setting", "match"),
+    [
+        ({"neighbours": ((1,), (3,), ())}, r"view 1 can't have \[3\] among 3 views"),
+        ({"neighbours": ((0,), (), ())}, r"view 0 can't have \[0\]"),
+        ({"neighbours": ((1,), (0,))}, "there are 3 views, but 2 lists"),
+        ({"views": 0}, "views and hidden are at least 1"),
+        ({"kernels": (2, 5)}, "kernels are odd"),
+        ({"maps": (0, 1)}, "reads one map of each view"),
+        ({"noise_scheme": "salt"}, "noise_scheme: 'salt' is none of"),
+        ({"adaptation": "most"}, "adaptation: 'most' is none of"),
+        ({"sample_score": "sum"}, "sample_score: 'sum' is neither"),
+    ],
+)
+def test_multiflow_settings_out_of_range_are_refused_by_name(setting, match):
+    with pytest.raises(ValueError, match=match):
+        build_flow("multiflow", **{"channels": (4, 4), "maps": (0,), "views": 3} | setting)
+
+
+def test_the_position_code_tells_all_positions_apart():
+    code_PN = position_code(16, 9, 7).flatten(1)
+    distances = torch.cdist(code_PN.T, code_PN.T) + 10 * torch.eye(63)
+    assert distances.min() > 0.1
+    assert position_code(16, 9, 7)[:, 2, 3].tolist() != position_code(16, 9, 7)[:, 3, 2].tolist()
+
+
+def test_dnfads_local_branch_alone_is_told_the_position():
+    torch.manual_seed(0)
+    flow = randomised(build_flow("dnfad", channels=(4,), steps=1, position_channels=8))
+    with torch.no_grad():
+        (local, whole), _ = flow([torch.ones(1, 4, 24, 24)])
+    inner = (slice(None), slice(None), slice(11, 13), slice(11, 13))
+    assert local[inner].flatten(2).std(2).max() > 1e-3
+    assert whole[inner].flatten(2).std(2).max() < 1e-5
+
+
+@pytest.mark.parametrize("channels", [8, 768])
+def test_dnfads_probabilities_do_not_underflow(channels):
+    flow = build_flow("dnfad", channels=(channels,), steps=1, position_channels=0).eval()
+    maps = [torch.randn(2, channels, 4, 4)]
+    maps[0][1, :, 1, 2] *= 2.0
+    with torch.no_grad():
+        score_B, evidence_BHW = flow.assess(maps)
+    assert bool((evidence_BHW > 0).all())
+    assert bool((evidence_BHW < 1).all())
+    assert evidence_BHW[1].argmax().item() == 6
+    assert score_B[1] > score_B[0]
+    torch.testing.assert_close(evidence_BHW, 1 - torch.exp(-maps[0].square().mean(1) / 2))
+
+
+def test_the_code_of_dnfad_hides_a_picture_that_is_strange_everywhere():
+    settings = {"channels": (16,), "steps": 1, "position_channels": 0}
+    maps = [torch.randn(2, 16, 6, 6)]
+    maps[0][1] *= 3.0
+    scores = {}
+    for relative in (False, True):
+        with torch.no_grad():
+            scores[relative] = build_flow("dnfad", **settings, relative=relative).eval().score(maps, top=1.0)
+    assert scores[False][1] > scores[False][0] + 0.3
+    assert scores[True].max() < 1.0
