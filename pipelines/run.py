@@ -9,14 +9,16 @@ from sprue.errors import SprueError
 from sprue.pipeline import connect_ray
 from sprue.store import location
 from sprue.tracking.server import connect
-from sprue.workspace import choose_dataset, reproduce, results, track_dataset
+from sprue.workspace import choose, find_recipe, reproduce, results, track_dataset
 
 
-def run(source: Path, name: str) -> None:
+def run(source: Path, name: str, recipe: str | None = None) -> None:
     """From pictures to registered detectors, and a table of figures."""
+    if recipe is not None:
+        find_recipe(recipe)
     connect(location("store"))
     track_dataset(source, name)
-    choose_dataset(name)
+    choose(name, recipe)
     connect_ray()
     reproduce()
     print(f"\n{results(Path('store') / name)}\n")
@@ -30,9 +32,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with a folder for each class, as in MVTec AD")
     parser.add_argument("--name", help="the dataset's name (default: the folder's)")
+    parser.add_argument("--recipe", help="a file, or a name in models/recipes (default: what params.yaml says)")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        run(arguments.data, arguments.name or arguments.data.resolve().name)
+        run(arguments.data, arguments.name or arguments.data.resolve().name, arguments.recipe)
     except SprueError as error:
         sys.exit(f"sprue: {error}")

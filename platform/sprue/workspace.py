@@ -1,5 +1,6 @@
 """The checkout as a DVC workspace: which dataset is worked on, and bringing everything up to date."""
 
+import io
 import json
 import os
 import re
@@ -10,10 +11,17 @@ from pathlib import Path
 import pandas as pd
 import ray
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from sprue.errors import SprueError
+from sprue.store import location, write_bytes
 
 PARAMS = Path("params.yaml")
+
+RECIPES = Path("models/recipes")
+
+RECIPE_SECTIONS = ("features", "flow", "fit", "scoring")
+"""Sections of the parameter file that a recipe is made of."""
 
 
 def track_dataset(source: Path, name: str) -> None:
@@ -48,15 +56,53 @@ def _imported_from(target: Path) -> Path | None:
     return Path(dependencies[0]["path"]) if dependencies else None
 
 
-def choose_dataset(name: str) -> None:
-    """Writes the dataset's name to the parameter file, and leaves the rest of it as it is."""
+def choose(dataset: str, recipe: str | None = None) -> None:
+    """Writes the dataset's name, and a recipe's sections, to the parameter file; leaves the rest of it as it is.
+
+    Args:
+        dataset: The dataset's name.
+        recipe: A file, or a name in `RECIPES`; its sections take the place of those of the parameter file.
+
+    Raises:
+        SprueError: If there is no such recipe, or it has other sections than `RECIPE_SECTIONS`.
+    """
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.width = 4096
     params = yaml.load(PARAMS)
-    if params["dataset"] != name:
-        params["dataset"] = name
-        yaml.dump(params, PARAMS)
+    before = dumped(yaml, params)
+    params["dataset"] = dataset
+    if recipe is not None:
+        params.update(yaml.load(find_recipe(recipe)))
+    after = dumped(yaml, params)
+    if after != before:
+        write_bytes(location(str(PARAMS)), after)
+
+
+def find_recipe(recipe: str) -> Path:
+    """The file of a recipe.
+
+    Raises:
+        SprueError: As `choose`.
+    """
+    known = {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+    path = known.get(recipe, Path(recipe))
+    try:
+        sections = YAML(typ="safe").load(path)
+    except (OSError, YAMLError) as error:
+        raise SprueError(
+            f"there is no recipe {recipe!r} ({error}); give a file or one of {', '.join(known)}"
+        ) from error
+    if not isinstance(sections, dict) or set(sections) != set(RECIPE_SECTIONS):
+        raise SprueError(f"the recipe {path} must have the sections {', '.join(RECIPE_SECTIONS)}, and no others")
+    return path
+
+
+def dumped(yaml: YAML, params: object) -> bytes:
+    """A parameter file's text."""
+    stream = io.BytesIO()
+    yaml.dump(params, stream)
+    return stream.getvalue()
 
 
 def reproduce() -> None:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,9 +24,13 @@ class FitSettings:
     Attributes:
         epochs: Passes over the training pictures.
         batch_size: Pictures a step.
-        learning_rate: Peak of the schedule: a linear warm-up, then a cosine to zero.
-        warmup: Share of the steps that the rate rises in.
-        weight_decay: Adam's L2 penalty.
+        learning_rate: Peak of the schedule.
+        schedule: What follows the warm-up: a cosine to zero, or the peak throughout.
+        warmup: Share of the steps that the rate rises in, linearly.
+        optimizer: ``adam`` adds the weight decay to the gradient, ``adamw`` takes it off the weights.
+        betas: Decay of the optimizer's means of the gradient and of its square.
+        epsilon: Added to the optimizer's divisor.
+        weight_decay: Strength of the pull of the weights to zero.
         gradient_norm: Gradients are scaled down to this norm.
         seed: Of the initial weights, the permutations, the order of the pictures and the noise.
     """
@@ -33,7 +38,11 @@ class FitSettings:
     epochs: int = 10
     batch_size: int = 16
     learning_rate: float = 1e-3
+    schedule: Literal["cosine", "constant"] = "cosine"
     warmup: float = 0.2
+    optimizer: Literal["adam", "adamw"] = "adam"
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
     weight_decay: float = 0.0
     gradient_norm: float = 1.0
     seed: int = 0
@@ -48,6 +57,13 @@ class FitSettings:
             raise SprueError(f"fit: epochs and batch_size are at least 1; got {self.epochs} and {self.batch_size}")
         if self.learning_rate <= 0 or self.gradient_norm <= 0 or not 0 <= self.warmup < 1:
             raise SprueError("fit: learning_rate and gradient_norm are above 0, warmup from 0 to below 1")
+        if self.schedule not in ("cosine", "constant"):
+            raise SprueError(f"fit.schedule: {self.schedule!r} is neither 'cosine' nor 'constant'")
+        if self.optimizer not in ("adam", "adamw"):
+            raise SprueError(f"fit.optimizer: {self.optimizer!r} is neither 'adam' nor 'adamw'")
+        object.__setattr__(self, "betas", tuple(self.betas))
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas) or self.epsilon <= 0:
+            raise SprueError(f"fit: betas are two numbers from 0 to below 1, epsilon is above 0; got {self.betas}")
 
 
 @dataclass(frozen=True)
@@ -90,8 +106,18 @@ def rate_at(step: int, steps: int, settings: FitSettings) -> float:
     rising = settings.warmup * steps
     if step + 1 <= rising:
         return settings.learning_rate * (step + 1) / rising
+    if settings.schedule == "constant":
+        return settings.learning_rate
     progress = max(0.0, step - rising) / (steps - rising)
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def build_optimizer(flow: Flow, settings: FitSettings) -> torch.optim.Optimizer:
+    """The optimizer of all of a flow's parameters; its rate is set at every step."""
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.optimizer]
+    return kind(
+        flow.parameters(), betas=settings.betas, eps=settings.epsilon, weight_decay=settings.weight_decay, fused=True
+    )
 
 
 def batches(maps: Sequence[Tensor], order: Tensor, size: int, device: torch.device) -> Iterator[list[Tensor]]:
@@ -143,7 +169,7 @@ def train(
         flow.fit_adaptor(batches(train_maps, everything, settings.batch_size, device))
     else:
         flow.load_state_dict(start.flow)
-    optimizer = torch.optim.Adam(flow.parameters(), weight_decay=settings.weight_decay, fused=True)
+    optimizer = build_optimizer(flow, settings)
     if start is not None:
         start.restore(optimizer)
     history = list(start.history) if start else []

@@ -1,0 +1,87 @@
+"""Every recipe is complete: its settings exist, say their source, and build the flow that it names."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from defectflow import FLOWS, fitting_config
+from sprue.errors import SprueError
+from sprue.inference.detector import Scoring
+from sprue.inference.spec import FeatureSpec
+from sprue.training.loop import FitSettings
+from sprue.workspace import RECIPE_SECTIONS, choose, find_recipe
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "models/recipes").glob("*.yaml"))
+CHANNELS = {"tf_efficientnet_b5": {2: 64, 3: 128, 5: 304}, "vit_base_patch8_224": {7: 768, 11: 768}}
+STRIDES = {2: 8, 3: 16, 5: 32, 7: 8, 11: 8}
+
+
+def sections(path):
+    return YAML(typ="safe").load(path)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_setting_says_its_source(path):
+    settings = [line for line in path.read_text().splitlines() if line.startswith("  ")]
+    assert len(settings) > 10
+    for line in settings:
+        assert line.partition(" # ")[2].split(":")[0].split(";")[0] in ("paper", "code", "ours"), line
+    assert "Published" in path.read_text() or path.stem.endswith("-cpu")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_settings_are_ones_that_there_are(path):
+    recipe = sections(path)
+    assert tuple(recipe) == RECIPE_SECTIONS
+    spec = FeatureSpec.from_mapping(recipe["features"])
+    FitSettings(**recipe["fit"])
+    Scoring(**recipe["scoring"])
+    flow = dict(recipe["flow"])
+    name = flow.pop("name")
+    assert set(flow) <= {field.name for field in fields(FLOWS[name].config_class)}
+    if spec.backbone not in CHANNELS:
+        return
+    scales = [
+        [
+            (CHANNELS[spec.backbone][block], *[round(spec.input_size * scale) // STRIDES[block]] * 2)
+            for block in spec.blocks
+        ]
+        for scale in spec.scales
+    ]
+    config = fitting_config(name, scales, 200, flow)
+    assert config["steps"] == flow["steps"]
+    if name == "patchflow":
+        assert sum(config["channels"]) == 1488
+    if name == "csflow":
+        assert len(config["maps"]) == 3
+
+
+def test_all_published_results_have_a_recipe():
+    published = {path.stem for path in RECIPES if not path.stem.endswith("-cpu")}
+    assert published == {
+        "patchflow-mvtec", "patchflow-visa", "csflow-mvtec", "csflow-tiles", "dnfad-mvtec", "dnfad-btad", "dnfad-mpdd",
+        "multiflow-realiad",
+    }  # fmt: skip
+
+
+def test_a_recipe_takes_the_place_of_its_sections_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    choose("tiles", "csflow-tiles")
+    chosen, before = sections(tmp_path / "params.yaml"), sections(ROOT / "params.yaml")
+    assert {name: chosen[name] for name in RECIPE_SECTIONS} == sections(ROOT / "models/recipes/csflow-tiles.yaml")
+    assert chosen["dataset"] == "tiles"
+    for name in ("manifest", "calibration"):
+        assert chosen[name] == before[name]
+
+
+def test_what_is_no_recipe_is_refused(tmp_path):
+    (tmp_path / "half.yaml").write_text("flow: {name: csflow}\n")
+    with pytest.raises(SprueError, match=r"half.yaml must have the sections features, flow, fit, scoring"):
+        find_recipe(str(tmp_path / "half.yaml"))
+    with pytest.raises(SprueError, match="there is no recipe 'nice'"):
+        find_recipe("nice")
