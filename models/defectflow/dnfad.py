@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from defectflow.adaptor import Adaptation, ChannelAdaptor
-from defectflow.coupling import GraphCoupling, couple_all, uncouple_all
+from defectflow.coupling import GraphCoupling, uncouple_all
 from defectflow.flow import Evidence, Flow, FlowConfig, Maps, Shape
 from defectflow.pyramid import fuse
 from defectflow.subnets import AttentionSubnet
@@ -168,7 +168,7 @@ class DNFAD(Flow):
         """A latent and its log-determinants for each branch, in the order of the config."""
         told = condition or self.condition(nodes)
         results = [
-            couple_all(self.branches[branch].children(), [node], [tell])
+            self.chain(self.branches[branch].children(), [node], [tell])
             for branch, node, tell in zip(self.config.branches, nodes, told, strict=True)
         ]
         return [z for (z,), _ in results], [log_det for _, (log_det,) in results]

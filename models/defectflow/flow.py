@@ -7,14 +7,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from defectflow.coupling import couple_all, uncouple_all
+from defectflow.coupling import GraphCoupling, couple_all, uncouple_all
 from defectflow.noise import NoiseScheme, add_noise, condition_channels, no_noise
+from defectflow.recompute import couple_all_recomputing
 
 Shape = tuple[int, int, int]
 """Channels, rows and columns of a feature map."""
@@ -105,12 +106,14 @@ class Flow(nn.Module, ABC):
     Attributes:
         top: Share of the positions whose mean is a picture's score in the paper.
         blocks: The couplings.
+        recompute: Whether training saves memory by computing inputs anew from outputs; see `defectflow.recompute`.
     """
 
     config_class: ClassVar[type[FlowConfig]]
     top: ClassVar[float] = 0.03
     config: FlowConfig
     blocks: nn.ModuleList
+    recompute: bool = False
 
     def __init__(self, config: FlowConfig) -> None:
         """Keeps the settings; subclasses make the blocks."""
@@ -153,7 +156,14 @@ class Flow(nn.Module, ABC):
 
     def couple(self, nodes: Sequence[Tensor], condition: Sequence[Tensor] | None) -> tuple[list[Tensor], list[Tensor]]:
         """The couplings alone: from adapted maps to latents and log-determinants, as `forward`."""
-        return couple_all(self.blocks, nodes, condition)
+        return self.chain(self.blocks, nodes, condition)
+
+    def chain(
+        self, blocks: Iterable[nn.Module], nodes: Sequence[Tensor], condition: Sequence[Tensor] | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Some couplings one after the other, with or without keeping what backward needs."""
+        couple = couple_all_recomputing if self.recompute and self.training else couple_all
+        return couple(cast(Sequence[GraphCoupling], list(blocks)), nodes, condition)
 
     def told(self, nodes: list[Tensor]) -> tuple[list[Tensor], Sequence[Tensor] | None]:
         """The nodes, with noise in training, and the condition that the couplings are told."""

@@ -160,6 +160,21 @@ def test_training_lowers_the_likelihood_loss_and_every_parameter_has_a_gradient(
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_recomputing_changes_no_gradient(case):
+    maps, gradients = inputs(case), []
+    for recompute in (False, True):
+        flow = random_flow(case).double().train()
+        flow.recompute = recompute
+        torch.manual_seed(1)
+        loss = flow.nll(maps).mean()
+        loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in flow.named_parameters()})
+        gradients[-1]["loss"] = loss.detach()
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_scores_rise_where_a_picture_is_strange(case):
     flow, maps = random_flow(case), inputs(case, dtype=torch.float32)
     strange = [map_BCHW.clone() for map_BCHW in maps]
