@@ -105,7 +105,7 @@ class Flow(nn.Module, ABC):
 
     Attributes:
         top: Share of the positions whose mean is a picture's score in the paper.
-        blocks: The couplings.
+        blocks: The couplings; `DNFAD` has ``branches`` in their place, a chain of couplings each.
         recompute: Whether training saves memory by computing inputs anew from outputs; see `defectflow.recompute`.
     """
 
@@ -244,7 +244,7 @@ class Flow(nn.Module, ABC):
         return self.assess(maps, evidence, top)[0]
 
     def anomaly_map(self, maps: Maps, size: tuple[int, int], evidence: Evidence = "latent") -> Tensor:
-        """The evidence of each pixel, [B, h, w], for maps of pictures of `size` (rows, columns)."""
+        """The evidence of each pixel, [B, h, w] (Multi-Flow: [B, V, h, w]), for pictures of `size` (rows, columns)."""
         return _resize(self.assess(maps, evidence)[1], size)
 
 
@@ -260,10 +260,13 @@ def masked(
     )
 
 
-def _resize(map_BHW: Tensor, size: tuple[int, ...]) -> Tensor:
-    if map_BHW.shape[-2:] == size:
-        return map_BHW
-    return F.interpolate(map_BHW[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+def _resize(evidence: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Evidence [..., H, W] at another size, bilinear."""
+    if evidence.shape[-2:] == size:
+        return evidence
+    map_N1HW = evidence.reshape(-1, 1, *evidence.shape[-2:])
+    resized = F.interpolate(map_N1HW, size=size, mode="bilinear", align_corners=False)
+    return resized.reshape(*evidence.shape[:-2], *size)
 
 
 def top_mean(values_BP: Tensor, top: float) -> Tensor:

@@ -94,6 +94,8 @@ class PatchFlow(Flow):
     whitening takes the place of the paper's trained adaptor, whose output the likelihood alone would shrink;
     then come couplings whose subnetworks are three 1x1 convolutions through a bottleneck.
 
+    Source: Zhang, Yang, Wang, Vian, "PatchFlow: Leveraging a Flow-Based Model with Patch Features" (2026).
+
     >>> flow = PatchFlow(PatchFlowConfig(channels=(4, 6), adapted=5, bottleneck=8, steps=2))
     >>> maps = [torch.randn(3, 4, 8, 8), torch.randn(3, 6, 4, 4)]
     >>> (z,), (log_det_BHW,) = flow.fit_adaptor([maps])(maps)
