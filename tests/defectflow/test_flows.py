@@ -20,6 +20,7 @@ CASES = {
         "noise": 0.2,
         "noise_scheme": "uniform",
     },
+    "patchflow-trained": {"channels": (4, 3), "adaptor": "trained", "adapted": 5, "bottleneck": 8, "steps": 2},
     "csflow": {"channels": (4, 4, 4), "hidden": 6, "steps": 2},
     "csflow-whitened": {
         "channels": (4, 4),
@@ -53,7 +54,7 @@ def random_flow(case, seed=0):
     torch.manual_seed(seed)
     flow = build_flow(case.split("-")[0], **CASES[case] | {"clamp": 1.0})
     flow.fit_adaptor([inputs(case, size=(16, 8), pictures=8, dtype=torch.float32)])
-    for parameter in flow.parameters():
+    for parameter in flow.blocks.parameters() if hasattr(flow, "blocks") else flow.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return flow.eval()
 
