@@ -6,6 +6,7 @@ from dataclasses import asdict
 import torch
 
 from sprue.data.manifest import Manifest
+from sprue.data.samples import samples_of
 from sprue.errors import SprueError
 from sprue.features.tables import FeatureTable
 from sprue.inference.backbone import resolve
@@ -36,8 +37,8 @@ def requests_of(context: Context, manifest: Manifest) -> list[FitRequest]:
             spec.fingerprint,
             str(context.folder / "features" / spec.fingerprint / class_name),
             len(spec.blocks),
-            tuple(manifest.select(class_name, "train")["sha256"]),
-            tuple(manifest.select(class_name, "validation")["sha256"]),
+            samples_of(manifest.select(class_name, "train")),
+            samples_of(manifest.select(class_name, "validation")),
             name,
             flow,
             settings,
@@ -56,7 +57,7 @@ def record_of(request: FitRequest, outcome: FitOutcome) -> FitRecord:
         flow_name=request.flow_name,
         flow_config=request.whole_config(FeatureTable(location(request.table))),
         settings=asdict(request.settings),
-        pictures=len(request.train),
+        pictures=request.pictures,
         best_epoch=outcome.best.epoch,
         history=outcome.history,
         commit=commit(),

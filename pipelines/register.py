@@ -5,6 +5,7 @@ import logging
 from upath import UPath
 
 from sprue.data.manifest import Manifest
+from sprue.data.samples import views_of
 from sprue.inference.detector import Detector
 from sprue.pipeline import Context, run_stage
 from sprue.store import digest, local_copy, read_json
@@ -26,7 +27,7 @@ def describe(figures: dict[str, float], fit: FitRecord) -> str:
     )
 
 
-def register_class(context: Context, class_name: str, example: UPath) -> tuple[int, bool]:
+def register_class(context: Context, class_name: str, example: list[UPath]) -> tuple[int, bool]:
     """The version of a class's detector, and whether it is new."""
     fit = FitRecord.read(context.folder / "fits" / class_name)
     key = digest(context.folder / "detectors" / class_name)[:12]
@@ -43,7 +44,7 @@ def register_class(context: Context, class_name: str, example: UPath) -> tuple[i
     run = FitRun.open(experiment_id(context.dataset, context.store), class_name, fit.key, fit.params())
     run.log_epochs(fit.history)
     with local_copy(context.folder / "detectors" / class_name) as folder:
-        uri = log_detector(Detector.load(folder), run.run_id, example.read_bytes(), tags)
+        uri = log_detector(Detector.load(folder), run.run_id, [path.read_bytes() for path in example], tags)
     with local_copy(context.folder / "evaluation" / class_name) as folder:
         run.finish(figures, folder, tags)
     version = register(class_name, uri, run.run_id, key, tags, describe(figures, fit))
@@ -56,7 +57,8 @@ def main(context: Context) -> None:
     uri = connect(context.store)
     manifest = Manifest.read(context.folder / "manifest.parquet")
     for class_name in manifest.classes:
-        example = context.data / manifest.select(class_name, "calibration")["path"][0]
+        rows = manifest.select(class_name, "calibration")
+        example = [context.data / path for path in rows["path"][: len(views_of(rows))]]
         version, is_new = register_class(context, class_name, example)
         logger.info("%-20s version %d %s", class_name, version, "is champion" if is_new else "was registered already")
     logger.info("the registry is at %s", uri)

@@ -120,6 +120,11 @@ class Flow(nn.Module, ABC):
         super().__init__()
         self.config = config
 
+    @property
+    def views(self) -> int:
+        """Pictures of a sample; where there are several, `maps` are those of the first, then those of the second ..."""
+        return 1
+
     @abstractmethod
     def fit_adaptor(self, batches: Iterable[Maps]) -> "Flow":
         """Fits what stands in front of the couplings on the training features; returns the flow."""
@@ -238,6 +243,13 @@ class Flow(nn.Module, ABC):
         nodes = self.evidence(maps, evidence)
         positions_BP = torch.cat([node.flatten(1) for node in nodes], dim=1)
         return top_mean(positions_BP, self.top if top is None else top), self.merge(nodes)
+
+    def assess_pictures(
+        self, maps: Maps, evidence: Evidence = "latent", top: float | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `assess`: score [B] of each sample, score [B, V] and evidence [B, V, H, W] of each of its V pictures."""
+        score_B, evidence_BHW = self.assess(maps, evidence, top)
+        return score_B, score_B[:, None], evidence_BHW[:, None]
 
     def score(self, maps: Maps, evidence: Evidence = "latent", top: float | None = None) -> Tensor:
         """How unusual each picture is, [B]; see `assess`."""

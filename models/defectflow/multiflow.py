@@ -1,6 +1,6 @@
 """Multi-Flow: couplings of a sample's views, which tell each other what they see.
 
-Shapes: B samples, V views, C channels, H rows, W columns of a view's map.
+Shapes: B samples, V views, N pictures of all views, P positions, C channels, H rows, W columns of a view's map.
 """
 
 from collections.abc import Iterable, Sequence
@@ -136,6 +136,11 @@ class MultiFlow(Flow):
             for kernel in [first] * (config.steps - 1) + [last]
         )
 
+    @property
+    def views(self) -> int:
+        """Pictures of a sample."""
+        return self.config.views
+
     def chosen(self, maps: Maps) -> list[Tensor]:
         """The map that is read of each view."""
         return list(maps[self.config.maps[0] :: len(self.config.channels)])
@@ -153,16 +158,24 @@ class MultiFlow(Flow):
         """The views' evidence, [B, V, H, W]."""
         return torch.stack(list(evidence), dim=1)
 
+    def assess_pictures(
+        self, maps: Maps, evidence: Evidence = "latent", top: float | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Score [B] of each sample, score [B, V] and evidence [B, V, H, W] of its pictures; see `Flow.assess`.
+
+        A picture's score is how unusual it is, given the sample's other pictures.
+        """
+        evidence_BVHW = self.merge(self.evidence(maps, evidence))
+        positions_NP = evidence_BVHW.flatten(0, 1).flatten(1)
+        score_BV = top_mean(positions_NP, self.top if top is None else top).reshape(evidence_BVHW.shape[:2])
+        score_B = score_BV.amax(1) if self.config.sample_score == "max" else score_BV.mean(1)
+        return score_B, score_BV, evidence_BVHW
+
     def assess(self, maps: Maps, evidence: Evidence = "latent", top: float | None = None) -> tuple[Tensor, Tensor]:
         """Score [B] and evidence [B, V, H, W] of each sample; see `Flow.assess`."""
-        evidence_BVHW = self.merge(self.evidence(maps, evidence))
-        score_BV = self._view_score(evidence_BVHW, top)
-        return score_BV.amax(1) if self.config.sample_score == "max" else score_BV.mean(1), evidence_BVHW
+        score_B, _, evidence_BVHW = self.assess_pictures(maps, evidence, top)
+        return score_B, evidence_BVHW
 
     def picture_score(self, maps: Maps, evidence: Evidence = "latent", top: float | None = None) -> Tensor:
         """How unusual each picture of each sample is, [B, V], given the sample's other pictures."""
-        return self._view_score(self.merge(self.evidence(maps, evidence)), top)
-
-    def _view_score(self, evidence_BVHW: Tensor, top: float | None) -> Tensor:
-        score = top_mean(evidence_BVHW.flatten(0, 1).flatten(1), self.top if top is None else top)
-        return score.reshape(evidence_BVHW.shape[:2])
+        return self.assess_pictures(maps, evidence, top)[1]

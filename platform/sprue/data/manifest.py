@@ -3,7 +3,7 @@
 import io
 import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Self
@@ -14,6 +14,7 @@ from upath import UPath
 
 from sprue.data.layouts import GOOD, LAYOUTS, LeftOut, PictureRecord
 from sprue.data.pictures import Inspection, inspect_pictures
+from sprue.data.samples import complete_samples
 from sprue.data.splits import TEST, TRAIN, SplitConfig, assign_splits
 from sprue.errors import SprueError
 from sprue.store import KeptBytes, write_bytes
@@ -53,10 +54,11 @@ class Manifest:
     Args:
         dataset: The dataset's name.
         splits: How the good training pictures were divided.
-        frame: One row per picture, sorted by class and path; columns as in ``COLUMNS``: ``split`` is train,
-            calibration, validation or test, ``label`` 0 (good) or 1 (defective), ``defect_type`` "good" or the
-            defect's name, ``view`` empty for single-view samples, ``path`` and ``mask_path`` (empty if there is
-            none) relative to the root, ``width`` and ``height`` in stored pixels.
+        frame: One row per picture, sorted by class, sample and view; columns as in ``COLUMNS``: ``split`` is train,
+            calibration, validation or test, ``label`` 0 (good) or 1 (defective) of the sample, ``defect_type``
+            "good" or the defect's name, ``view`` empty for single-view samples, ``path`` and ``mask_path`` (empty
+            if there is none) relative to the root, ``width`` and ``height`` in stored pixels. Every sample of a
+            class has the same views.
         left_out: Files that take no part, sorted by path.
     """
 
@@ -134,10 +136,11 @@ class Manifest:
 
 
 def build_manifest(root: UPath, dataset: str, splits: SplitConfig, alpha: float, layout: str = "mvtec") -> Manifest:
-    """Reads a dataset's folders, decodes every picture once and divides the good training pictures.
+    """Reads a dataset's folders, decodes every picture once and divides the good training samples.
 
     Damaged pictures, files that are no pictures and training pictures that are also in the test split are left
-    out and listed. A damaged mask is left out, its picture is kept without ground truth.
+    out and listed, and so are samples that lack a view for it. A damaged mask is left out, its sample is kept without
+    ground truth.
 
     Args:
         root: Folder of the dataset, local or remote.
@@ -165,11 +168,14 @@ def build_manifest(root: UPath, dataset: str, splits: SplitConfig, alpha: float,
     _check_masks(records, found)
     records, leaked = _without_leaks(records, found)
     left_out += leaked
-    split_of = _split_training(
-        records, found, class_names, left_out, partial(assign_splits, config=splits, alpha=alpha)
-    )
-    rows = [_row(dataset, record, found, split_of) for record in records]
-    rows.sort(key=lambda row: (row["class_name"], row["path"]))
+    records, incomplete = complete_samples(records)
+    left_out += incomplete
+    what = "samples" if any(record.view for record in records) else "pictures"
+    assign = partial(assign_splits, config=splits, alpha=alpha, what=what)
+    split_of = _split_training(records, found, class_names, left_out, assign)
+    unmasked = {record.sample_id for record in records if record.mask_path and found[record.mask_path].damage}
+    rows = [_row(dataset, record, found, split_of, unmasked) for record in records]
+    rows.sort(key=lambda row: (row["class_name"], row["sample_id"], row["view"]))
     frame = _typed(pd.DataFrame(rows, columns=list(COLUMNS)))
     return Manifest(dataset, splits, frame, tuple(sorted(left_out)))
 
@@ -237,9 +243,15 @@ def _left_out_of_training(class_name: str, left_out: list[LeftOut]) -> str:
     return f" Left out of its training pictures: {len(entries)}, the first {entries[0].path} ({entries[0].reason})."
 
 
-def _row(dataset: str, record: PictureRecord, found: dict[str, Inspection], split_of: dict[str, str]) -> dict[str, Any]:
+def _row(
+    dataset: str,
+    record: PictureRecord,
+    found: dict[str, Inspection],
+    split_of: dict[str, str],
+    unmasked: Collection[str],
+) -> dict[str, Any]:
+    """A picture's row; a sample in ``unmasked`` has no ground truth, as a view without mask would count as good."""
     picture = found[record.path]
-    mask_is_usable = record.mask_path and not found[record.mask_path].damage
     return {
         "dataset": dataset,
         "class_name": record.class_name,
@@ -249,7 +261,7 @@ def _row(dataset: str, record: PictureRecord, found: dict[str, Inspection], spli
         "sample_id": record.sample_id,
         "view": record.view,
         "path": record.path,
-        "mask_path": record.mask_path if mask_is_usable else "",
+        "mask_path": "" if record.sample_id in unmasked else record.mask_path,
         "sha256": picture.sha256,
         "width": picture.width,
         "height": picture.height,

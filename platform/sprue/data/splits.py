@@ -75,7 +75,9 @@ class SplitConfig:
         return total
 
 
-def assign_splits(class_name: str, digests: Sequence[str], config: SplitConfig, alpha: float) -> list[str]:
+def assign_splits(
+    class_name: str, digests: Sequence[str], config: SplitConfig, alpha: float, what: str = "pictures"
+) -> list[str]:
     """Assigns each good training sample of one class to calibration, validation or training.
 
     Args:
@@ -83,6 +85,7 @@ def assign_splits(class_name: str, digests: Sequence[str], config: SplitConfig, 
         digests: Hexadecimal digest of each sample's content; equal digests share a split.
         config: Fractions and seed.
         alpha: The false-alarm rate that the calibration has to be able to express.
+        what: What the error calls them.
 
     Returns:
         A split's name per sample, in the order given.
@@ -100,9 +103,9 @@ def assign_splits(class_name: str, digests: Sequence[str], config: SplitConfig, 
     if len(distinct) < needed:
         duplicates = f" ({len(distinct)} of them distinct)" if len(distinct) < len(digests) else ""
         raise SprueError(
-            f"class {class_name!r} has {len(digests)} good training pictures{duplicates}, but {needed} distinct ones "
+            f"class {class_name!r} has {len(digests)} good training {what}{duplicates}, but {needed} distinct ones "
             f"are needed: at least {least} for calibration at alpha={alpha}, {MINIMUM_TRAIN} to train on and the "
-            f"validation fraction of {config.validation}. Add good pictures, or raise alpha."
+            f"validation fraction of {config.validation}. Add good {what}, or raise alpha."
         )
     calibration, validation, train = config.counts(len(distinct), least)
     ordered = [CALIBRATION] * calibration + [VALIDATION] * validation + [TRAIN] * train

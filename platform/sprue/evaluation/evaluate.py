@@ -1,6 +1,8 @@
 """Makes a detector of a fitted flow and measures it once on the test split.
 
-Shapes: N pictures, H rows, W columns of a picture.
+A sample is one picture or several, its views.
+
+Shapes: N samples, B samples and V views of a prediction, H rows, W columns of a picture.
 """
 
 from dataclasses import dataclass
@@ -15,18 +17,22 @@ from sklearn.metrics import roc_curve
 from upath import UPath
 
 from defectflow import Flow
+from sprue.data.samples import samples_of, views_of
 from sprue.errors import SprueError
 from sprue.evaluation.metrics import image_auroc, pixel_auroc
 from sprue.evaluation.pictures import histogram, panel, stack
 from sprue.features.tables import FeatureTable
 from sprue.inference.calibration import Calibration
-from sprue.inference.detector import Detector, Predictions, Scoring, score_features
+from sprue.inference.detector import Detector, Predictions, Scoring, require_views, score_features
 from sprue.inference.heatmap import heat
 from sprue.inference.images import open_image
 from sprue.inference.spec import FeatureSpec
 
 PANELS = 6
-"""Defective and good pictures each in the overview."""
+"""Pictures of defective samples in the overview; half as many of good ones."""
+
+FEWEST = 3
+"""Defective samples in the overview, however many pictures each has."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +41,23 @@ class Evaluation:
 
     Attributes:
         figures: By name, as they go to the metrics file and to MLflow.
-        predictions: Of the test pictures in `pictures`' order.
-        pictures: The manifest's test rows.
+        predictions: Of the test samples.
+        pictures: The manifest's test rows, a sample's views one after the other.
     """
 
     figures: dict[str, float]
     predictions: Predictions
     pictures: pd.DataFrame
+
+    @property
+    def views(self) -> int:
+        """Pictures of a sample."""
+        return self.predictions.picture_score_BV.shape[1]
+
+    @property
+    def samples(self) -> pd.DataFrame:
+        """The row of each sample's first view."""
+        return self.pictures.iloc[:: self.views].reset_index(drop=True)
 
 
 def calibrate(
@@ -57,41 +73,54 @@ def calibrate(
     """A detector of a fitted flow, calibrated on the manifest's calibration rows.
 
     Raises:
-        SprueError: If there are too few of them for `alpha`, or scores are not finite; the message names the class.
+        SprueError: If there are too few samples for `alpha`, the flow reads another number of views, or scores are
+            not finite; the message names the class.
     """
-    maps = table.read(calibration["sha256"].tolist())
-    scores_N, evidence_NHW = score_features(flow, scoring, maps)
+    views = views_of(calibration)
+    require_views(class_name, flow_name, flow, len(views))
+    maps = table.read_samples(samples_of(calibration), len(views))
+    scores_N, _, evidence = score_features(flow, scoring, maps)
     try:
-        calibrated = Calibration.fit(scores_N, evidence_NHW, alpha)
+        calibrated = Calibration.fit(scores_N, evidence, alpha)
     except SprueError as error:
         raise SprueError(f"class {class_name}: {error}") from error
-    return Detector(class_name, spec, flow_name, flow, scoring, calibrated)
+    return Detector(class_name, spec, flow_name, flow, scoring, calibrated, views)
 
 
 def evaluate(detector: Detector, table: FeatureTable, pictures: pd.DataFrame, root: UPath) -> Evaluation:
     """Measures a detector on the manifest's test rows.
 
-    Pixels are those of the pictures at their own size. Defective pictures without a mask are left out of the
-    pixel figures.
+    Figures are of samples, but for two. ``pixel_auroc`` is of the pictures' pixels at their own size.
+    ``picture_auroc``, where a sample has several views, is of the pictures' scores: a picture is defective if its mask
+    has an anomalous pixel. Defective samples without any mask are left out of both.
     """
-    predictions = detector.predict_features(table.read(pictures["sha256"].tolist()))
-    labels_N = pictures["label"].to_numpy()
+    views = len(detector.views)
+    predictions = detector.predict_features(table.read_samples(samples_of(pictures), views))
+    labels_N = pictures["label"].to_numpy()[::views]
     called_N = predictions.is_anomalous_B
     masks = [read_mask(root, row) for row in pictures.itertuples()]
-    measurable = [i for i, mask in enumerate(masks) if mask is not None or labels_N[i] == 0]
+    has_truth_N = (labels_N == 0) | (pictures["mask_path"] != "").to_numpy().reshape(-1, views).any(1)
+    measurable = np.flatnonzero(np.repeat(has_truth_N, views))
+    truth = [masks[i] for i in measurable]
     sizes = list(zip(pictures["height"], pictures["width"], strict=True))
+
+    def map_of(i: int) -> NDArray[np.float32]:
+        sample, view = divmod(int(measurable[i]), views)
+        return predictions.anomaly_map(sample, sizes[measurable[i]], view)
+
     figures = {
         "test_good": float((labels_N == 0).sum()),
         "test_defective": float((labels_N == 1).sum()),
         "image_auroc": image_auroc(predictions.score_B, labels_N),
-        "pixel_auroc": pixel_auroc(
-            lambda i: predictions.anomaly_map(measurable[i], sizes[measurable[i]]), [masks[i] for i in measurable]
-        ),
+        "pixel_auroc": pixel_auroc(map_of, truth),
         "alpha": detector.calibration.alpha,
         "threshold": detector.calibration.threshold,
         "false_alarm_rate": _share(called_N[labels_N == 0]),
         "detection_rate": _share(called_N[labels_N == 1]),
     }
+    if views > 1:
+        defective = np.array([mask is not None and bool(mask.any()) for mask in truth], int)
+        figures["picture_auroc"] = image_auroc(predictions.picture_score_BV.ravel()[measurable], defective)
     return Evaluation({name: value for name, value in figures.items() if np.isfinite(value)}, predictions, pictures)
 
 
@@ -110,56 +139,68 @@ def read_mask(root: UPath, row: Any) -> NDArray[np.bool_] | None:
 def write_evaluation(evaluation: Evaluation, detector: Detector, root: UPath, folder: Path) -> None:
     """Writes what a person looks at.
 
-    ``scores.csv``, a row a picture; ``histogram.png``; ``heatmaps.png``, an overview from the easiest defective
-    picture to the hardest, and then the good pictures with the highest scores.
+    ``scores.csv``, a row a sample, with the scores of its pictures where there are several; ``histogram.png``;
+    ``heatmaps.png``, an overview from the easiest defective sample to the hardest, and then the good samples with the
+    highest scores, a panel for each picture.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    pictures, predictions = evaluation.pictures, evaluation.predictions
-    pd.DataFrame(
+    samples, predictions = evaluation.samples, evaluation.predictions
+    scores = pd.DataFrame(
         {
-            "picture": pictures["path"],
-            "label": pictures["label"],
-            "defect_type": pictures["defect_type"],
+            "sample": samples["sample_id"],
+            "label": samples["label"],
+            "defect_type": samples["defect_type"],
             "score": predictions.score_B,
             "p_value": predictions.p_value_B,
             "is_anomalous": predictions.is_anomalous_B.astype(int),
         }
-    ).to_csv(folder / "scores.csv", index=False, float_format="%.6g")
-    labels_N = pictures["label"].to_numpy()
+    )
+    if evaluation.views > 1:
+        names = [f"score_{view}" for view in detector.views]
+        scores = scores.join(pd.DataFrame(predictions.picture_score_BV, columns=names))
+    scores.to_csv(folder / "scores.csv", index=False, float_format="%.6g")
+    labels_N = samples["label"].to_numpy()
     good_N, defective_N = predictions.score_B[labels_N == 0], predictions.score_B[labels_N == 1]
     figure = histogram(good_N, defective_N, detector.calibration.threshold, detector.class_name)
     figure.savefig(folder / "histogram.png", dpi=110, metadata={"Software": None})
-    chosen = _examples(predictions.score_B, labels_N)
+    chosen = _examples(predictions.score_B, labels_N, max(FEWEST, PANELS // evaluation.views))
     if len(chosen):
-        stack([_panel(evaluation, detector, root, int(index)) for index in chosen]).save(folder / "heatmaps.png")
+        panels = [
+            _panel(evaluation, detector, root, int(index), view) for index in chosen for view in range(evaluation.views)
+        ]
+        stack(panels).save(folder / "heatmaps.png")
 
 
 def roc_points(evaluation: Evaluation) -> pd.DataFrame:
-    """The ROC curve over the test pictures, with columns false_positive_rate and true_positive_rate."""
-    labels_N = evaluation.pictures["label"].to_numpy()
+    """The ROC curve over the test samples, with columns false_positive_rate and true_positive_rate."""
+    labels_N = evaluation.samples["label"].to_numpy()
     if len(np.unique(labels_N)) < 2:
         return pd.DataFrame({"false_positive_rate": [], "true_positive_rate": []})
     false_positive, true_positive, _ = roc_curve(labels_N, evaluation.predictions.score_B)
     return pd.DataFrame({"false_positive_rate": false_positive, "true_positive_rate": true_positive})
 
 
-def _examples(scores_N: NDArray[np.float32], labels_N: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
-    """Defective pictures evenly from the highest score to the lowest, then the good ones with the highest."""
+def _examples(
+    scores_N: NDArray[np.float32], labels_N: NDArray[np.integer[Any]], count: int
+) -> NDArray[np.integer[Any]]:
+    """Defective samples evenly from the highest score to the lowest, then half as many good ones with the highest."""
     ranked = np.argsort(-scores_N, kind="stable")
     bad, good = ranked[labels_N[ranked] == 1], ranked[labels_N[ranked] == 0]
     if not len(bad):
-        return good[:PANELS]
-    spread = np.unique(np.linspace(0, len(bad) - 1, min(PANELS, len(bad))).round().astype(int))
-    return np.concatenate([bad[spread], good[: PANELS // 2]])
+        return good[:count]
+    spread = np.unique(np.linspace(0, len(bad) - 1, min(count, len(bad))).round().astype(int))
+    return np.concatenate([bad[spread], good[: count // 2]])
 
 
-def _panel(evaluation: Evaluation, detector: Detector, root: UPath, index: int) -> Image.Image:
-    row = evaluation.pictures.iloc[index]
+def _panel(evaluation: Evaluation, detector: Detector, root: UPath, index: int, view: int) -> Image.Image:
+    predictions = evaluation.predictions
+    row = evaluation.pictures.iloc[index * evaluation.views + view]
     image = open_image((root / row.path).read_bytes(), row.path)
-    map_HW = evaluation.predictions.anomaly_map(index, (row.height, row.width))
-    decision = "anomalous" if evaluation.predictions.is_anomalous_B[index] else "passed"
+    map_HW = predictions.anomaly_map(index, (row.height, row.width), view)
+    decision = "anomalous" if predictions.is_anomalous_B[index] else "passed"
+    of_picture = f"   picture {predictions.picture_score_BV[index, view]:.3f}" if evaluation.views > 1 else ""
     caption = (
-        f"{row.path}   {row.defect_type}   score {evaluation.predictions.score_B[index]:.3f}   "
-        f"p {evaluation.predictions.p_value_B[index]:.3f}   {decision}"
+        f"{row.path}   {row.defect_type}   score {predictions.score_B[index]:.3f}{of_picture}   "
+        f"p {predictions.p_value_B[index]:.3f}   {decision}"
     )
     return panel(image, read_mask(root, row), heat(map_HW, detector.calibration), caption)

@@ -126,6 +126,18 @@ class FeatureTable:
                     map_NCHW[rows[row]] = np.frombuffer(value, np.float16).reshape(shape)
         return maps
 
+    def read_samples(self, samples: Sequence[Sequence[str]], views: int) -> list[NDArray[np.float16]]:
+        """The maps of samples as a flow reads them: `read` of their first views, then of their second ...
+
+        Args:
+            samples: Digests of each sample's pictures, in the views' order.
+            views: How many each has.
+
+        Raises:
+            SprueError: As `read`.
+        """
+        return [map_NCHW for view in range(views) for map_NCHW in self.read([sample[view] for sample in samples])]
+
     def _walk(self, path: UPath, rows: set[int]) -> Iterator[tuple[int, tuple[bytes, ...]]]:
         """The wanted rows of a part; row groups with none of them are not read."""
         file = _Part(path).file

@@ -1,13 +1,16 @@
 """The detector: feature spec, flow and calibration in one object, which is what is calibrated, evaluated and served.
 
-Shapes: B pictures, S side of the backbone's input, C channels, H rows, W columns of a map, h and w of a picture.
+A sample is one picture of a part or several, its views.
+
+Shapes: B samples, V views, N pictures of all samples (those of the first, then those of the second ...), S side of the
+backbone's input, C channels, H rows, W columns of a map, h and w of a picture.
 """
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import safetensors.torch
@@ -29,10 +32,14 @@ BATCH = 16
 """Pictures that go through the backbone together."""
 
 FLOW_BATCH = 4
-"""Pictures that go through the flow together: on a CPU larger batches spend their time on fresh memory pages."""
+"""Samples that go through the flow together: on a CPU larger batches spend their time on fresh memory pages."""
 
-FORMAT = 1
+FORMAT = 2
 """Version of the files that `Detector.save` writes."""
+
+
+SampleImages: TypeAlias = Image.Image | Sequence[Image.Image]
+"""A sample: a picture of each view, in the views' order, or the one picture that there is."""
 
 
 @dataclass(frozen=True)
@@ -61,29 +68,40 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a detector says of B pictures.
+    """What a detector says of B samples.
 
     Attributes:
         score_B: The higher, the less likely.
         p_value_B: Conformal p-values; see `sprue.inference.calibration`.
         is_anomalous_B: Whether the p-value is at most the detector's alpha.
-        evidence_BHW: How unusual each position is, at the feature maps' resolution.
+        picture_score_BV: The score of each of a sample's pictures, given the others; a lone picture's is the sample's.
+        evidence_BVHW: How unusual each position of each picture is, at the feature maps' resolution.
     """
 
     score_B: NDArray[np.float32]
     p_value_B: NDArray[np.float64]
     is_anomalous_B: NDArray[np.bool_]
-    evidence_BHW: NDArray[np.float32]
+    picture_score_BV: NDArray[np.float32]
+    evidence_BVHW: NDArray[np.float32]
 
-    def anomaly_map(self, index: int, size: tuple[int, int]) -> NDArray[np.float32]:
-        """The evidence of one picture's pixels, [h, w], for its own size (rows, columns); bilinear."""
-        evidence = torch.from_numpy(self.evidence_BHW[index])[None, None]
+    def anomaly_map(self, index: int, size: tuple[int, int], view: int = 0) -> NDArray[np.float32]:
+        """The evidence of the pixels of a sample's view, [h, w], for its picture's size (rows, columns); bilinear."""
+        evidence = torch.from_numpy(self.evidence_BVHW[index, view])[None, None]
         return torch.nn.functional.interpolate(evidence, size=size, mode="bilinear", align_corners=False)[0, 0].numpy()
+
+    def __getitem__(self, samples: slice) -> "Predictions":
+        """What it says of some of the samples."""
+        return Predictions(*(getattr(self, field.name)[samples] for field in fields(self)))
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Predictions"]) -> "Predictions":
+        """Those of several parts, one after the other."""
+        return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
 @dataclass
 class Detector:
-    """Scores pictures of one product class.
+    """Scores samples of one product class.
 
     Attributes:
         class_name: The product class.
@@ -92,6 +110,7 @@ class Detector:
         flow: The fitted flow.
         scoring: How a score is made.
         calibration: What a score means.
+        views: Names of a sample's views, in order; one, without a name, for samples of one picture.
     """
 
     class_name: str
@@ -100,36 +119,60 @@ class Detector:
     flow: Flow
     scoring: Scoring
     calibration: Calibration
+    views: tuple[str, ...] = ("",)
 
     def __post_init__(self) -> None:
-        """Moves the flow to the GPU if there is one."""
+        """Moves the flow to the GPU if there is one.
+
+        Raises:
+            SprueError: If the flow reads another number of views.
+        """
+        require_views(self.class_name, self.flow_name, self.flow, len(self.views))
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.flow = self.flow.to(self.device).eval()
 
-    def predict(self, images: Sequence[Image.Image], engine: Engine) -> Predictions:
-        """Scores RGB pictures of any size.
+    def predict(self, samples: Sequence[SampleImages], engine: Engine) -> Predictions:
+        """Scores samples of RGB pictures of any size.
 
         Args:
-            images: Pictures as `sprue.inference.images.open_image` returns them.
+            samples: Pictures as `sprue.inference.images.open_image` returns them, a sample's in the order of `views`.
             engine: An engine for this detector's feature spec; detectors with equal fingerprints can share one.
-        """
-        inputs_BSS3 = np.stack([model_input(image, self.spec.input_size) for image in images])
-        return self.predict_inputs(inputs_BSS3, engine)
 
-    def predict_inputs(self, inputs_BSS3: NDArray[np.uint8], engine: Engine) -> Predictions:
-        """Scores pictures that are already resized to the backbone's input."""
-        return _concatenate(
+        Raises:
+            SprueError: If a sample has another number of pictures than there are views.
+        """
+        inputs = []
+        for number, sample in enumerate(samples):
+            pictures = [sample] if isinstance(sample, Image.Image) else sample
+            if len(pictures) != len(self.views):
+                raise SprueError(
+                    f"class {self.class_name}: sample {number} has {len(pictures)} pictures; its detector reads "
+                    f"{len(self.views)} {', '.join(self.views)}".rstrip()
+                )
+            inputs += [model_input(picture, self.spec.input_size) for picture in pictures]
+        return self.predict_inputs(np.stack(inputs), engine)
+
+    def predict_inputs(self, inputs_NSS3: NDArray[np.uint8], engine: Engine) -> Predictions:
+        """Scores samples whose pictures are already resized to the backbone's input."""
+        step = max(1, BATCH // len(self.views)) * len(self.views)
+        return Predictions.concatenate(
             [
-                self.predict_features(engine(inputs_BSS3[start : start + BATCH]))
-                for start in range(0, len(inputs_BSS3), BATCH)
+                self.predict_pictures(engine(inputs_NSS3[start : start + step]))
+                for start in range(0, len(inputs_NSS3), step)
             ]
         )
 
+    def predict_pictures(self, maps: Sequence[NDArray[np.float16]]) -> Predictions:
+        """Scores samples by their pictures' backbone maps [N, C, H, W], as an engine returns them."""
+        views = len(self.views)
+        return self.predict_features([map_NCHW[view::views] for view in range(views) for map_NCHW in maps])
+
     def predict_features(self, maps: Sequence[NDArray[np.float16]]) -> Predictions:
-        """Scores pictures by their backbone maps [B, C, H, W], as an engine returns them and tables store them."""
-        score_B, evidence_BHW = score_features(self.flow, self.scoring, maps)
+        """Scores samples by their views' backbone maps [B, C, H, W]: those of the first view, of the second ..."""
+        score_B, picture_score_BV, evidence_BVHW = score_features(self.flow, self.scoring, maps)
         p_value_B = self.calibration.p_values(score_B)
-        return Predictions(score_B, p_value_B, p_value_B <= self.calibration.alpha, evidence_BHW)
+        is_anomalous_B = p_value_B <= self.calibration.alpha
+        return Predictions(score_B, p_value_B, is_anomalous_B, picture_score_BV, evidence_BVHW)
 
     def save(self, folder: Path) -> None:
         """Writes everything that prediction needs: ``detector.json``, the flow's and the backbone's weights."""
@@ -141,6 +184,7 @@ class Detector:
             "flow": {"name": self.flow_name, "config": asdict(self.flow.config)},
             "scoring": asdict(self.scoring),
             "calibration": asdict(self.calibration),
+            "views": list(self.views),
         }
         (folder / "detector.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
         safetensors.torch.save_file(portable_state(self.flow), folder / "flow.safetensors")
@@ -171,6 +215,7 @@ class Detector:
             flow,
             Scoring(**facts["scoring"]),
             Calibration(**calibration | {"scores": tuple(calibration["scores"])}),
+            tuple(facts["views"]),
         )
 
     def build_engine(self, name: EngineName = "auto", threads: int | None = None) -> Engine:
@@ -178,19 +223,39 @@ class Detector:
         return build_engine(self.spec, name, threads)
 
 
+def require_views(class_name: str, flow_name: str, flow: Flow, views: int) -> None:
+    """Makes sure that a flow reads samples of a number of views.
+
+    Raises:
+        SprueError: If it does not; the message names the class.
+    """
+    if flow.views == views:
+        return
+    advice = f"set flow.views to {views}" if flow_name == "multiflow" else "choose the flow multiflow"
+    if views == 1:
+        advice = "choose a flow of single pictures, such as patchflow"
+    raise SprueError(
+        f"class {class_name}: its samples have {views} pictures each, and {flow_name} reads {flow.views}; {advice}"
+    )
+
+
 def score_features(
     flow: Flow, scoring: Scoring, maps: Sequence[NDArray[np.float16]]
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Scores [B] and evidence [B, H, W] of pictures by their backbone maps [B, C, H, W]."""
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+    """Assesses samples by their views' backbone maps [B, C, H, W], see `Detector.predict_features`.
+
+    Returns:
+        Scores [B] of the samples, scores [B, V] and evidence [B, V, H, W] of their pictures.
+    """
     device = next(flow.buffers()).device
-    scores, evidence = [], []
+    parts = []
     for batch in _batches(maps):
         with torch.inference_mode():
             maps_on_device = [map_BCHW.to(device).float() for map_BCHW in batch]
-            score_B, evidence_BHW = flow.assess(maps_on_device, scoring.evidence, scoring.top)
-            scores.append(score_B.cpu().numpy())
-            evidence.append(evidence_BHW.cpu().numpy())
-    return np.concatenate(scores), np.concatenate(evidence)
+            assessed = flow.assess_pictures(maps_on_device, scoring.evidence, scoring.top)
+            parts.append([each.cpu().numpy() for each in assessed])
+    score_B, picture_score_BV, evidence_BVHW = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return score_B, picture_score_BV, evidence_BVHW
 
 
 def portable_state(module: torch.nn.Module) -> dict[str, Tensor]:
@@ -199,15 +264,6 @@ def portable_state(module: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def _batches(maps: Sequence[NDArray[np.float16]]) -> Iterator[list[Tensor]]:
-    # No pictures are one empty batch, which has the right shapes.
+    # No samples are one empty batch, which has the right shapes.
     for start in range(0, max(1, len(maps[0])), FLOW_BATCH):
-        yield [torch.from_numpy(map_NCHW[start : start + FLOW_BATCH]) for map_NCHW in maps]
-
-
-def _concatenate(parts: Sequence[Predictions]) -> Predictions:
-    return Predictions(
-        np.concatenate([part.score_B for part in parts]),
-        np.concatenate([part.p_value_B for part in parts]),
-        np.concatenate([part.is_anomalous_B for part in parts]),
-        np.concatenate([part.evidence_BHW for part in parts]),
-    )
+        yield [torch.from_numpy(map_BCHW[start : start + FLOW_BATCH]) for map_BCHW in maps]

@@ -23,7 +23,7 @@ from sprue.serving.batching import Batcher
 from sprue.serving.errors import ApiError, answer_errors_in_json
 from sprue.serving.lineup import Lineup, Served, load_lineup, score_together
 from sprue.serving.schemas import Health, Score, ServedClasses
-from sprue.serving.upload import ServiceLimits, decode_picture, read_picture
+from sprue.serving.upload import ServiceLimits, decode_pictures, read_pictures
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def _node_cpus() -> int:
 @serve.deployment(name="scoring", max_ongoing_requests=4 * BATCH, max_constructor_retry_count=2)
 @serve.ingress(app)
 class ScoringService:
-    """Holds all champions, scores pictures with them, and follows the registry."""
+    """Holds all champions, scores samples with them, and follows the registry."""
 
     async def __init__(self, config: ServiceConfig) -> None:  # type: ignore[misc]
         """Loads the champions; see `sprue.serving.lineup.load_lineup` for what can go wrong."""
@@ -96,21 +96,31 @@ class ScoringService:
         request: Request,
         response: Response,
         heatmap: Annotated[bool, Query(description="Also return the heat map, laid over the picture")] = False,
+        view: Annotated[
+            str | None, Query(description="Heat map of this view; of the highest score if left out")
+        ] = None,
     ) -> Any:
-        """Scores one picture with the champion of its class.
+        """Scores one sample with the champion of its class.
 
         The body is the picture's bytes (PNG, JPEG, BMP, TIFF or WebP; any size and mode), or a form with the picture
-        as its file. With `heatmap=true` and `Accept: image/png` the answer is the heat map itself and the figures
-        are in its `X-Sprue-` headers; otherwise the answer is JSON.
+        as its file. Where the class's samples have several pictures, it is a form with all of them: under the names of
+        their views, or under other names in the views' order. With `heatmap=true` and `Accept: image/png` the answer
+        is the heat map itself and the figures are in its `X-Sprue-` headers; otherwise the answer is JSON.
         """
         served, limits = self._served(class_name), self.config.limits
-        data = await read_picture(request, limits.max_bytes)
+        detector = served.detector
+        if view is not None and view not in detector.views:
+            message = f"class {class_name!r} has no view {view!r}; it has: {', '.join(detector.views)}"
+            raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "unknown_view", message)
+        pictures = await read_pictures(request, detector.views, limits.max_bytes)
         started = time.perf_counter()
-        image, input_SS3 = await self._in_pool(decode_picture, data, limits.max_pixels, served.detector.spec.input_size)
+        images, inputs_VSS3 = await self._in_pool(
+            decode_pictures, pictures, limits.max_pixels, detector.spec.input_size
+        )
         if not heatmap:
-            del image  # Up to 150 MB, and many requests may wait for their batch.
+            del images  # Up to 150 MB each, and many requests may wait for their batch.
         decoded = time.perf_counter()
-        predictions, batch = await self.batcher((served, input_SS3))
+        predictions, batch = await self.batcher((served, inputs_VSS3))
         scored = time.perf_counter()
         score = answers.score(served, predictions)
         headers = {
@@ -118,7 +128,9 @@ class ScoringService:
             f'desc="batch of {batch}"'
         }
         if heatmap:
-            png = await self._in_pool(answers.heatmap_png, served, predictions, image)
+            place = answers.shown_view(served, predictions, view)
+            score.heatmap_view = detector.views[place] or None
+            png = await self._in_pool(answers.heatmap_png, served, predictions, images[place], place)
             headers["Vary"] = "Accept"
             if answers.wants_png(request.headers.get("accept", "")):
                 return Response(png, media_type="image/png", headers=headers | answers.figures(score))
@@ -126,7 +138,7 @@ class ScoringService:
         response.headers.update(headers)
         return score
 
-    @app.get("/v1/classes", response_model=ServedClasses, tags=["service"])
+    @app.get("/v1/classes", response_model=ServedClasses, response_model_exclude_none=True, tags=["service"])
     async def classes(self) -> Any:
         """Lists the classes that can be scored, and their champions."""
         return ServedClasses(classes=[answers.summary(served) for served in self.lineup.served.values()])

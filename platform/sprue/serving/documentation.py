@@ -38,6 +38,7 @@ _FIGURES = {
     "X-Sprue-Class": "string",
     "X-Sprue-Model": "string",
     "X-Sprue-Model-Version": "integer",
+    "X-Sprue-View": "string",
 }
 
 SCORE: dict[str, Any] = {
@@ -50,7 +51,12 @@ SCORE: dict[str, Any] = {
                 "multipart/form-data": {
                     "schema": {
                         "type": "object",
-                        "properties": {"image": _binary("The picture; the field may have any name")},
+                        "properties": {
+                            "image": _binary(
+                                "The picture, under any name; where a sample has several, a file for each view, under "
+                                "its name or in the views' order"
+                            )
+                        },
                         "required": ["image"],
                     }
                 },
@@ -85,6 +91,8 @@ SCORE: dict[str, Any] = {
             undecodable_picture="the body can't be decoded: image file is truncated",
             empty_picture="the picture has no bytes",
             malformed_form="Missing boundary in multipart.",
+            wrong_views="the class's samples have 3 pictures; send a form with the files 0-top, 1-left, 2-right ...",
+            unknown_view="class 'box' has no view 'top'; it has: 0-top, 1-left, 2-right",
             no_file="the form holds no file; send the picture as one",
             invalid_request="query.heatmap: Input should be a valid boolean, unable to interpret input",
         ),

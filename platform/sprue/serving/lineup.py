@@ -1,6 +1,7 @@
 """The champions that are served, and the engines that they share.
 
-Shapes: B pictures, S side of the backbone's input, C channels, H rows, W columns of a map.
+Shapes: B pictures of a batch, V views of a sample, N pictures of several samples, S side of the backbone's input,
+C channels, H rows, W columns of a map.
 """
 
 import logging
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sprue.errors import SprueError
-from sprue.inference.detector import Detector, Predictions
+from sprue.inference.detector import BATCH, Detector, Predictions
 from sprue.inference.engines import Engine
 from sprue.tracking import registry
 from sprue.tracking.registry import Champion
@@ -116,35 +117,44 @@ def load_lineup(threads: int, previous: Lineup | None = None) -> Lineup:
 
 
 def _load(champion: Champion, engines: dict[str, SharedEngine], threads: int) -> Served:
-    """Loads a champion and scores a blank picture with it, so that the first request is neither slow nor a surprise."""
+    """Loads a champion and scores a blank sample with it, so that the first request is neither slow nor a surprise."""
     detector = registry.load_detector(champion)
     fingerprint = detector.spec.fingerprint
     engine = engines.get(fingerprint) or SharedEngine(detector.build_engine(threads=threads))
     side = detector.spec.input_size
-    detector.predict_inputs(np.zeros((1, side, side, 3), np.uint8), engine)
+    detector.predict_inputs(np.zeros((len(detector.views), side, side, 3), np.uint8), engine)
     engines[fingerprint] = engine
     logger.info("serving %s version %d", champion.model_name, champion.version)
     return Served(champion, detector, engine)
 
 
 def score_together(tasks: Sequence[tuple[Served, NDArray[np.uint8]]]) -> list[Predictions]:
-    """Scores pictures of several classes: each backbone runs once for all of its pictures, then each class's flow.
+    """Scores samples of several classes: each backbone runs for all of its pictures, then each class's flow.
 
     Args:
-        tasks: Champions and inputs [S, S, 3].
+        tasks: Champions and the inputs of a sample's views [V, S, S, 3].
 
     Returns:
-        For each task the predictions of its one picture.
+        For each task the predictions of its one sample.
     """
     results: dict[int, Predictions] = {}
     for engine, indices in _groups((served.engine, index) for index, (served, _) in enumerate(tasks)).items():
-        maps = engine(np.stack([tasks[index][1] for index in indices]))
-        by_champion = _groups((tasks[index][0].champion, row) for row, index in enumerate(indices))
-        for rows in by_champion.values():
-            detector = tasks[indices[rows[0]]][0].detector
-            predictions = detector.predict_features([map_BCHW[rows] for map_BCHW in maps])
-            results |= {indices[row]: _only(predictions, place) for place, row in enumerate(rows)}
+        counts = [len(tasks[index][1]) for index in indices]
+        maps = _run(engine, np.concatenate([tasks[index][1] for index in indices]))
+        starts = np.cumsum([0, *counts])
+        by_champion = _groups((tasks[index][0].champion, place) for place, index in enumerate(indices))
+        for places in by_champion.values():
+            rows = np.concatenate([np.arange(starts[place], starts[place + 1]) for place in places])
+            detector = tasks[indices[places[0]]][0].detector
+            predictions = detector.predict_pictures([map_NCHW[rows] for map_NCHW in maps])
+            results |= {indices[place]: predictions[row : row + 1] for row, place in enumerate(places)}
     return [results[index] for index in range(len(tasks))]
+
+
+def _run(engine: Engine, inputs_NSS3: NDArray[np.uint8]) -> list[NDArray[np.float16]]:
+    """The maps of all pictures, a few of them at a time."""
+    parts = [engine(inputs_NSS3[start : start + BATCH]) for start in range(0, len(inputs_NSS3), BATCH)]
+    return [np.concatenate(maps) for maps in zip(*parts, strict=True)]
 
 
 def _groups(pairs: Iterable[tuple[Key, int]]) -> dict[Key, list[int]]:
@@ -152,13 +162,3 @@ def _groups(pairs: Iterable[tuple[Key, int]]) -> dict[Key, list[int]]:
     for key, index in pairs:
         groups[key].append(index)
     return groups
-
-
-def _only(predictions: Predictions, index: int) -> Predictions:
-    one = slice(index, index + 1)
-    return Predictions(
-        predictions.score_B[one],
-        predictions.p_value_B[one],
-        predictions.is_anomalous_B[one],
-        predictions.evidence_BHW[one],
-    )

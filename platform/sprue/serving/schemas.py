@@ -12,8 +12,15 @@ class ModelVersion(BaseModel):
     version: int = Field(description="Version that holds the alias champion", examples=[3])
 
 
+class PictureScore(BaseModel):
+    """What it says of one of a sample's pictures."""
+
+    view: str
+    score: float = Field(description="The higher, the less likely, given the sample's other pictures")
+
+
 class Score(BaseModel):
-    """What the champion of a class says of a picture."""
+    """What the champion of a class says of a sample: a picture of a part, or a picture of each of its views."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -34,8 +41,12 @@ class Score(BaseModel):
     p_value: float = Field(description="Share of good parts that score at least as high (split-conformal)")
     alpha: float = Field(description="Share of good parts that may be called anomalous")
     is_anomalous: bool = Field(description="Whether p_value is at most alpha, which is: score above threshold")
-    threshold: float = Field(description="The score above which a picture is anomalous")
+    threshold: float = Field(description="The score above which a sample is anomalous")
     model: ModelVersion
+    pictures: list[PictureScore] | None = Field(
+        default=None, description="Where a sample has several, each one's score"
+    )
+    heatmap_view: str | None = Field(default=None, description="The view that the heat map is of")
     heatmap_png: str | None = Field(
         default=None, description="With `heatmap=true`: the picture with its heat map laid over it, a PNG in base64"
     )
@@ -56,7 +67,8 @@ class ServedClass(BaseModel):
     model: ModelVersion
     alpha: float
     threshold: float
-    calibration_pictures: int = Field(description="Good pictures that p-values are made of; none is below 1/(n+1)")
+    views: list[str] | None = Field(default=None, description="Where a sample has several pictures: their order")
+    calibration_pictures: int = Field(description="Good samples that p-values are made of; none is below 1/(n+1)")
     features: FeatureSummary
 
 

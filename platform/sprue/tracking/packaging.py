@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,24 @@ from sprue.inference.detector import Detector
 
 REQUIREMENTS = ("FrEIA", "numpy", "openvino", "pandas", "pillow", "safetensors", "timm", "torch")
 
-SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec(DataType.binary, "image")]),
-    outputs=Schema(
-        [
-            ColSpec(DataType.double, "score"),
-            ColSpec(DataType.double, "p_value"),
-            ColSpec(DataType.boolean, "is_anomalous"),
-        ]
-    ),
-)
-"""A column of encoded pictures (PNG, JPEG ...) to a row of figures each."""
+
+def signature(views: Sequence[str]) -> ModelSignature:
+    """A column of encoded pictures (PNG, JPEG ...) for each view, to a row of figures a sample."""
+    scores = [f"score_{view}" for view in views] if len(views) > 1 else []
+    return ModelSignature(
+        inputs=Schema([ColSpec(DataType.binary, view or "image") for view in views]),
+        outputs=Schema(
+            [
+                ColSpec(DataType.double, "score"),
+                ColSpec(DataType.double, "p_value"),
+                ColSpec(DataType.boolean, "is_anomalous"),
+                *(ColSpec(DataType.double, name) for name in scores),
+            ]
+        ),
+    )
 
 
-def log_detector(detector: Detector, run_id: str, example: bytes, metadata: dict[str, Any]) -> str:
+def log_detector(detector: Detector, run_id: str, example: Sequence[bytes], metadata: dict[str, Any]) -> str:
     """Packages a detector and logs it to a run.
 
     Code (`defectflow` and `sprue.inference`), weights and pinned requirements travel with it; it is logged as code,
@@ -39,7 +44,7 @@ def log_detector(detector: Detector, run_id: str, example: bytes, metadata: dict
     Args:
         detector: A calibrated detector.
         run_id: The run that it belongs to.
-        example: An encoded picture, kept as the input example.
+        example: A sample's encoded pictures, kept as the input example.
         metadata: Facts about the model, as JSON.
 
     Returns:
@@ -54,8 +59,8 @@ def log_detector(detector: Detector, run_id: str, example: bytes, metadata: dict
                 python_model=str(Path(__file__).parent / "pyfunc_model.py"),
                 artifacts={"detector": str(folder / "detector")},
                 code_paths=_portable_code(folder / "code"),
-                signature=SIGNATURE,
-                input_example=pd.DataFrame({"image": [example]}),
+                signature=signature(detector.views),
+                input_example=pd.DataFrame([example], columns=[view or "image" for view in detector.views]),
                 pip_requirements=[
                     "mlflow-skinny==" + version("mlflow"),
                     *(f"{each}=={version(each)}" for each in REQUIREMENTS),

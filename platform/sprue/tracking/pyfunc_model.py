@@ -12,7 +12,11 @@ from sprue.inference.images import open_image
 
 
 class DetectorModel(PythonModel):
-    """Scores encoded pictures, the ``image`` column of a frame, with the detector among the model's artifacts."""
+    """Scores encoded pictures with the detector among the model's artifacts.
+
+    A row of the frame is a sample, a column a view, of the view's name; the one picture of single-view samples is in
+    the column ``image``.
+    """
 
     def load_context(self, context: Any) -> None:
         """Loads the detector and an engine for it."""
@@ -20,20 +24,28 @@ class DetectorModel(PythonModel):
         self.engine = self.detector.build_engine()
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """A row of score, p_value and is_anomalous for each picture.
+        """A row of score, p_value and is_anomalous for each sample, and where it has several views ``score_<view>``.
 
         Raises:
             sprue.errors.SprueError: If a picture can't be decoded.
         """
-        images = [open_image(data, f"row {row}") for row, data in enumerate(model_input["image"])]
-        predictions = self.detector.predict(images, self.engine)
-        return pd.DataFrame(
+        columns = model_input[[view or "image" for view in self.detector.views]]
+        samples = [
+            [open_image(data, f"{name} of row {row}") for name, data in zip(columns, pictures, strict=True)]
+            for row, pictures in enumerate(columns.itertuples(index=False, name=None))
+        ]
+        predictions = self.detector.predict(samples, self.engine)
+        answer = pd.DataFrame(
             {
                 "score": predictions.score_B.astype(float),
                 "p_value": predictions.p_value_B,
                 "is_anomalous": predictions.is_anomalous_B,
             }
         )
+        if len(self.detector.views) > 1:
+            for view, score_B in zip(self.detector.views, predictions.picture_score_BV.T, strict=True):
+                answer[f"score_{view}"] = score_B.astype(float)
+        return answer
 
 
 mlflow.models.set_model(DetectorModel())

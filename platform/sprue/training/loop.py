@@ -1,6 +1,9 @@
 """The training loop: plain torch, one process, a checkpoint an epoch.
 
-Shapes: N pictures, B pictures of a step, C channels, H rows, W columns of a map.
+A sample is a picture, or a picture of each of its views; a flow's maps are those of the first view, then those of the
+second, and so on.
+
+Shapes: N samples, B samples of a step, C channels, H rows, W columns of a map.
 """
 
 import math
@@ -23,7 +26,7 @@ class FitSettings:
 
     Attributes:
         epochs: Passes over the training pictures.
-        batch_size: Pictures a step.
+        batch_size: Samples a step.
         learning_rate: Peak of the schedule.
         schedule: What follows the warm-up: a cosine to zero, or the peak throughout.
         warmup: Share of the steps that the rate rises in, linearly.
@@ -130,7 +133,7 @@ def batches(maps: Sequence[Tensor], order: Tensor, size: int, device: torch.devi
 
 @torch.no_grad()
 def mean_nll(flow: Flow, maps: Sequence[Tensor], size: int, device: torch.device) -> float:
-    """Mean negative log-likelihood of pictures, in nats per dimension, without noise."""
+    """Mean negative log-likelihood of samples, in nats per dimension, without noise."""
     flow.eval()
     count = len(maps[0])
     total = sum(float(flow.nll(batch).sum()) for batch in batches(maps, torch.arange(count), size, device))
@@ -153,8 +156,8 @@ def train(
 
     Args:
         flow: A new flow.
-        train_maps: Stored maps [N, C, H, W] of the training pictures.
-        validation_maps: Those of the validation pictures.
+        train_maps: Stored maps [N, C, H, W] of the training samples.
+        validation_maps: Those of the validation samples.
         settings: How to fit.
         device: Where the flow goes.
         report: Called after each epoch.
@@ -187,7 +190,9 @@ def train(
                 f"the likelihood stopped being finite in epoch {epoch} (training {train_nll}, validation "
                 f"{validation_nll}): lower fit.learning_rate; the last good checkpoint is kept"
             )
-        result = Epoch(epoch, train_nll, validation_nll, rate, seconds, len(everything) / seconds, time.time())
+        result = Epoch(
+            epoch, train_nll, validation_nll, rate, seconds, len(everything) * flow.views / seconds, time.time()
+        )
         history.append(asdict(result))
         report(result, Checkpoint.take(flow, optimizer, epoch, list(history)))
 
@@ -200,7 +205,7 @@ def _train_epoch(
     epoch: int,
     device: torch.device,
 ) -> tuple[float, float]:
-    """One pass; the mean likelihood of its pictures as they were seen, and the last learning rate."""
+    """One pass; the mean likelihood of its samples as they were seen, and the last learning rate."""
     flow.train()
     count = len(maps[0])
     per_epoch = math.ceil(count / settings.batch_size)

@@ -1,7 +1,7 @@
 """What runs in a Ray Train worker: reads a class's features, fits its flow, reports an epoch at a time."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ import torch
 from ray.util.queue import Queue
 
 from defectflow import Flow, build_flow, fitting_config
+from sprue.data.samples import Sample
 from sprue.errors import SprueError
 from sprue.features.tables import FeatureTable
+from sprue.inference.detector import require_views
 from sprue.store import location
 from sprue.training.checkpoint import Checkpoint
 from sprue.training.loop import Epoch, FitSettings, train
@@ -37,8 +39,8 @@ class FitRequest:
         fingerprint: Of the feature spec.
         table: The class's feature table, as every node sees it.
         blocks: How many feature maps each scale of a picture has.
-        train: Digests of the training pictures.
-        validation: Digests of the validation pictures.
+        train: The training samples, each the digests of its pictures in the order of its views.
+        validation: The validation samples.
         flow_name: A key of `defectflow.FLOWS`.
         flow_config: The flow's settings that are set by hand.
         settings: How to fit.
@@ -48,19 +50,29 @@ class FitRequest:
     fingerprint: str
     table: str
     blocks: int
-    train: tuple[str, ...]
-    validation: tuple[str, ...]
+    train: tuple[Sample, ...]
+    validation: tuple[Sample, ...]
     flow_name: str
     flow_config: dict[str, Any]
     settings: FitSettings
 
+    @property
+    def views(self) -> int:
+        """Pictures of a sample."""
+        return len(self.train[0])
+
+    @property
+    def pictures(self) -> int:
+        """How many training pictures there are."""
+        return len(self.train) * self.views
+
     def params(self) -> dict[str, Any]:
         """The settings by the names under which a run shows them."""
         flow = self.whole_config(FeatureTable(location(self.table)))
-        return run_params(self.flow_name, flow, asdict(self.settings), self.fingerprint, len(self.train))
+        return run_params(self.flow_name, flow, asdict(self.settings), self.fingerprint, self.pictures)
 
     def check(self) -> None:
-        """Checks that the features are there and that the flow accepts its settings.
+        """Checks that the features are there and that the flow accepts its settings and the samples.
 
         Raises:
             SprueError: If not; the message names the class.
@@ -69,9 +81,10 @@ class FitRequest:
         if not len(table):
             raise SprueError(f"class {self.class_name} has no features in {self.table}; run the features stage first")
         try:
-            self.build_flow(table)
+            flow = self.build_flow(table)
         except (TypeError, ValueError) as error:
             raise SprueError(f"flow: {error}") from error
+        require_views(self.class_name, self.flow_name, flow, self.views)
 
     def whole_config(self, table: FeatureTable) -> dict[str, Any]:
         """The flow's settings, with what follows from the features.
@@ -80,7 +93,7 @@ class FitRequest:
             ValueError: If the flow does not accept its settings.
         """
         scales = [table.shapes[start : start + self.blocks] for start in range(0, len(table.shapes), self.blocks)]
-        return fitting_config(self.flow_name, scales, len(self.train), self.flow_config)
+        return fitting_config(self.flow_name, scales, self.pictures, self.flow_config)
 
     def build_flow(self, table: FeatureTable) -> Flow:
         """A new flow, the same for the same seed.
@@ -101,8 +114,8 @@ def fit_worker(config: dict[str, Any]) -> None:
     request: FitRequest = config["request"]
     epochs: Queue = config["epochs"]
     table = FeatureTable(location(request.table))
-    train_maps = [torch.from_numpy(map_NCHW) for map_NCHW in table.read(request.train)]
-    validation_maps = [torch.from_numpy(map_NCHW) for map_NCHW in table.read(request.validation)]
+    train_maps = _maps(table, request.train, request.views)
+    validation_maps = _maps(table, request.validation, request.views)
 
     def report(epoch: Epoch, checkpoint: Checkpoint) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -113,6 +126,10 @@ def fit_worker(config: dict[str, Any]) -> None:
     flow = request.build_flow(table)
     device = ray.train.torch.get_device()
     train(flow, train_maps, validation_maps, request.settings, device, report, _latest_checkpoint())
+
+
+def _maps(table: FeatureTable, samples: Sequence[Sample], views: int) -> list[torch.Tensor]:
+    return [torch.from_numpy(map_NCHW) for map_NCHW in table.read_samples(samples, views)]
 
 
 def _latest_checkpoint() -> Checkpoint | None:

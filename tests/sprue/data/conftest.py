@@ -54,3 +54,20 @@ def bottles(folder: Folder) -> Folder:
     folder.picture("bottle/test/crack/001.png", 1003)
     folder.mask("bottle/ground_truth/crack/000_mask.png")
     return folder
+
+
+VIEWS = ("front", "left", "top")
+
+
+@pytest.fixture
+def boxes(folder: Folder) -> Folder:
+    """One class of three views: 40 training samples, a good and two defective test samples, one with two masks."""
+    for number in range(40):
+        for view, name in enumerate(VIEWS):
+            folder.picture(f"box/train/good/{number:03d}/{name}.png", 3 * number + view)
+    for number, sample in enumerate(("good/a", "dent/a", "dent/b")):
+        for view, name in enumerate(VIEWS):
+            folder.picture(f"box/test/{sample}/{name}.png", 1000 + 3 * number + view)
+    folder.mask("box/ground_truth/dent/a/left_mask.png")
+    folder.mask("box/ground_truth/dent/a/top.png")
+    return folder

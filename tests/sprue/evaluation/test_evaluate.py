@@ -42,6 +42,8 @@ class Bench:
                 self.save(mask_path, mask)
             rows.append(
                 {
+                    "sample_id": f"{index}.png",
+                    "view": "",
                     "path": f"{index}.png",
                     "mask_path": mask_path,
                     "label": int(defective),
@@ -53,7 +55,7 @@ class Bench:
         digests = [hashlib.sha256(str(index).encode()).hexdigest() for index in range(54)]
         write_part(UPath(root / "table"), digests, maps)
         self.table = FeatureTable(UPath(root / "table"))
-        self.calibration = pd.DataFrame({"sha256": digests[:30]})
+        self.calibration = pd.DataFrame({"sha256": digests[:30], "sample_id": digests[:30], "view": ""})
         self.test = pd.DataFrame(rows).assign(sha256=digests[30:])
         flow = build_flow("patchflow", channels=(6,), adapted=6, bottleneck=4, neighbourhood=1)
         self.flow = flow.fit_adaptor([[torch.from_numpy(maps[0][:30]).float()]])
@@ -126,7 +128,7 @@ def test_what_a_person_looks_at_shows_every_picture_that_matters(bench, tmp_path
     evaluation = bench.evaluate(bench.test)
     write_evaluation(evaluation, bench.detector, bench.root, tmp_path)
     scores = pd.read_csv(tmp_path / "scores.csv")
-    assert scores["picture"].tolist() == bench.test["path"].tolist()
+    assert scores["sample"].tolist() == bench.test["path"].tolist()
     np.testing.assert_allclose(scores["score"], evaluation.predictions.score_B, rtol=1e-5)
     assert np.array_equal(scores["is_anomalous"], evaluation.predictions.is_anomalous_B)
     with Image.open(tmp_path / "heatmaps.png") as overview, Image.open(tmp_path / "histogram.png") as histogram:

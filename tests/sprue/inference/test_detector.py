@@ -55,12 +55,12 @@ def detector(request, engine):
     for parameter in flow.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     scoring = Scoring(request.param, top=0.05)
-    scores, evidence = score_features(flow.eval(), scoring, [each[10:] for each in maps])
+    scores, _, evidence = score_features(flow.eval(), scoring, [each[10:] for each in maps])
     return Detector("brick", spec, "patchflow", flow, scoring, Calibration.fit(scores, evidence, alpha=0.05))
 
 
 def assert_same(one, other):
-    for name in ("score_B", "p_value_B", "is_anomalous_B", "evidence_BHW"):
+    for name in ("score_B", "p_value_B", "is_anomalous_B", "picture_score_BV", "evidence_BVHW"):
         assert np.array_equal(getattr(one, name), getattr(other, name)), name
 
 
@@ -109,14 +109,14 @@ def test_pictures_and_their_stored_features_give_the_same_predictions(detector, 
 def test_a_prediction_is_consistent(detector, engine):
     images = crops(5, seed=4)
     predictions = detector.predict(images, engine)
-    assert predictions.evidence_BHW.shape == (5, SIDE // 8, SIDE // 8)
+    assert predictions.evidence_BVHW.shape == (5, 1, SIDE // 8, SIDE // 8)
     count = round(0.05 * (SIDE // 8) ** 2)
-    top_B = np.sort(predictions.evidence_BHW.reshape(5, -1), axis=1)[:, -count:].mean(1)
+    top_B = np.sort(predictions.evidence_BVHW.reshape(5, -1), axis=1)[:, -count:].mean(1)
     np.testing.assert_allclose(predictions.score_B, top_B, rtol=1e-5)
     assert np.array_equal(predictions.is_anomalous_B, predictions.score_B > np.float32(detector.calibration.threshold))
     map_HW = predictions.anomaly_map(2, images[2].size[::-1])
     assert map_HW.shape == images[2].size[::-1]
-    assert map_HW.max() <= predictions.evidence_BHW[2].max()
+    assert map_HW.max() <= predictions.evidence_BVHW[2].max()
 
 
 def test_a_picture_with_a_hole_is_anomalous_and_the_map_shows_where(detector, engine):
@@ -140,7 +140,7 @@ def test_a_picture_with_a_hole_is_anomalous_and_the_map_shows_where(detector, en
         (lambda folder: (folder / "detector.json").write_text("{"), "is not a saved detector"),
         (
             lambda folder: (folder / "detector.json").write_text('{"format": 7}'),
-            "has format 7, this version of sprue reads 1",
+            "has format 7, this version of sprue reads 2",
         ),
     ],
 )

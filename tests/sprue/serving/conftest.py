@@ -47,7 +47,7 @@ def fit(class_name: str, spec: FeatureSpec, engine: Engine) -> Detector:
     maps = engine(inputs)
     flow = build_flow("patchflow", channels=tuple(each.shape[1] for each in maps), adapted=16, bottleneck=8)
     flow.fit_adaptor([[torch.from_numpy(each[:10]).float() for each in maps]])
-    scores, evidence = score_features(flow.eval(), Scoring(), [each[10:] for each in maps])
+    scores, _, evidence = score_features(flow.eval(), Scoring(), [each[10:] for each in maps])
     return Detector(class_name, spec, "patchflow", flow, Scoring(), Calibration.fit(scores, evidence, alpha=0.05))
 
 

@@ -55,7 +55,7 @@ def detector():
     flow.fit_adaptor([[torch.from_numpy(maps[0][:10]).float()]])
     for parameter in flow.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    scores, evidence = score_features(flow.eval(), Scoring(), [maps[0][10:]])
+    scores, _, evidence = score_features(flow.eval(), Scoring(), [maps[0][10:]])
     return Detector("brick", spec, "patchflow", flow, Scoring(), Calibration.fit(scores, evidence, alpha=0.05))
 
 
@@ -119,7 +119,7 @@ def test_a_finished_run_has_figures_and_pictures_and_a_failed_one_says_so(store,
 def logged(store, detector):
     """The run and the URI of the packaged detector."""
     run = FitRun.open(experiment_id("models", store), "brick", "k", {})
-    return run.run_id, log_detector(detector, run.run_id, png(crops(1, seed=9)[0]), {"sprue.dataset": "textures"})
+    return run.run_id, log_detector(detector, run.run_id, [png(crops(1, seed=9)[0])], {"sprue.dataset": "textures"})
 
 
 def test_a_registered_detector_is_found_and_comes_back_as_it_was(store, detector, logged):

@@ -27,7 +27,8 @@ def request_of(folder, class_name, broken=False, **changes):
     names = [hashlib.sha256(f"{class_name}{index}".encode()).hexdigest() for index in range(14)]
     write_part(UPath(folder / class_name), names, maps)
     settings = FitSettings(epochs=3, batch_size=5)
-    arguments = {"train": tuple(names[:10]), "validation": tuple(names[10:]), "flow_config": FLOW, "settings": settings}
+    samples = tuple((name,) for name in names)
+    arguments = {"train": samples[:10], "validation": samples[10:], "flow_config": FLOW, "settings": settings}
     return FitRequest(
         class_name, "f" * 16, str(folder / class_name), blocks=2, flow_name="patchflow", **arguments | changes
     )
@@ -37,7 +38,8 @@ def fitted_here(request):
     """The last epoch and checkpoint of the same fit without Ray."""
     table = FeatureTable(UPath(request.table))
     train_maps, validation_maps = (
-        [torch.from_numpy(map_NCHW) for map_NCHW in table.read(names)] for names in (request.train, request.validation)
+        [torch.from_numpy(map_NCHW) for map_NCHW in table.read_samples(samples, 1)]
+        for samples in (request.train, request.validation)
     )
     reports = []
     flow = request.build_flow(table)
@@ -84,7 +86,9 @@ def test_cores_are_shared_out(cluster):
 def test_a_request_is_checked_before_anything_starts(tmp_path):
     request_of(tmp_path, "brick").check()
     with pytest.raises(SprueError, match=r"class grass has no features in .*; run the features stage first"):
-        FitRequest("grass", "f", str(tmp_path / "grass"), 2, ("a",), ("b",), "patchflow", FLOW, FitSettings()).check()
+        FitRequest(
+            "grass", "f", str(tmp_path / "grass"), 2, (("a",),), (("b",),), "patchflow", FLOW, FitSettings()
+        ).check()
     for changes, match in (
         ({"flow_config": {"adapted": 1}}, "flow: adapted: 1 is below 2"),
         ({"flow_config": {"depth": 2}}, "flow: patchflow has no setting 'depth'"),
