@@ -33,6 +33,10 @@ BATCH = 16
 PART_ROWS = 256
 """Pictures a part holds at least, where there are as many."""
 
+SIDE_CPUS = 0.5
+"""Cores that a task for decoding or writing books: a share, so that both go on beside an engine on two cores. That it
+differs from what an engine books also keeps Ray Data from running the decoding inside the engine's actor, in turn."""
+
 Batch = dict[str, NDArray[Any]]
 
 
@@ -165,14 +169,14 @@ def _run(spec: FeatureSpec, missing: pd.DataFrame, root: UPath, folder: UPath, e
     ray.data.DataContext.get_current().raise_original_map_exception = True
     dataset = ray.data.from_items(missing.to_dict("records"), override_num_blocks=-(-len(missing) // BATCH))
     try:
-        dataset.map_batches(_Decoder(root, spec.input_size), batch_size=None).map_batches(
+        dataset.map_batches(_Decoder(root, spec.input_size), batch_size=None, num_cpus=SIDE_CPUS).map_batches(
             _EngineWorker,
             fn_constructor_args=(spec, engine, placement.threads),
             batch_size=BATCH,
             compute=ray.data.ActorPoolStrategy(size=placement.workers),
             num_cpus=placement.num_cpus,
             num_gpus=placement.num_gpus,
-        ).write_datasink(FeatureTableSink(folder))
+        ).write_datasink(FeatureTableSink(folder), ray_remote_args={"num_cpus": SIDE_CPUS})
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         if isinstance(cause, SprueError | OSError):
