@@ -1,6 +1,7 @@
 """Normalizing flows that find defects in the feature maps of a frozen backbone.
 
-Stands on torch, FrEIA and numpy alone, for use on a cluster, in a notebook or on an edge box.
+Stands on torch, FrEIA and numpy alone, for use on a cluster, in a notebook or on an edge box. ``docs/flows.md`` is
+the guide: the mathematics, what differs between the flows, when to use which.
 
 >>> import torch
 >>> from defectflow import build_flow

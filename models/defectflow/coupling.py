@@ -17,7 +17,7 @@ Subnet = Callable[[int, int], nn.Module]
 
 
 def soft_clamp(s: Tensor, clamp: float) -> Tensor:
-    """Bounds a log-scale to (-clamp, clamp): ``2 clamp / pi * atan(s / clamp)``."""
+    """Bounds a log-scale to (-clamp, clamp): ``2 clamp / pi * atan(s / clamp)``; FrEIA rounds 2 / pi to 0.636."""
     return (2.0 * clamp / math.pi) * torch.atan(s / clamp)
 
 

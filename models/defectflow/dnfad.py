@@ -1,4 +1,4 @@
-"""DNFAD: two branches over one map, one that judges each position and one that judges the whole map.
+"""DNFAD: two branches over one map, one that is told each position's place and one that is not.
 
 Shapes: B pictures, C channels, H rows, W columns of the map, P channels of the position code.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from defectflow.adaptor import Adaptation, ChannelAdaptor
-from defectflow.coupling import GraphCoupling, couple_all, uncouple_all
+from defectflow.coupling import GraphCoupling, uncouple_all
 from defectflow.flow import Evidence, Flow, FlowConfig, Maps, Shape
 from defectflow.pyramid import fuse
 from defectflow.subnets import AttentionSubnet
@@ -110,7 +110,8 @@ class DNFAD(Flow):
     """The density of a map, once position by position with a code of where it is, and once as a whole.
 
     Both branches are couplings with dynamic spatial attention. The local one is told each position's place, so
-    that it learns what is usual there; the global one is not. Each latent gives a probability for every position,
+    that it learns what is usual there; the global one is not. (The authors' code has FrEIA's ``AllInOneBlock`` in the
+    global branch, and tells it the place too.) Each latent gives a probability for every position,
     ``exp(-mean(z^2) / 2)``, in units of one channel, since over hundreds of channels it would be zero in any float;
     the evidence is one minus the mean of the branches' probabilities (equations 15 to 17).
 
@@ -168,7 +169,7 @@ class DNFAD(Flow):
         """A latent and its log-determinants for each branch, in the order of the config."""
         told = condition or self.condition(nodes)
         results = [
-            couple_all(self.branches[branch].children(), [node], [tell])
+            self.chain(self.branches[branch].children(), [node], [tell])
             for branch, node, tell in zip(self.config.branches, nodes, told, strict=True)
         ]
         return [z for (z,), _ in results], [log_det for _, (log_det,) in results]

@@ -7,14 +7,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from defectflow.coupling import couple_all, uncouple_all
+from defectflow.coupling import GraphCoupling, couple_all, uncouple_all
 from defectflow.noise import NoiseScheme, add_noise, condition_channels, no_noise
+from defectflow.recompute import couple_all_recomputing
 
 Shape = tuple[int, int, int]
 """Channels, rows and columns of a feature map."""
@@ -104,13 +105,15 @@ class Flow(nn.Module, ABC):
 
     Attributes:
         top: Share of the positions whose mean is a picture's score in the paper.
-        blocks: The couplings.
+        blocks: The couplings; `DNFAD` has ``branches`` in their place, a chain of couplings each.
+        recompute: Whether training saves memory by computing inputs anew from outputs; see `defectflow.recompute`.
     """
 
     config_class: ClassVar[type[FlowConfig]]
     top: ClassVar[float] = 0.03
     config: FlowConfig
     blocks: nn.ModuleList
+    recompute: bool = False
 
     def __init__(self, config: FlowConfig) -> None:
         """Keeps the settings; subclasses make the blocks."""
@@ -158,7 +161,14 @@ class Flow(nn.Module, ABC):
 
     def couple(self, nodes: Sequence[Tensor], condition: Sequence[Tensor] | None) -> tuple[list[Tensor], list[Tensor]]:
         """The couplings alone: from adapted maps to latents and log-determinants, as `forward`."""
-        return couple_all(self.blocks, nodes, condition)
+        return self.chain(self.blocks, nodes, condition)
+
+    def chain(
+        self, blocks: Iterable[nn.Module], nodes: Sequence[Tensor], condition: Sequence[Tensor] | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Some couplings one after the other, with or without keeping what backward needs."""
+        couple = couple_all_recomputing if self.recompute and self.training else couple_all
+        return couple(cast(Sequence[GraphCoupling], list(blocks)), nodes, condition)
 
     def told(self, nodes: list[Tensor]) -> tuple[list[Tensor], Sequence[Tensor] | None]:
         """The nodes, with noise in training, and the condition that the couplings are told."""
@@ -246,7 +256,7 @@ class Flow(nn.Module, ABC):
         return self.assess(maps, evidence, top)[0]
 
     def anomaly_map(self, maps: Maps, size: tuple[int, int], evidence: Evidence = "latent") -> Tensor:
-        """The evidence of each pixel, [B, h, w], for maps of pictures of `size` (rows, columns)."""
+        """The evidence of each pixel, [B, h, w] (Multi-Flow: [B, V, h, w]), for pictures of `size` (rows, columns)."""
         return _resize(self.assess(maps, evidence)[1], size)
 
 
@@ -262,10 +272,13 @@ def masked(
     )
 
 
-def _resize(map_BHW: Tensor, size: tuple[int, ...]) -> Tensor:
-    if map_BHW.shape[-2:] == size:
-        return map_BHW
-    return F.interpolate(map_BHW[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+def _resize(evidence: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Evidence [..., H, W] at another size, bilinear."""
+    if evidence.shape[-2:] == size:
+        return evidence
+    map_N1HW = evidence.reshape(-1, 1, *evidence.shape[-2:])
+    resized = F.interpolate(map_N1HW, size=size, mode="bilinear", align_corners=False)
+    return resized.reshape(*evidence.shape[:-2], *size)
 
 
 def top_mean(values_BP: Tensor, top: float) -> Tensor:

@@ -106,7 +106,8 @@ class MultiFlow(Flow):
     The maps of a sample are those of its first view in the feature spec's order, then those of its second, and so
     on. Evidence maps have the views as their second dimension, [B, V, H, W].
 
-    Source: Multi-Flow, "Multi-View Normalizing Flows for Anomaly Detection" (evaluated on Real-IAD).
+    Source: Kruse and Rosenhahn, "Multi-Flow: Multi-View-Enriched Normalizing Flows for Industrial Anomaly Detection"
+    (CVPR workshops 2025).
 
     >>> flow = MultiFlow(MultiFlowConfig(channels=(6,), views=3, hidden=8, steps=2)).eval()
     >>> views = [torch.randn(2, 6, 4, 4) for _ in range(3)]

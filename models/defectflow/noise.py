@@ -15,7 +15,7 @@ NoiseScheme = Literal["simplenet", "softflow", "uniform"]
 """How the noise's deviation is drawn: one for all and untold; one for each picture; one for each position."""
 
 CONDITION_SCALE = 20.0
-"""The condition is this times the deviation (from the authors' code of Multi-Flow)."""
+"""The condition is this times the deviation. (In Multi-Flow's code it is this times the noise itself.)"""
 
 
 def condition_channels(scheme: NoiseScheme, deviation: float) -> int:
@@ -29,7 +29,8 @@ def add_noise(nodes: Sequence[Tensor], scheme: NoiseScheme, deviation: float) ->
     With ``simplenet`` every position has the whole deviation; with ``softflow`` a picture's is uniform between 0
     and it, the same for all nodes; with ``uniform`` every position of every node has its own.
 
-    Sources: Liu et al., "SimpleNet" (2023); Kim et al., "SoftFlow" (2020), section 3.2; Multi-Flow's code.
+    Sources: Liu et al., "SimpleNet" (2023); Kim et al., "SoftFlow" (2020), section 3.2. Multi-Flow's code has schemes
+    of the same names, but one noise map [B, 1, H, W] for all channels and views.
 
     Args:
         nodes: Maps [B, C, H, W].

@@ -1,15 +1,17 @@
 """PatchFlow: a flow of 1x1 bottleneck couplings on the fused feature pyramid.
 
-Shapes: B pictures, C channels of a backbone map, D fused channels, A adapted channels, H rows, W columns.
+Shapes: B pictures, C channels of a backbone map, D fused channels, A adapted channels, K kept components, H rows,
+W columns.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import orthogonal
 
 from defectflow.coupling import GraphCoupling
 from defectflow.flow import Flow, FlowConfig, Maps, Shape
@@ -31,6 +33,10 @@ class PatchFlowConfig(FlowConfig):
     Attributes:
         maps: Paper: all, three scales of three blocks. Coarse maps add channels, but few independent positions:
             with some hundred pictures the whitening overfits them.
+        adaptor: How the fused channels are reduced, always by a projection that can't shrink what it keeps:
+            ``whiten`` keeps the principal components, each brought to unit variance; ``orthogonal`` keeps random
+            directions of the standardised channels; ``trained`` begins as ``whiten`` and then turns, trained with
+            the flow, among all directions of the whitened features.
         adapted: Channels after the adaptor (paper: 768), at most the fused ones. The directions with the least
             variance are dropped first, though defects show there well.
         bottleneck: Hidden channels of a subnetwork (paper: 128).
@@ -41,6 +47,7 @@ class PatchFlowConfig(FlowConfig):
             1, all). Neighbours are nearly copies of each other, so 2 learns as much a step in a quarter of the time.
     """
 
+    adaptor: Literal["whiten", "orthogonal", "trained"] = "whiten"
     adapted: int = 768
     bottleneck: int = 128
     neighbourhood: int = 3
@@ -58,6 +65,8 @@ class PatchFlowConfig(FlowConfig):
             raise ValueError(f"adapted: {self.adapted} is below 2 (of {self.fused} fused channels)")
         if min(self.bottleneck, self.stride) < 1:
             raise ValueError(f"bottleneck and stride are at least 1; got {self.bottleneck} and {self.stride}")
+        if self.adaptor not in ("whiten", "orthogonal", "trained"):
+            raise ValueError(f"adaptor: {self.adaptor!r} is none of 'whiten', 'orthogonal', 'trained'")
         if self.neighbourhood < 1 or self.neighbourhood % 2 == 0:
             raise ValueError(f"neighbourhood: {self.neighbourhood} is not an odd number from 1")
 
@@ -90,9 +99,12 @@ class PatchFlowConfig(FlowConfig):
 class PatchFlow(Flow):
     """The density of a position's fused, whitened feature vector.
 
-    The pyramid's maps are averaged over neighbourhoods, upsampled and concatenated (section 3); a frozen PCA
-    whitening takes the place of the paper's trained adaptor, whose output the likelihood alone would shrink;
-    then come couplings whose subnetworks are three 1x1 convolutions through a bottleneck.
+    The pyramid's maps are averaged over neighbourhoods, upsampled and concatenated (section 3). The paper trains its
+    adaptor by the likelihood, which pays for shrinking its output; here an adaptor is frozen, or a rotation of
+    whitened features, under which they keep the identity as covariance. Then come couplings whose subnetworks are
+    three 1x1 convolutions through a bottleneck.
+
+    Source: Zhang, Yang, Wang, Vian, "PatchFlow: Leveraging a Flow-Based Model with Patch Features" (2026).
 
     >>> flow = PatchFlow(PatchFlowConfig(channels=(4, 6), adapted=5, bottleneck=8, steps=2))
     >>> maps = [torch.randn(3, 4, 8, 8), torch.randn(3, 6, 4, 4)]
@@ -107,8 +119,12 @@ class PatchFlow(Flow):
     def __init__(self, config: PatchFlowConfig) -> None:
         """Makes an unfitted flow: the couplings are the identity, the adaptor is zero."""
         super().__init__(config)
-        self.register_buffer("adaptor_weight", torch.zeros(config.adapted, config.fused))
-        self.register_buffer("adaptor_bias", torch.zeros(config.adapted))
+        kept = config.fused if config.adaptor == "trained" else config.adapted
+        self.register_buffer("adaptor_weight", torch.zeros(kept, config.fused))
+        self.register_buffer("adaptor_bias", torch.zeros(kept))
+        if config.adaptor == "trained":
+            self.rotation = orthogonal(nn.Linear(config.fused, config.adapted, bias=False))
+            self.rotation.weight = torch.eye(config.adapted, config.fused)
         self.blocks = nn.ModuleList(
             GraphCoupling(
                 [(config.adapted, 1, 1)],
@@ -120,14 +136,21 @@ class PatchFlow(Flow):
         )
 
     def fit_adaptor(self, batches: Iterable[Maps]) -> "PatchFlow":
-        """Fits the whitening on a fixed grid of each picture's positions.
+        """Fits the adaptor on a fixed grid of each picture's positions.
 
         Raises:
             ValueError: If there are too few positions for the components, or features are not finite.
         """
-        weight_AD, bias_A = fit_whitening(self._sampled(batches), self.config.adapted)
-        self.get_buffer("adaptor_weight").copy_(weight_AD)
-        self.get_buffer("adaptor_bias").copy_(bias_A)
+        weight, bias = self.get_buffer("adaptor_weight"), self.get_buffer("adaptor_bias")
+        if self.config.adaptor == "orthogonal":
+            weight_DD, bias_D = fit_whitening(self._sampled(batches), self.config.fused, decorrelate=False)
+            rows_AD = nn.init.orthogonal_(torch.empty_like(weight))
+            weight.copy_(rows_AD @ weight_DD)
+            bias.copy_(rows_AD @ bias_D)
+        else:
+            weight_KD, bias_K = fit_whitening(self._sampled(batches), len(weight))
+            weight.copy_(weight_KD)
+            bias.copy_(bias_K)
         return self
 
     @torch.no_grad()
@@ -138,11 +161,14 @@ class PatchFlow(Flow):
             yield fused_BDP[:, :, ::stride].transpose(1, 2).flatten(0, 1)
 
     def adapt(self, maps: Maps) -> list[Tensor]:
-        """The whitened pyramid, [B, A, H, W], one node; in training at the stride's positions alone."""
+        """The adapted pyramid, [B, A, H, W], one node; in training at the stride's positions alone."""
         chosen = self.chosen(maps)
         grid = Grid(finest_size(chosen))
         if self.training and self.config.stride > 1:
             top, left = torch.randint(self.config.stride, (2,)).tolist()
             grid = Grid(grid.size, self.config.stride, (top, left))
         weight_AD, bias_A = self.get_buffer("adaptor_weight"), self.get_buffer("adaptor_bias")
+        if self.config.adaptor == "trained":
+            rows_AK = cast(Tensor, self.rotation.weight)
+            weight_AD, bias_A = rows_AK @ weight_AD, rows_AK @ bias_A
         return [fuse_projected(chosen, self.config.neighbourhood, weight_AD, bias_A, grid)]

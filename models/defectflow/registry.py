@@ -46,7 +46,7 @@ def build_flow(name: str, **config: Any) -> Flow:
     >>> build_flow("patchflow", channels=(8,), depth=3)
     Traceback (most recent call last):
     ...
-    ValueError: patchflow has no setting 'depth'; it has: channels, maps, steps, clamp, noise, noise_scheme, adapted, bottleneck, neighbourhood, stride
+    ValueError: patchflow has no setting 'depth'; it has: channels, maps, steps, clamp, noise, noise_scheme, adaptor, adapted, bottleneck, neighbourhood, stride
     """  # noqa: E501
     flow = _flow_class(name, config)
     return flow(flow.config_class(**config))

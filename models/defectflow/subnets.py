@@ -77,7 +77,7 @@ class CrossViewSubnet(nn.Module):
     A view's second convolution and its messages are one convolution of the stacked hidden maps of the view and of
     its neighbours, these divided by their number.
 
-    Source: Multi-Flow, "Multi-View Normalizing Flows"; ReLU and replication at the border from the authors' code.
+    Source: Kruse and Rosenhahn, "Multi-Flow" (2025); ReLU and replication at the border from the authors' code.
     """
 
     def __init__(self, c_in: int, c_out: int, neighbours: Sequence[Sequence[int]], hidden: int, kernel: int) -> None:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import ray
 import yaml
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from upath import UPath
 
 from sprue.errors import SprueError
@@ -147,13 +148,18 @@ def run_stage(stage: str, main: Callable[[Context], None]) -> None:
         "--params", type=Path, default=Path("params.yaml"), help="parameter file (default: %(default)s)"
     )
     parser.add_argument("--data", help="folder or s3 URL of the dataset (default: data/<dataset>)")
-    parser.add_argument("--store", default="store", help="folder or s3 URL of all results (default: %(default)s)")
+    parser.add_argument("--store", help="folder or s3 URL of all results (default: store; a Ray job has no default)")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         params = read_params(arguments.params)
+        if RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ and not (arguments.data and arguments.store):
+            raise SprueError(
+                "a Ray job runs in a copy of the checkout that is deleted afterwards; give --data and --store, paths "
+                "that all nodes see or s3 URLs"
+            )
         data = location(arguments.data or f"data/{params['dataset']}")
-        main(Context(stage, params, data, location(arguments.store)))
+        main(Context(stage, params, data, location(arguments.store or "store")))
     except SprueError as error:
         sys.exit(f"sprue {stage}: {error}")
 

@@ -68,11 +68,14 @@ def read_json(path: UPath, made_by: str) -> Any:
         made_by: The stage that writes it, for the message.
 
     Raises:
-        SprueError: If it is missing.
+        SprueError: If it is missing or damaged.
     """
     if not path.is_file():
         raise SprueError(f"there is no {path}; run the {made_by} stage first")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise SprueError(f"{path} is damaged ({error}); delete it and run the {made_by} stage again") from error
 
 
 def replace_folder(source: Path, target: UPath) -> None:

@@ -20,6 +20,7 @@ CASES = {
         "noise": 0.2,
         "noise_scheme": "uniform",
     },
+    "patchflow-trained": {"channels": (4, 3), "adaptor": "trained", "adapted": 5, "bottleneck": 8, "steps": 2},
     "csflow": {"channels": (4, 4, 4), "hidden": 6, "steps": 2},
     "csflow-whitened": {
         "channels": (4, 4),
@@ -53,7 +54,7 @@ def random_flow(case, seed=0):
     torch.manual_seed(seed)
     flow = build_flow(case.split("-")[0], **CASES[case] | {"clamp": 1.0})
     flow.fit_adaptor([inputs(case, size=(16, 8), pictures=8, dtype=torch.float32)])
-    for parameter in flow.parameters():
+    for parameter in flow.blocks.parameters() if hasattr(flow, "blocks") else flow.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return flow.eval()
 
@@ -157,6 +158,21 @@ def test_training_lowers_the_likelihood_loss_and_every_parameter_has_a_gradient(
     without = [name for name, parameter in flow.named_parameters() if parameter.grad is None]
     assert not without
     assert flow.eval().nll(maps).mean().item() < before - 0.01
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_recomputing_changes_no_gradient(case):
+    maps, gradients = inputs(case), []
+    for recompute in (False, True):
+        flow = random_flow(case).double().train()
+        flow.recompute = recompute
+        torch.manual_seed(1)
+        loss = flow.nll(maps).mean()
+        loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in flow.named_parameters()})
+        gradients[-1]["loss"] = loss.detach()
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -91,8 +91,11 @@ def test_multiflow_scores_pictures_and_samples():
     with torch.no_grad():
         sample_B, evidence_BVHW = flow.assess(maps)
         picture_BV = flow.picture_score(maps)
+        map_BVhw = flow.anomaly_map(maps, size=(8, 8))
     torch.testing.assert_close(picture_BV, evidence_BVHW.amax((2, 3)))
     torch.testing.assert_close(sample_B, picture_BV.amax(1))
+    upsampled = torch.nn.functional.interpolate(evidence_BVHW, size=(8, 8), mode="bilinear")
+    torch.testing.assert_close(map_BVhw, upsampled)
     mean = build_flow("multiflow", **settings, sample_score="mean").eval()
     mean.load_state_dict(flow.state_dict())
     with torch.no_grad():

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.distributions import MultivariateNormal
 
 from defectflow import PatchFlow, PatchFlowConfig, build_flow
+from defectflow.pyramid import fuse
 
 CHANNELS = (4, 6)
 
@@ -85,6 +86,42 @@ def test_a_dead_channel_does_not_blow_features_up():
 
 def test_the_adaptor_has_no_gradient():
     assert not [name for name, _ in fitted().named_parameters() if "adaptor" in name]
+
+
+def trained_hard(**config):
+    """A flow after a training that would let a free adaptor collapse, and the maps that it saw."""
+    torch.manual_seed(0)
+    maps = feature_maps(pictures=20, seed=1)
+    flow = PatchFlow(PatchFlowConfig(CHANNELS, adapted=4, bottleneck=8, steps=1, **config)).fit_adaptor([maps])
+    optimizer = torch.optim.Adam(flow.parameters(), 0.05)
+    for _ in range(100):
+        optimizer.zero_grad()
+        flow.nll(maps).mean().backward()
+        optimizer.step()
+    return flow.eval(), maps
+
+
+def test_the_likelihood_of_a_trained_adaptor_cannot_run_away():
+    flow, maps = trained_hard(adaptor="trained")
+    start = PatchFlow(flow.config).fit_adaptor([maps])
+    with torch.no_grad():
+        (adapted_BAHW,), (before_BAHW,) = flow.adapt(maps), start.adapt(maps)
+    # It has turned, and what it keeps is as wide as before: there is nothing that the couplings are paid to stretch.
+    assert not torch.allclose(adapted_BAHW, before_BAHW, atol=0.1)
+    values_NA = adapted_BAHW.permute(0, 2, 3, 1).flatten(0, 2).double()
+    torch.testing.assert_close(torch.cov(values_NA.T, correction=0), torch.eye(4).double(), atol=1e-3, rtol=0)
+    frozen, _ = trained_hard()
+    assert flow.nll(maps).mean() > frozen.nll(maps).mean() - 0.2
+
+
+def test_a_random_orthogonal_adaptor_is_frozen_and_the_same_for_the_same_seed():
+    flow, maps = trained_hard(adaptor="orthogonal")
+    again, _ = trained_hard(adaptor="orthogonal")
+    weight_AD = flow.get_buffer("adaptor_weight")
+    assert torch.equal(weight_AD, again.get_buffer("adaptor_weight"))
+    fused_ND = fuse(maps, 3).permute(0, 2, 3, 1).flatten(0, 2)
+    directions_AD = weight_AD * fused_ND.std(0, correction=0)
+    torch.testing.assert_close(directions_AD @ directions_AD.T, torch.eye(4), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize(("pictures", "match"), [(0, "got 0"), (1, "needs more than 10 vectors; got 4")])
@@ -259,6 +296,7 @@ def test_a_strange_position_stands_out_where_it_is():
         ({"bottleneck": 0}, "bottleneck and stride are at least 1"),
         ({"steps": 0}, "steps is at least 1"),
         ({"stride": 0}, "bottleneck and stride are at least 1"),
+        ({"adaptor": "free"}, "adaptor: 'free' is none of"),
         ({"neighbourhood": 2}, "neighbourhood: 2 is not an odd number"),
         ({"neighbourhood": -1}, "neighbourhood: -1 is not an odd number"),
         ({"clamp": 0.0}, "clamp is above"),

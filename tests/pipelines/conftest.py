@@ -4,7 +4,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -240,11 +239,13 @@ class Head:
 
 
 @pytest.fixture(scope="session")
-def ray_head(environment: dict[str, str], object_store: dict[str, str]) -> Iterator[Head]:
+def ray_head(
+    environment: dict[str, str], object_store: dict[str, str], ports: Callable[[int], list[int]]
+) -> Iterator[Head]:
     """``ray start --head`` in a folder that holds nothing; the object store's keys are in its environment alone."""
     # Not below pytest's folder: the paths of Ray's sockets would be too long.
     folder = Path(tempfile.mkdtemp(prefix="ray-"))
-    port, dashboard, agent, client = free_ports(4)
+    port, dashboard, agent, client = ports(4)
     command = [
         "ray", "start", "--head", "--block", "--num-cpus=2", f"--port={port}", f"--dashboard-port={dashboard}",
         f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}", "--include-dashboard=true",
@@ -281,15 +282,3 @@ def _wait_until_it_takes_jobs(head: Head, process: subprocess.Popen[bytes], log:
         else:
             return
     pytest.fail(f"ray start --head does not answer:\n{log.read_text()[-3000:]}")
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on, all different."""
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()

@@ -40,10 +40,10 @@ class Jobs:
         assert (done.returncode == 0) == (job.json()["status"] == "SUCCEEDED"), said
         return job.json()["status"], said
 
-    def run_all(self, data, store):
-        """Every stage in its order; what each said."""
+    def run(self, stages, data, store):
+        """Stages in their order; what each said."""
         said = {}
-        for stage in STAGES:
+        for stage in stages:
             status, said[stage] = self.submit(
                 "python", f"pipelines/{stage}.py", "--data", str(data), "--store", str(store)
             )
@@ -80,13 +80,11 @@ def champion(tracking_uri):
 
 
 def test_stages_run_as_jobs_on_a_shared_folder(checkout, ray_head, one_class, tmp_path):
-    commit = checkout.git("rev-parse", "HEAD")
     store = tmp_path / "store"
-    jobs = Jobs(checkout, ray_head, SPRUE_COMMIT=commit)
-    said = jobs.run_all(one_class, store)
+    said = Jobs(checkout, ray_head).run(("manifest", "features"), one_class, store)
     assert "38 extracted, 0 were there" in said["features"]
-    check_store(lambda name: (store / "tiny" / name).read_bytes(), commit)
-    assert champion(f"sqlite:///{store}/mlflow/mlflow.db").tags["sprue.commit"] == commit
+    receipts = {stage: json.loads((store / f"tiny/receipts/{stage}.json").read_text()) for stage in said}
+    assert receipts["features"]["inputs"]["manifest"] == receipts["manifest"]["outputs"]["manifest"]
 
 
 def test_stages_run_as_jobs_on_an_object_store(checkout, ray_head, object_store, bucket, tmp_path):
@@ -100,7 +98,7 @@ def test_stages_run_as_jobs_on_an_object_store(checkout, ray_head, object_store,
     remote.put(str(checkout.folder / "data/tiny" / CLASS_NAME), f"{bucket}/pictures/", recursive=True)
     tracking_uri = f"sqlite:///{tmp_path}/mlflow.db"
     jobs = Jobs(checkout, ray_head, SPRUE_COMMIT=commit, MLFLOW_TRACKING_URI=tracking_uri)
-    said = jobs.run_all(f"s3://{bucket}/pictures", f"s3://{bucket}/store")
+    said = jobs.run(STAGES, f"s3://{bucket}/pictures", f"s3://{bucket}/store")
     assert "38 extracted, 0 were there" in said["features"]
     check_store(lambda name: remote.cat_file(f"{bucket}/store/tiny/{name}"), commit)
     assert champion(tracking_uri).tags["sprue.commit"] == commit
@@ -114,6 +112,12 @@ def test_a_job_that_fails_says_why(checkout, ray_head, tmp_path):
     assert status == "FAILED"
     assert f"sprue features: There is no manifest at {tmp_path}/store/tiny/manifest.parquet: run the manifest" in said
     assert "Traceback" not in said
+
+
+def test_a_job_without_a_store_is_refused(checkout, ray_head, tmp_path):
+    status, said = Jobs(checkout, ray_head).submit("python", "pipelines/manifest.py", "--data", str(tmp_path))
+    assert status == "FAILED"
+    assert "sprue manifest: a Ray job runs in a copy of the checkout" in said
 
 
 def test_a_job_runs_the_code_that_was_sent(checkout, ray_head):

@@ -35,8 +35,8 @@ class SplitConfig:
     """
 
     seed: int = 0
-    calibration: float = 0.2
-    validation: float = 0.1
+    calibration: float = 0.1
+    validation: float = 0.05
 
     def __post_init__(self) -> None:
         for field in ("calibration", "validation"):
@@ -57,7 +57,7 @@ class SplitConfig:
         Small classes give calibration more than its fraction, if the false-alarm rate needs it.
 
         >>> SplitConfig().counts(100, least_calibration=19), SplitConfig().counts(60, least_calibration=19)
-        ((20, 10, 70), (19, 6, 35))
+        ((19, 5, 76), (19, 3, 38))
         """
         calibration = max(math.ceil(_decimal(self.calibration) * total), least_calibration)
         validation = max(MINIMUM_VALIDATION, round(_decimal(self.validation) * total))
@@ -67,7 +67,7 @@ class SplitConfig:
         """Fewest distinct good pictures that a class can be divided with.
 
         >>> SplitConfig().minimum_total(least_calibration=19)
-        30
+        28
         """
         total = least_calibration + MINIMUM_VALIDATION + MINIMUM_TRAIN
         while self.counts(total, least_calibration)[2] < MINIMUM_TRAIN:
@@ -95,7 +95,7 @@ def assign_splits(
 
     >>> splits = assign_splits("brick", [str(number) for number in range(100)], SplitConfig(), alpha=0.05)
     >>> {name: splits.count(name) for name in ("train", "calibration", "validation")}
-    {'train': 70, 'calibration': 20, 'validation': 10}
+    {'train': 76, 'calibration': 19, 'validation': 5}
     """
     distinct = sorted(set(digests), key=lambda digest: (_rank_key(config.seed, digest), digest))
     least = pictures_needed(alpha)

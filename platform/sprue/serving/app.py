@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import mlflow
 import ray
 import torch
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import Query, Request, Response
+from fastapi_offline import FastAPIOffline
 from ray import serve
 
 from sprue.inference.detector import BATCH
@@ -26,7 +27,8 @@ from sprue.serving.upload import ServiceLimits, decode_pictures, read_pictures
 
 logger = logging.getLogger(__name__)
 
-app = FastAPI(**documentation.APPLICATION)
+# The pages of /docs come from the service itself: plants are seldom online.
+app = FastAPIOffline(**documentation.APPLICATION)
 answer_errors_in_json(app)
 
 

@@ -35,6 +35,7 @@ class FitSettings:
         epsilon: Added to the optimizer's divisor.
         weight_decay: Strength of the pull of the weights to zero.
         gradient_norm: Gradients are scaled down to this norm.
+        recompute: Whether memory is saved by computing the couplings' inputs anew in the backward pass.
         seed: Of the initial weights, the permutations, the order of the pictures and the noise.
     """
 
@@ -48,6 +49,7 @@ class FitSettings:
     epsilon: float = 1e-8
     weight_decay: float = 0.0
     gradient_norm: float = 1.0
+    recompute: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -168,6 +170,7 @@ def train(
     torch.set_flush_denormal(True)
     everything = torch.arange(len(train_maps[0]))
     flow.to(device)
+    flow.recompute = settings.recompute
     if start is None:
         flow.fit_adaptor(batches(train_maps, everything, settings.batch_size, device))
     else:

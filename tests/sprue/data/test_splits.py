@@ -16,7 +16,7 @@ def digests(count: int) -> list[str]:
 
 @pytest.mark.parametrize(
     ("total", "counts"),
-    [(60, (19, 6, 35)), (91, (19, 9, 63)), (100, (20, 10, 70)), (104, (21, 10, 73)), (762, (153, 76, 533))],
+    [(60, (19, 3, 38)), (91, (19, 5, 67)), (104, (19, 5, 80)), (300, (30, 15, 255)), (762, (77, 38, 647))],
 )
 def test_counts_are_the_rounded_fractions(total, counts):
     assert SplitConfig().counts(total, 19) == counts
@@ -44,7 +44,7 @@ def test_adding_pictures_moves_few_others():
     before = assign_splits("tile", digests(200), SplitConfig(), ALPHA)
     after = assign_splits("tile", digests(210), SplitConfig(), ALPHA)[:200]
     moved = sum(old != new for old, new in zip(before, after, strict=True))
-    # The two borders move by 2 and 3 places in 210; a fresh shuffle would move about 90.
+    # The two borders move by 1 and 2 places in 210; a fresh shuffle would move about 90.
     assert moved <= 6
 
 
@@ -53,20 +53,20 @@ def test_identical_pictures_share_a_split():
     splits = assign_splits("tile", repeated, SplitConfig(), ALPHA)
     assert splits[100:] == splits[:40]
     # Copies do not count: they would tell a calibration nothing new.
-    assert Counter(splits[:100]) == {"train": 70, "calibration": 20, "validation": 10}
+    assert Counter(splits[:100]) == {"train": 76, "calibration": 19, "validation": 5}
 
 
 def test_too_few_names_class_count_and_need():
     with pytest.raises(SprueError) as caught:
-        assign_splits("bottle", digests(29), SplitConfig(), ALPHA)
+        assign_splits("bottle", digests(27), SplitConfig(), ALPHA)
     message = str(caught.value)
-    for part in ("'bottle' has 29 good", "but 30 distinct ones are needed", "at least 19", "alpha=0.05", "raise alpha"):
+    for part in ("'bottle' has 27 good", "but 28 distinct ones are needed", "at least 19", "alpha=0.05", "raise alpha"):
         assert part in message
-    assert len(assign_splits("bottle", digests(30), SplitConfig(), ALPHA)) == 30
+    assert len(assign_splits("bottle", digests(28), SplitConfig(), ALPHA)) == 28
 
 
 def test_copies_do_not_make_up_for_too_few():
-    with pytest.raises(SprueError, match=r"50 good training pictures \(25 of them distinct\), but 30"):
+    with pytest.raises(SprueError, match=r"50 good training pictures \(25 of them distinct\), but 28"):
         assign_splits("bottle", digests(25) * 2, SplitConfig(), ALPHA)
 
 

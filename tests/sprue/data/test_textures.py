@@ -50,7 +50,7 @@ def test_every_split_is_large_enough_at_the_default_settings(manifest):
     assert manifest.left_out == ()
     for texture in TEXTURES:
         rows = manifest.frame[manifest.frame["class_name"] == texture]
-        assert Counter(rows["split"]) == {"train": 73, "calibration": 21, "validation": 10, "test": 40}
+        assert Counter(rows["split"]) == {"train": 80, "calibration": 19, "validation": 5, "test": 40}
         assert Counter(rows[rows["split"] == "test"]["defect_type"]) == {"good": 16, **dict.fromkeys(KINDS, 6)}
 
 

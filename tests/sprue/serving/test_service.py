@@ -229,7 +229,13 @@ def test_classes_health_and_description(plant: Any) -> None:
     for status, response in score["responses"].items():
         schema = response["content"]["application/json"]["schema"]["$ref"]
         assert schema.endswith("Score" if status == "200" else "ErrorBody")
-    assert plant.client.get("/docs").status_code == 200
+    page = plant.client.get("/docs")
+    assert page.status_code == 200
+    linked = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert linked
+    for url in linked:
+        assert url.startswith("/")
+        assert plant.client.get(url).status_code == 200
 
 
 def test_champions_are_followed(plant: Any) -> None:
