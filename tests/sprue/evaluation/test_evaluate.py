@@ -11,6 +11,7 @@ from sklearn.metrics import roc_auc_score
 from upath import UPath
 
 from defectflow import build_flow
+from sprue.data.samples import samples_of
 from sprue.errors import SprueError
 from sprue.evaluation.evaluate import calibrate, evaluate, read_mask, roc_points, write_evaluation
 from sprue.features.tables import FeatureTable, write_part
@@ -57,7 +58,7 @@ class Bench:
         self.table = FeatureTable(UPath(root / "table"))
         self.calibration = pd.DataFrame({"sha256": digests[:30], "sample_id": digests[:30], "view": ""})
         self.test = pd.DataFrame(rows).assign(sha256=digests[30:])
-        flow = build_flow("patchflow", channels=(6,), adapted=6, bottleneck=4, neighbourhood=1)
+        flow = build_flow("patchflow", channels=(6,), adapted=6, bottleneck=4, neighbourhood=1, stride=2)
         self.flow = flow.fit_adaptor([[torch.from_numpy(maps[0][:30]).float()]])
         self.detector = self.calibrate(0.05)
 
@@ -240,6 +241,17 @@ def test_samples_are_decided_and_pictures_are_labelled_by_their_masks(bench_of_v
     points = roc_points(evaluation)
     area = np.trapezoid(points["true_positive_rate"], points["false_positive_rate"])
     assert area == pytest.approx(figures["image_auroc"])
+
+
+@pytest.mark.parametrize("name", ["bench", "bench_of_views"])
+def test_what_is_calibrated_is_what_predicts(name, request):
+    """Noise and strides are for training, and a flow that is made anew is in training."""
+    bench = request.getfixturevalue(name)
+    bench.flow.train()
+    detector = bench.calibrate(0.05)
+    samples = samples_of(bench.calibration)
+    predicted = detector.predict_features(bench.table.read_samples(samples, len(detector.views)))
+    np.testing.assert_array_equal(detector.calibration.scores, np.sort(predicted.score_B))
 
 
 def test_no_test_samples_have_no_figures(bench_of_views, tmp_path):
