@@ -5,6 +5,7 @@ import logging
 import sys
 from pathlib import Path
 
+from sprue.data.layouts import LAYOUTS
 from sprue.errors import SprueError
 from sprue.pipeline import connect_ray
 from sprue.store import location
@@ -12,13 +13,13 @@ from sprue.tracking.server import connect
 from sprue.workspace import choose, find_recipe, reproduce, results, track_dataset
 
 
-def run(source: Path, name: str, recipe: str | None = None) -> None:
+def run(source: Path, name: str, recipe: str | None = None, layout: str | None = None) -> None:
     """From pictures to registered detectors, and a table of figures."""
     if recipe is not None:
         find_recipe(recipe)
     connect(location("store"))
     track_dataset(source, name)
-    choose(name, recipe)
+    choose(name, recipe, layout)
     connect_ray()
     reproduce()
     print(f"\n{results(Path('store') / name)}\n")
@@ -33,9 +34,10 @@ if __name__ == "__main__":
     parser.add_argument("--data", type=Path, required=True, help="folder with a folder for each class, as in MVTec AD")
     parser.add_argument("--name", help="the dataset's name (default: the folder's)")
     parser.add_argument("--recipe", help="a file, or a name in models/recipes (default: what params.yaml says)")
+    parser.add_argument("--layout", choices=sorted(LAYOUTS), help="of its folders (default: what params.yaml says)")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        run(arguments.data, arguments.name or arguments.data.resolve().name, arguments.recipe)
+        run(arguments.data, arguments.name or arguments.data.resolve().name, arguments.recipe, arguments.layout)
     except SprueError as error:
         sys.exit(f"sprue: {error}")

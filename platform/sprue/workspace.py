@@ -56,12 +56,13 @@ def _imported_from(target: Path) -> Path | None:
     return Path(dependencies[0]["path"]) if dependencies else None
 
 
-def choose(dataset: str, recipe: str | None = None) -> None:
-    """Writes the dataset's name, and a recipe's sections, to the parameter file; leaves the rest of it as it is.
+def choose(dataset: str, recipe: str | None = None, layout: str | None = None) -> None:
+    """Writes the dataset's name and layout, and a recipe's sections, to the parameter file; leaves the rest as it is.
 
     Args:
         dataset: The dataset's name.
         recipe: A file, or a name in `RECIPES`; its sections take the place of those of the parameter file.
+        layout: A key of `sprue.data.layouts.LAYOUTS`; as it is if not given.
 
     Raises:
         SprueError: If there is no such recipe, or it has other sections than `RECIPE_SECTIONS`.
@@ -72,6 +73,8 @@ def choose(dataset: str, recipe: str | None = None) -> None:
     params = yaml.load(PARAMS)
     before = dumped(yaml, params)
     params["dataset"] = dataset
+    if layout is not None:
+        params["manifest"]["layout"] = layout
     if recipe is not None:
         params.update(yaml.load(find_recipe(recipe)))
     after = dumped(yaml, params)
@@ -133,7 +136,11 @@ def results(folder: Path) -> str:
     figures = {path.stem: json.loads(path.read_text()) for path in sorted((folder / "metrics").glob("*.json"))}
     table = pd.DataFrame.from_dict(figures, orient="index")
     shown = [name for name in ("test_good", "test_defective") if name in table]
-    rates = [name for name in ("image_auroc", "pixel_auroc", "false_alarm_rate", "detection_rate") if name in table]
+    rates = [
+        name
+        for name in ("image_auroc", "picture_auroc", "pixel_auroc", "false_alarm_rate", "detection_rate")
+        if name in table
+    ]
     table = table[shown + rates]
     if len(table) > 1:
         table.loc["mean"] = table[rates].mean()

@@ -77,6 +77,8 @@ def test_a_recipe_takes_the_place_of_its_sections_alone(tmp_path, monkeypatch):
     assert chosen["dataset"] == "tiles"
     for name in ("manifest", "calibration"):
         assert chosen[name] == before[name]
+    choose("tiles", layout="mvtec-views")
+    assert sections(tmp_path / "params.yaml") == chosen | {"manifest": before["manifest"] | {"layout": "mvtec-views"}}
 
 
 def test_what_is_no_recipe_is_refused(tmp_path):

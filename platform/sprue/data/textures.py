@@ -7,7 +7,7 @@ photograph is in two splits.
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -46,11 +46,24 @@ def write_textures(root: Path, seed: int = 0) -> None:
     Raises:
         SprueError: ``root`` exists.
     """
+    write_pictures(root, _pictures(seed))
+
+
+def write_pictures(root: Path, pictures: Iterable[tuple[str, NDArray[np.uint8]]]) -> None:
+    """Writes a folder of pictures, whole or not at all.
+
+    Args:
+        root: Folder to make; it must not exist.
+        pictures: Path below the folder and pixels of each.
+
+    Raises:
+        SprueError: ``root`` exists.
+    """
     if root.exists():
-        raise SprueError(f"{root} exists already: remove it or give another folder for the textures.")
+        raise SprueError(f"{root} exists already: remove it or give another folder for the pictures.")
     temporary = root.with_name(f".{root.name}.{os.getpid()}")
     try:
-        for path, picture_HW in _pictures(seed):
+        for path, picture_HW in pictures:
             file = temporary / path
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture_HW).save(file)
@@ -69,12 +82,12 @@ def _pictures(seed: int) -> Iterator[tuple[str, NDArray[np.uint8]]]:
         defective, good, train = np.split(tiles, [_TEST_DEFECTIVE, _TEST_DEFECTIVE + TEST_GOOD])
         for role, chosen in (("train/good", train), ("test/good", good)):
             for tile in chosen:
-                yield f"{texture}/{role}/{_name(tile)}.png", _crop(photograph_HW, tile)
+                yield f"{texture}/{role}/{_name(tile)}.png", crop(photograph_HW, tile)
         for kind, of_kind in zip(KINDS, np.split(defective, len(KINDS)), strict=True):
             for tile, contrast, size in zip(of_kind, CONTRASTS, rng.permutation(SIZES), strict=True):
                 foreign_HW = _foreign(others[rng.integers(len(others))], rng)
                 image_HWC, mask_HW = draw_defect(
-                    _crop(photograph_HW, tile)[:, :, None], kind, rng, contrast, size, foreign_HW[:, :, None]
+                    crop(photograph_HW, tile)[:, :, None], kind, rng, contrast, size, foreign_HW[:, :, None]
                 )
                 yield f"{texture}/test/{kind}/{_name(tile)}.png", image_HWC[:, :, 0]
                 yield f"{texture}/ground_truth/{kind}/{_name(tile)}_mask.png", mask_HW.astype(np.uint8) * 255
@@ -84,7 +97,7 @@ def _name(tile: NDArray[np.int64]) -> str:
     return f"r{tile[0]:02d}c{tile[1]:02d}"
 
 
-def _crop(photograph_HW: NDArray[np.uint8], tile: NDArray[np.int64]) -> NDArray[np.uint8]:
+def crop(photograph_HW: NDArray[np.uint8], tile: NDArray[np.int64]) -> NDArray[np.uint8]:
     """One tile, enlarged after it was cut: its pixels come from inside of it alone."""
     top, left = (int(index) * TILE for index in tile)
     cut = Image.fromarray(photograph_HW[top : top + TILE, left : left + TILE])

@@ -244,9 +244,12 @@ def score_features(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
     """Assesses samples by their views' backbone maps [B, C, H, W], see `Detector.predict_features`.
 
+    The flow is set to evaluation: in training it would add noise, and read a part of the positions.
+
     Returns:
         Scores [B] of the samples, scores [B, V] and evidence [B, V, H, W] of their pictures.
     """
+    flow.eval()
     device = next(flow.buffers()).device
     parts = []
     for batch in _batches(maps):

@@ -11,6 +11,7 @@ from sklearn.metrics import roc_auc_score
 from upath import UPath
 
 from defectflow import build_flow
+from sprue.data.samples import samples_of
 from sprue.errors import SprueError
 from sprue.evaluation.evaluate import calibrate, evaluate, read_mask, roc_points, write_evaluation
 from sprue.features.tables import FeatureTable, write_part
@@ -57,7 +58,7 @@ class Bench:
         self.table = FeatureTable(UPath(root / "table"))
         self.calibration = pd.DataFrame({"sha256": digests[:30], "sample_id": digests[:30], "view": ""})
         self.test = pd.DataFrame(rows).assign(sha256=digests[30:])
-        flow = build_flow("patchflow", channels=(6,), adapted=6, bottleneck=4, neighbourhood=1)
+        flow = build_flow("patchflow", channels=(6,), adapted=6, bottleneck=4, neighbourhood=1, stride=2)
         self.flow = flow.fit_adaptor([[torch.from_numpy(maps[0][:30]).float()]])
         self.detector = self.calibrate(0.05)
 
@@ -146,3 +147,128 @@ def test_too_few_calibration_pictures_name_the_class(bench):
         SprueError, match=r"class tile: alpha 0\.01 needs at least 99 calibration pictures; there are 30"
     ):
         bench.calibrate(0.01)
+
+
+VIEWS = ("0-top", "1-left", "2-right")
+
+
+class BenchOfViews(Bench):
+    """20 samples of three views to calibrate, 12 to test: six are defective, in one view each, with masks for four."""
+
+    def __init__(self, root):
+        rng = np.random.default_rng(1)
+        self.root = UPath(root / "data")
+        self.maps = [rng.normal(size=(96, 6, 8, 8)).astype(np.float16)]
+        rows = [self.row(rng, sample, view) for sample in range(12) for view in range(3)]
+        digests = [hashlib.sha256(str(index).encode()).hexdigest() for index in range(96)]
+        write_part(UPath(root / "table"), digests, self.maps)
+        self.table = FeatureTable(UPath(root / "table"))
+        self.calibration = pd.DataFrame(
+            {"sha256": digests[:60], "sample_id": np.repeat(np.arange(20), 3).astype(str), "view": VIEWS * 20}
+        )
+        self.test = pd.DataFrame(rows).assign(sha256=digests[60:])
+        config = {"channels": (6,), "views": 3, "hidden": 4, "steps": 1, "adaptation": "whiten"}
+        by_view = [torch.from_numpy(self.maps[0][view:60:3]).float() for view in range(3)]
+        self.flow = build_flow("multiflow", **config).fit_adaptor([by_view])
+        self.detector = self.calibrate(0.05)
+
+    def row(self, rng, sample, view):
+        height, width = SIZES[view]
+        defective = sample % 2 == 1
+        shown = defective and view == sample % 3
+        if shown:
+            self.maps[0][60 + 3 * sample + view, :, 4:, :2] += 1.5 + 0.2 * sample
+        mask = np.zeros((height, width), np.uint8)
+        mask[height // 2 :, : width // 3] = 255 * shown
+        # The last two defective samples have no masks; a view of the first has an empty one.
+        has_mask = sample < 8 and (shown or (sample, view) == (1, 0))
+        path, mask_path = f"{sample}/{VIEWS[view]}.png", f"{sample}/{VIEWS[view]}_mask.png"
+        self.save(path, rng.integers(0, 256, (height, width), dtype=np.uint8))
+        if has_mask:
+            self.save(mask_path, mask)
+        return {
+            "sample_id": str(sample),
+            "view": VIEWS[view],
+            "path": path,
+            "mask_path": mask_path if has_mask else "",
+            "label": int(defective),
+            "defect_type": "dent" if defective else "good",
+            "height": height,
+            "width": width,
+        }
+
+    def calibrate(self, alpha):
+        spec = FeatureSpec(weights_digest="ab" * 32)
+        return calibrate("box", spec, "multiflow", self.flow, Scoring(top=0.05), alpha, self.table, self.calibration)
+
+
+@pytest.fixture(scope="module")
+def bench_of_views(tmp_path_factory):
+    return BenchOfViews(tmp_path_factory.mktemp("views"))
+
+
+def test_samples_are_decided_and_pictures_are_labelled_by_their_masks(bench_of_views, tmp_path):
+    evaluation = bench_of_views.evaluate(bench_of_views.test)
+    predictions, figures, test = evaluation.predictions, evaluation.figures, bench_of_views.test
+    labels = np.arange(12) % 2
+    assert bench_of_views.detector.views == VIEWS
+    assert len(bench_of_views.detector.calibration.scores) == 20
+    assert (figures["test_good"], figures["test_defective"]) == (6, 6)
+    assert figures["image_auroc"] == roc_auc_score(labels, predictions.score_B) > 0.9
+
+    # Samples 9 and 11 are defective nobody says where; of the others' views, one shows the defect.
+    known = [sample for sample in range(12) if sample not in (9, 11)]
+    shown = np.array([[sample % 2 == 1 and sample % 3 == view for view in range(3)] for sample in known])
+    scores = predictions.picture_score_BV[known]
+    assert figures["picture_auroc"] == roc_auc_score(shown.ravel(), scores.ravel()) > 0.9
+    truth, values = [], []
+    for sample in known:
+        for view, (height, width) in enumerate(SIZES):
+            mask = np.zeros((height, width), bool)
+            mask[height // 2 :, : width // 3] = shown[known.index(sample), view]
+            truth.append(mask.ravel())
+            values.append(predictions.anomaly_map(sample, (height, width), view).ravel())
+    expected = roc_auc_score(np.concatenate(truth), np.concatenate(values))
+    assert figures["pixel_auroc"] == pytest.approx(expected, abs=1e-9)
+
+    write_evaluation(evaluation, bench_of_views.detector, bench_of_views.root, tmp_path)
+    table = pd.read_csv(tmp_path / "scores.csv", dtype={"sample": str})
+    assert table["sample"].tolist() == test["sample_id"].unique().tolist()
+    np.testing.assert_allclose(table[[f"score_{view}" for view in VIEWS]], predictions.picture_score_BV, rtol=1e-5)
+    np.testing.assert_allclose(table["score"], predictions.score_B, rtol=1e-5)
+    with Image.open(tmp_path / "heatmaps.png") as overview:
+        assert overview.height // (256 + 22 + 8) in (11, 12)  # three defective samples and a good one, three views each
+    points = roc_points(evaluation)
+    area = np.trapezoid(points["true_positive_rate"], points["false_positive_rate"])
+    assert area == pytest.approx(figures["image_auroc"])
+
+
+@pytest.mark.parametrize("name", ["bench", "bench_of_views"])
+def test_what_is_calibrated_is_what_predicts(name, request):
+    """Noise and strides are for training, and a flow that is made anew is in training."""
+    bench = request.getfixturevalue(name)
+    bench.flow.train()
+    detector = bench.calibrate(0.05)
+    samples = samples_of(bench.calibration)
+    predicted = detector.predict_features(bench.table.read_samples(samples, len(detector.views)))
+    np.testing.assert_array_equal(detector.calibration.scores, np.sort(predicted.score_B))
+
+
+def test_no_test_samples_have_no_figures(bench_of_views, tmp_path):
+    evaluation = bench_of_views.evaluate(bench_of_views.test.query("label == 7"))
+    assert set(evaluation.figures) == {"test_good", "test_defective", "alpha", "threshold"}
+    write_evaluation(evaluation, bench_of_views.detector, bench_of_views.root, tmp_path)
+
+
+def test_a_fit_of_other_views_than_the_datasets_names_the_class(bench_of_views, bench):
+    with pytest.raises(SprueError, match="class tile: its samples have 3 pictures each, and patchflow reads 1"):
+        calibrate(
+            "tile",
+            bench.detector.spec,
+            "patchflow",
+            bench.flow,
+            Scoring(),
+            0.05,
+            bench_of_views.table,
+            bench_of_views.calibration,
+        )

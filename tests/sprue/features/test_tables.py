@@ -135,3 +135,18 @@ def test_a_corrupt_part_is_named_and_says_what_to_do(tmp_path, damage):
         SprueError, match=rf"{path.name} is not a feature table; delete it and run the features stage again"
     ):
         FeatureTable(UPath(tmp_path)).read(names(0, 3))
+
+
+def test_samples_are_read_view_by_view(tmp_path):
+    whole, digests = maps(6), names(0, 6)
+    write_part(UPath(tmp_path), digests, whole)
+    table = FeatureTable(UPath(tmp_path))
+    # The second sample shares a picture with the first, at another place.
+    samples = [(digests[4], digests[1], digests[0]), (digests[1], digests[5], digests[3])]
+    read = table.read_samples(samples, 3)
+    assert len(read) == 3 * len(SHAPES)
+    rows = np.array([[4, 1, 0], [1, 5, 3]])
+    assert_same_bits(read, [map_NCHW[rows[:, view]] for view in range(3) for map_NCHW in whole])
+    assert [map_NCHW.shape for map_NCHW in table.read_samples([], 2)] == [(0, *shape) for shape in 2 * SHAPES]
+    with pytest.raises(SprueError, match="run the features stage again"):
+        table.read_samples([(digests[0], "0" * 64)], 2)

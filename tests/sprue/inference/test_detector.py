@@ -176,3 +176,94 @@ def test_the_files_say_what_the_detector_is(detector, tmp_path):
 def test_scoring_settings_are_checked(setting, match):
     with pytest.raises(SprueError, match=match):
         Scoring(**setting)
+
+
+VIEWS = ("0-top", "1-left", "2-right")
+
+
+def seen_by_three(count, seed):
+    """Samples of three pictures of different sizes; the second shows a part of the first, the third another crop."""
+    return [
+        [image, image.crop((5, 5, image.width - 9, image.height - 4)), other]
+        for image, other in zip(crops(count, seed), crops(count, seed + 100), strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def multi_view(engine):
+    """A detector of three views with random couplings that tell each other, calibrated on 19 samples."""
+    spec = resolve(FeatureSpec(input_size=SIDE, blocks=(2, 3), scales=(1.0, 0.5)))
+    pictures = [image for sample in seen_by_three(29, seed=0) for image in sample]
+    maps = engine(np.stack([model_input(image, SIDE) for image in pictures]))
+    by_view = [each[view::3] for view in range(3) for each in maps]
+    torch.manual_seed(0)
+    flow = build_flow("multiflow", channels=[each.shape[1] for each in maps], views=3, hidden=8, steps=2)
+    flow.fit_adaptor([[torch.from_numpy(each[:10]).float() for each in by_view]])
+    for parameter in flow.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    scores, _, evidence = score_features(flow.eval(), Scoring(top=0.05), [each[10:] for each in by_view])
+    calibration = Calibration.fit(scores, evidence, alpha=0.05)
+    return Detector("brick", spec, "multiflow", flow, Scoring(top=0.05), calibration, VIEWS)
+
+
+def test_a_detector_of_views_is_saved_and_reads_samples_as_it_reads_stored_features(multi_view, engine, tmp_path):
+    samples = seen_by_three(7, seed=1)  # 21 pictures: more than a batch
+    multi_view.save(tmp_path / "detector")
+    loaded = Detector.load(tmp_path / "detector")
+    assert loaded.views == VIEWS
+    expected = multi_view.predict(samples, engine)
+    assert_same(loaded.predict(samples, loaded.build_engine()), expected)
+
+    names = [[f"{3 * sample + view:064x}" for view in range(3)] for sample in range(7)]
+    inputs_NSS3 = np.stack([model_input(image, SIDE) for sample in samples for image in sample])
+    for start in (0, 15):
+        part = slice(start, start + 15 if not start else None)
+        write_part(UPath(tmp_path), np.ravel(names)[part].tolist(), engine(inputs_NSS3[part]))
+    stored = FeatureTable(UPath(tmp_path)).read_samples(names, 3)
+    # Other batches round otherwise.
+    from_features = multi_view.predict_features(stored)
+    np.testing.assert_allclose(from_features.evidence_BVHW, expected.evidence_BVHW, rtol=1e-4)
+
+    assert expected.evidence_BVHW.shape[:2] == expected.picture_score_BV.shape == (7, 3)
+    np.testing.assert_array_equal(expected.score_B, expected.picture_score_BV.max(1))
+    last = expected[6:7]
+    alone = multi_view.predict(samples[6:], engine)
+    np.testing.assert_allclose(last.picture_score_BV, alone.picture_score_BV, rtol=1e-4)
+    for view, image in enumerate(samples[6]):
+        map_HW = last.anomaly_map(0, image.size[::-1], view)
+        assert map_HW.shape == image.size[::-1]
+        assert map_HW.max() <= last.evidence_BVHW[0, view].max()
+
+
+def test_a_view_is_judged_with_the_others_and_in_its_place(multi_view, engine):
+    (top, left, right), (other, *_) = seen_by_three(2, seed=2)
+    scores = multi_view.predict([[top, left, right], [top, left, other], [left, top, right]], engine).picture_score_BV
+    # Another picture at the right changes what is thought of all views, and so do changed places.
+    assert (scores[0] != scores[1]).all()
+    assert (scores[0] != scores[2]).all()
+
+
+def test_a_sample_of_another_number_of_pictures_is_refused(multi_view, detector, engine):
+    one, two = crops(2, seed=3)
+    with pytest.raises(
+        SprueError, match=r"brick: sample 1 has 2 pictures; its detector reads 3 0-top, 1-left, 2-right"
+    ):
+        multi_view.predict([[one, one, one], [one, two]], engine)
+    with pytest.raises(SprueError, match=r"sample 0 has 1 pictures; its detector reads 3"):
+        multi_view.predict([one], engine)
+    with pytest.raises(SprueError, match=r"sample 0 has 2 pictures; its detector reads 1$"):
+        detector.predict([[one, two]], engine)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "views", "advice"),
+    [
+        ("patchflow", {}, VIEWS, "have 3 pictures each, and patchflow reads 1; choose the flow multiflow"),
+        ("multiflow", {"views": 2}, VIEWS, "have 3 pictures each, and multiflow reads 2; set flow.views to 3"),
+        ("multiflow", {"views": 2}, ("",), "have 1 pictures each, and multiflow reads 2; choose a flow of single"),
+    ],
+)
+def test_a_flow_of_another_number_of_views_is_refused(detector, name, config, views, advice):
+    flow = build_flow(name, channels=(8,), **({"adapted": 8} if name == "patchflow" else config))
+    with pytest.raises(SprueError, match=f"class brick: its samples {advice}"):
+        Detector("brick", detector.spec, name, flow, Scoring(), detector.calibration, views)

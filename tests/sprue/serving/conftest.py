@@ -16,7 +16,7 @@ import pytest
 import ray
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from skimage import data
 
 from defectflow import build_flow
@@ -49,6 +49,30 @@ def fit(class_name: str, spec: FeatureSpec, engine: Engine) -> Detector:
     flow.fit_adaptor([[torch.from_numpy(each[:10]).float() for each in maps]])
     scores, _, evidence = score_features(flow.eval(), Scoring(), [each[10:] for each in maps])
     return Detector(class_name, spec, "patchflow", flow, Scoring(), Calibration.fit(scores, evidence, alpha=0.05))
+
+
+VIEWS = ("0-top", "1-left", "2-right")
+
+
+def views(count: int, seed: int) -> list[list[Image.Image]]:
+    """Samples of three pictures: a crop, what lies in the middle of it, and the crop turned over."""
+    return [
+        [image, image.crop((20, 10, 180, 150)), ImageOps.flip(image)]
+        for image in crops(TEXTURES["brick"](), count, seed)
+    ]
+
+
+def fit_views(spec: FeatureSpec, engine: Engine) -> Detector:
+    """A detector of three views whose couplings tell each other what they see, calibrated on 20 samples."""
+    pictures = [image for sample in views(30, seed=0) for image in sample]
+    maps = engine(np.stack([model_input(image, SIDE) for image in pictures]))
+    by_view = [each[view::3] for view in range(3) for each in maps]
+    torch.manual_seed(0)
+    flow = build_flow("multiflow", channels=tuple(each.shape[1] for each in maps), views=3, hidden=8, steps=2)
+    for parameter in flow.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    scores, _, evidence = score_features(flow.eval(), Scoring(), [each[10:] for each in by_view])
+    return Detector("box", spec, "multiflow", flow, Scoring(), Calibration.fit(scores, evidence, alpha=0.05), VIEWS)
 
 
 @dataclass
@@ -130,3 +154,14 @@ def plant(cluster: Path) -> Iterator[Plant]:
         assert serve_champions(port=port, limits=limits, refresh_s=0.5) == f"http://127.0.0.1:{port}"
         yield plant
         stop_serving()
+
+
+@pytest.fixture(scope="class")
+def boxes(plant: Plant) -> Iterator[tuple[Detector, list[list[Image.Image]]]]:
+    """The detector of a class of three views that is served beside the others, and samples of it."""
+    detector = fit_views(plant.detectors["brick"].spec, plant.engine)
+    plant.release("box", detector)
+    plant.wait(lambda health: health["classes"] == 3)
+    yield detector, views(3, seed=1)
+    mlflow.MlflowClient().delete_registered_model_alias("box", registry.CHAMPION)
+    plant.wait(lambda health: health["classes"] == 2)

@@ -238,6 +238,107 @@ def test_classes_health_and_description(plant: Any) -> None:
         assert plant.client.get(url).status_code == 200
 
 
+class TestSamplesOfViews:
+    """A class of three views beside the others."""
+
+    def test_a_sample_of_several_views_is_one_form(self, plant: Any, boxes: Any) -> None:
+        detector, ((top, left, right), *_) = boxes
+        expected = detector.predict([[top, left, right]], plant.engine)
+        url, files = "/v1/classes/box/score", [png(image) for image in (top, left, right)]
+        in_order = plant.client.post(url, files=[("image", each) for each in files])
+        body = in_order.raise_for_status().json()
+        assert body["score"] == pytest.approx(float(expected.score_B[0]), rel=1e-4)
+        assert body["p_value"] == expected.p_value_B[0] and body["is_anomalous"] == bool(expected.is_anomalous_B[0])
+        assert [each["view"] for each in body["pictures"]] == list(detector.views)
+        scores = [each["score"] for each in body["pictures"]]
+        np.testing.assert_allclose(scores, expected.picture_score_BV[0], rtol=1e-4)
+        assert len(set(scores)) == 3 and max(scores) == body["score"]
+
+        by_name = dict(zip(detector.views, files, strict=True))
+        for names in (detector.views, detector.views[::-1]):
+            answer = plant.client.post(url, files=[(name, by_name[name]) for name in names])
+            named = [each["score"] for each in answer.raise_for_status().json()["pictures"]]
+            np.testing.assert_allclose(named, scores, rtol=1e-4)
+        turned = plant.client.post(url, files=[("image", each) for each in files[::-1]]).json()
+        assert turned["pictures"][0]["score"] != pytest.approx(scores[0], rel=1e-2)
+
+        # Samples and lone pictures that come in together share a backbone run, and each gets its own answer.
+        with ThreadPoolExecutor(12) as pool:
+            boxed = [pool.submit(plant.client.post, url, files=[("image", each) for each in files]) for _ in range(8)]
+            lone = pool.submit(plant.post, "brick", top)
+        for each in boxed:
+            np.testing.assert_allclose(
+                [picture["score"] for picture in each.result().json()["pictures"]], scores, rtol=1e-4
+            )
+        alone = plant.detectors["brick"].predict([top], plant.engine).score_B[0]
+        assert lone.result().json()["score"] == pytest.approx(float(alone), rel=1e-4)
+        assert plant.client.get("/healthz").json()["engines"] == 1
+        (listed,) = (each for each in plant.client.get("/v1/classes").json()["classes"] if each["class_name"] == "box")
+        assert listed["views"] == list(detector.views) and listed["calibration_pictures"] == 20
+
+    def test_the_heat_map_of_a_view(self, plant: Any, boxes: Any) -> None:
+        detector, (images, *_) = boxes
+        files = [("image", png(image)) for image in images]
+        predictions = detector.predict([images], plant.engine)
+        hottest = detector.views[int(predictions.picture_score_BV[0].argmax())]
+        for place, view in enumerate(detector.views):
+            url = f"/v1/classes/box/score?heatmap=1&view={view}"
+            alone = plant.client.post(url, files=files, headers={"Accept": "image/png"})
+            assert alone.headers["x-sprue-view"] == view
+            shown, (width, height) = Image.open(io.BytesIO(alone.content)), images[place].size
+            assert shown.size == (width, height)
+            map_HW = predictions.anomaly_map(0, (height, width), place)
+            expected = overlay(images[place], heat(map_HW, detector.calibration))
+            np.testing.assert_allclose(np.asarray(shown).astype(int), np.asarray(expected).astype(int), atol=3)
+            in_json = plant.client.post(url, files=files).json()
+            assert in_json["heatmap_view"] == view and base64.b64decode(in_json["heatmap_png"]) == alone.content
+            if view == hottest:
+                unasked = plant.client.post("/v1/classes/box/score?heatmap=1", files=files).json()
+                assert (unasked["heatmap_view"], unasked["heatmap_png"]) == (view, in_json["heatmap_png"])
+
+    @pytest.mark.parametrize(
+        ("names", "query", "code", "words"),
+        [
+            (["image", "image"], "", "wrong_views", "3 pictures; send a form with the files 0-top, 1-left, 2-right"),
+            (["0-top", "1-left", "image"], "", "wrong_views", "got 3 0-top, 1-left, image"),
+            (["0-top", "0-top", "1-left"], "", "wrong_views", "got 3 0-top, 0-top, 1-left"),
+            (["a", "b", "c", "d"], "", "malformed_form", "3"),
+            (
+                ["a", "b", "c"],
+                "?heatmap=1&view=top",
+                "unknown_view",
+                "has no view 'top'; it has: 0-top, 1-left, 2-right",
+            ),
+        ],
+    )
+    def test_forms_that_are_no_sample_of_the_class(
+        self, plant: Any, boxes: Any, names: list[str], query: str, code: str, words: str
+    ) -> None:
+        _, ((image, *_), *_) = boxes
+        answer = plant.client.post(f"/v1/classes/box/score{query}", files=[(name, png(image)) for name in names])
+        assert (answer.status_code, answer.json()["error"]["code"]) == (422, code)
+        assert words in answer.json()["error"]["message"]
+
+    def test_one_of_a_samples_pictures_is_damaged_or_missing(self, plant: Any, boxes: Any) -> None:
+        _, ((image, *_), *_) = boxes
+        good, noise = png(image), png(Image.effect_noise((64, 64), 50))[:1500]
+        for third, status, code, words in (
+            (noise, 422, "undecodable_picture", "picture 3 is damaged"),
+            (b"text", 415, "not_an_image", "picture 3 is not a picture"),
+            (claiming(2_001, 2_000), 413, "too_many_pixels", "picture 3 "),
+            (b"", 422, "empty_picture", "no bytes"),
+        ):
+            answer = plant.client.post("/v1/classes/box/score", files=[("v", each) for each in (good, good, third)])
+            assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+            assert words in answer.json()["error"]["message"]
+        alone = plant.post("box", image)
+        assert (alone.status_code, alone.json()["error"]["code"]) == (422, "wrong_views")
+        # Each of the three pictures may be as large as one alone.
+        large = plant.client.post("/v1/classes/box/score", files=[("v", bytes(3 * 2**20)), ("v", good), ("v", good)])
+        assert large.json()["error"]["code"] == "not_an_image"
+        assert plant.client.post("/v1/classes/box/score", content=bytes(7 * 2**20)).status_code == 413
+
+
 def test_champions_are_followed(plant: Any) -> None:
     brick = plant.detectors["brick"]
     image = plant.picture("brick")

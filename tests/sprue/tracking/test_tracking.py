@@ -212,3 +212,24 @@ def test_a_packaged_model_runs_without_ray_dvc_and_pickle(logged, detector, tmp_
     np.testing.assert_allclose(answer["score"], expected.score_B.astype(float), rtol=1e-6)
     np.testing.assert_allclose(answer["p_value"], expected.p_value_B, rtol=1e-12)
     assert np.array_equal(answer["is_anomalous"].astype(bool), expected.is_anomalous_B)
+
+
+def test_a_packaged_model_of_views_has_a_column_for_each(store, tmp_path):
+    spec = resolve(FeatureSpec(input_size=SIDE, blocks=(2,), scales=(1.0,)))
+    engine, views = build_engine(spec), ("0-top", "1-side")
+    (maps,) = engine(np.stack([model_input(image, SIDE) for image in crops(40, seed=0)]))
+    flow = build_flow("multiflow", channels=(40,), views=2, hidden=4, steps=2, adaptation="none")
+    scores, _, evidence = score_features(flow.eval(), Scoring(), [maps[::2], maps[1::2]])
+    calibration = Calibration.fit(scores, evidence, alpha=0.05)
+    detector = Detector("box", spec, "multiflow", flow, Scoring(), calibration, views)
+    samples = [crops(2, seed=seed) for seed in (1, 2, 3)]
+    frame = pd.DataFrame([[png(image) for image in sample] for sample in samples], columns=list(views))
+
+    run = FitRun.open(experiment_id("views", store), "box", "k", {})
+    model = mlflow.pyfunc.load_model(log_detector(detector, run.run_id, frame.iloc[0].tolist(), {}))
+    answer, expected = model.predict(frame[["1-side", "0-top"]]), detector.predict(samples, engine)
+    assert list(answer) == ["score", "p_value", "is_anomalous", "score_0-top", "score_1-side"]
+    np.testing.assert_allclose(answer["score"], expected.score_B, rtol=1e-5)
+    np.testing.assert_allclose(answer[["score_0-top", "score_1-side"]], expected.picture_score_BV, rtol=1e-5)
+    with pytest.raises(mlflow.exceptions.MlflowException, match="1-side"):
+        model.predict(frame[["0-top"]])

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -34,11 +34,20 @@ def request_of(folder, class_name, broken=False, **changes):
     )
 
 
+def request_of_views(folder, views=3):
+    """The same pictures as samples of two."""
+    one = request_of(folder, "box")
+    names = [name for (name,) in one.train + one.validation]
+    samples = tuple(zip(names[::2], names[1::2], strict=True))
+    flow = {"hidden": 4, "steps": 2, "adaptation": "whiten", "views": views}
+    return replace(one, train=samples[:5], validation=samples[5:], flow_name="multiflow", flow_config=flow)
+
+
 def fitted_here(request):
     """The last epoch and checkpoint of the same fit without Ray."""
     table = FeatureTable(UPath(request.table))
     train_maps, validation_maps = (
-        [torch.from_numpy(map_NCHW) for map_NCHW in table.read_samples(samples, 1)]
+        [torch.from_numpy(map_NCHW) for map_NCHW in table.read_samples(samples, request.views)]
         for samples in (request.train, request.validation)
     )
     reports = []
@@ -96,3 +105,20 @@ def test_a_request_is_checked_before_anything_starts(tmp_path):
     ):
         with pytest.raises(SprueError, match=match):
             request_of(tmp_path, "brick", **changes).check()
+
+
+def test_samples_of_several_views_are_fitted_together(cluster, tmp_path):
+    request = request_of_views(tmp_path / "tables", views=2)
+    request.check()
+    assert (request.views, request.params()["train_pictures"], request.params()["flow.maps"]) == (2, 10, (1,))
+    (fitted,) = fit_classes([request], UPath(tmp_path / "runs"), lambda name, epoch: None)
+    assert fitted.failure == ""
+    if not torch.cuda.is_available():
+        expected = [epoch.validation_nll for epoch, _ in fitted_here(request)]
+        assert [row["validation_nll"] for row in fitted.history] == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(
+        SprueError, match="class box: its samples have 2 pictures each, and multiflow reads 3; set flow"
+    ):
+        request_of_views(tmp_path / "again").check()
+    with pytest.raises(SprueError, match="class box: its samples have 2 pictures each, and patchflow reads 1; choose"):
+        replace(request, flow_name="patchflow", flow_config=FLOW).check()
