@@ -45,7 +45,7 @@ def main() -> None:
     """Makes the dataset, runs the pipeline, serves the champions and scores pictures; leaves nothing running."""
     if not TEXTURES.exists():
         write_textures(TEXTURES)
-    run(TEXTURES, "textures", layout="mvtec")
+    run(TEXTURES, "textures", first_recipe="patchflow-cpu")
     url = serve_champions(port=free_port())
     print(f"\nthe champions are served at {url}; one good and one defective picture of each class over HTTP:\n")
     print(score_examples(url).to_string(index=False))

@@ -12,14 +12,18 @@ from sprue.store import location
 from sprue.tracking.server import connect
 from sprue.workspace import choose, find_recipe, reproduce, results, track_dataset
 
+FIRST_RECIPE = "csflow-cpu"
 
-def run(source: Path, name: str, recipe: str | None = None, layout: str | None = None) -> None:
-    """From pictures to registered detectors, and a table of figures."""
+
+def run(
+    source: Path, name: str, recipe: str | None = None, layout: str | None = None, first_recipe: str = FIRST_RECIPE
+) -> None:
+    """From pictures to registered detectors, and a table of figures; see `sprue.workspace.choose`."""
     if recipe is not None:
         find_recipe(recipe)
     connect(location("store"))
     track_dataset(source, name)
-    choose(name, recipe, layout)
+    choose(name, recipe, layout, first_recipe)
     connect_ray()
     reproduce()
     print(f"\n{results(Path('store') / name)}\n")
@@ -33,8 +37,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with a folder for each class, as in MVTec AD")
     parser.add_argument("--name", help="the dataset's name (default: the folder's)")
-    parser.add_argument("--recipe", help="a file, or a name in models/recipes (default: what params.yaml says)")
-    parser.add_argument("--layout", choices=sorted(LAYOUTS), help="of its folders (default: what params.yaml says)")
+    parser.add_argument(
+        "--recipe",
+        help="a file, or a name in models/recipes (default: what params.yaml says of this dataset, "
+        f"{FIRST_RECIPE} if it is about another)",
+    )
+    parser.add_argument("--layout", choices=sorted(LAYOUTS), help="of its folders (default likewise, or mvtec)")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

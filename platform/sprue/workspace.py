@@ -18,6 +18,8 @@ from sprue.store import location, write_bytes
 
 PARAMS = Path("params.yaml")
 
+FIRST_LAYOUT = "mvtec"
+
 RECIPES = Path("models/recipes")
 
 RECIPE_SECTIONS = ("features", "flow", "fit", "scoring")
@@ -56,13 +58,17 @@ def _imported_from(target: Path) -> Path | None:
     return Path(dependencies[0]["path"]) if dependencies else None
 
 
-def choose(dataset: str, recipe: str | None = None, layout: str | None = None) -> None:
+def choose(dataset: str, recipe: str | None, layout: str | None, first_recipe: str) -> None:
     """Writes the dataset's name and layout, and a recipe's sections, to the parameter file; leaves the rest as it is.
+
+    A dataset that the file is not about yet begins with the layout `FIRST_LAYOUT` and the recipe `first_recipe`, unless
+    told otherwise; one that it is about keeps what stands there, so that what was set by hand stays.
 
     Args:
         dataset: The dataset's name.
         recipe: A file, or a name in `RECIPES`; its sections take the place of those of the parameter file.
-        layout: A key of `sprue.data.layouts.LAYOUTS`; as it is if not given.
+        layout: A key of `sprue.data.layouts.LAYOUTS`.
+        first_recipe: As `recipe`, for a dataset that is new.
 
     Raises:
         SprueError: If there is no such recipe, or it has other sections than `RECIPE_SECTIONS`.
@@ -72,6 +78,8 @@ def choose(dataset: str, recipe: str | None = None, layout: str | None = None) -
     yaml.width = 4096
     params = yaml.load(PARAMS)
     before = dumped(yaml, params)
+    if params["dataset"] != dataset:
+        recipe, layout = recipe or first_recipe, layout or FIRST_LAYOUT
     params["dataset"] = dataset
     if layout is not None:
         params["manifest"]["layout"] = layout

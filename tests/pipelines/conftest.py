@@ -30,7 +30,7 @@ GOOD, TESTED = 30, 4
 QUICK = {
     "dataset": DATASET,
     "features": {"blocks": [2, 3], "scales": [1.0], "input_size": 128},
-    "flow": {"hidden": 8, "steps": 1},
+    "flow": {"adapted": 32, "bottleneck": 16, "steps": 1},
     "fit": {"epochs": 2},
     "calibration": {"alpha": 0.2},
 }

@@ -67,18 +67,49 @@ def test_all_published_results_have_a_recipe():
     }  # fmt: skip
 
 
-def test_a_recipe_takes_the_place_of_its_sections_alone(tmp_path, monkeypatch):
+@pytest.fixture
+def parameter_file(tmp_path, monkeypatch):
+    """A copy of the parameter file in a folder of its own, to work in."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
     (tmp_path / "models").symlink_to(ROOT / "models")
-    choose("tiles", "csflow-tiles")
-    chosen, before = sections(tmp_path / "params.yaml"), sections(ROOT / "params.yaml")
-    assert {name: chosen[name] for name in RECIPE_SECTIONS} == sections(ROOT / "models/recipes/csflow-tiles.yaml")
-    assert chosen["dataset"] == "tiles"
+    path = tmp_path / "params.yaml"
+    path.write_bytes((ROOT / "params.yaml").read_bytes())
+    return path
+
+
+def recipe_of(path):
+    """The sections that a recipe is made of."""
+    return {name: sections(path)[name] for name in RECIPE_SECTIONS}
+
+
+def test_a_recipe_takes_the_place_of_its_sections_alone(parameter_file):
+    before = sections(parameter_file)
+    choose("tiles", "csflow-tiles", None, "csflow-cpu")
+    after = sections(parameter_file)
+    assert recipe_of(parameter_file) == sections(ROOT / "models/recipes/csflow-tiles.yaml")
+    assert after["dataset"] == "tiles"
     for name in ("manifest", "calibration"):
-        assert chosen[name] == before[name]
-    choose("tiles", layout="mvtec-views")
-    assert sections(tmp_path / "params.yaml") == chosen | {"manifest": before["manifest"] | {"layout": "mvtec-views"}}
+        assert after[name] == before[name]
+
+
+def test_a_new_dataset_begins_with_a_recipe_and_a_known_one_keeps_its_settings(parameter_file):
+    text = parameter_file.read_bytes()
+    choose("textures", None, None, "csflow-cpu")
+    assert parameter_file.read_bytes() == text
+    choose("parts", None, "mvtec-views", "multiflow-cpu")
+    assert recipe_of(parameter_file) == sections(ROOT / "models/recipes/multiflow-cpu.yaml")
+    assert sections(parameter_file)["manifest"]["layout"] == "mvtec-views"
+    parameter_file.write_text(parameter_file.read_text().replace("seed: 0", "seed: 7"))
+    text = parameter_file.read_bytes()
+    choose("parts", None, None, "csflow-cpu")
+    assert parameter_file.read_bytes() == text
+    choose("tiles", None, None, "csflow-cpu")
+    assert recipe_of(parameter_file) == sections(ROOT / "models/recipes/csflow-cpu.yaml")
+    assert sections(parameter_file)["manifest"]["layout"] == "mvtec"
+
+
+def test_the_parameter_file_holds_the_demos_recipe():
+    assert recipe_of(ROOT / "params.yaml") == sections(ROOT / "models/recipes/patchflow-cpu.yaml")
 
 
 def test_what_is_no_recipe_is_refused(tmp_path):
