@@ -160,6 +160,7 @@ def in_own_process(name: str, rounds: int) -> tuple[float, float, dict[str, floa
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=measure, args=(name, rounds, sender))
     process.start()
+    sender.close()  # so that a process that dies ends the waiting
     result = receiver.recv()
     process.join()
     return result
