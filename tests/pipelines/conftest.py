@@ -29,6 +29,7 @@ GOOD, TESTED = 30, 4
 
 QUICK = {
     "dataset": DATASET,
+    "manifest": {"calibration": 0.2, "validation": 0.1},
     "features": {"blocks": [2, 3], "scales": [1.0], "input_size": 128},
     "flow": {"adapted": 32, "bottleneck": 16, "steps": 1},
     "fit": {"epochs": 2},
