@@ -125,7 +125,8 @@ def connect_ray() -> None:
     """
     # gRPC tells of every fork beside its threads, which is harmless here.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    settings: dict[str, Any] = {"logging_level": logging.ERROR}
+    # Stages say themselves how far they are, and a worker's failure reaches them as an exception.
+    settings: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if "RAY_ADDRESS" not in os.environ:
         settings["address"] = "local"
         # Ray Train asks the dashboard which of its controllers live.
