@@ -4,7 +4,7 @@ Shapes: B pictures, C channels, H rows, W columns of a feature map, N feature ve
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,12 @@ Adaptation = Literal["whiten", "standardise", "none"]
 
 POSITIONS = 256
 """Positions of a picture that an adaptor is fitted on; neighbours are nearly copies of each other."""
+
+
+def check_adaptation(adaptation: str) -> None:
+    """Raises: ValueError: If there is no such adaptation."""
+    if adaptation not in get_args(Adaptation):
+        raise ValueError(f"adaptation: {adaptation!r} is none of {', '.join(map(repr, get_args(Adaptation)))}")
 
 
 class ChannelAdaptor(nn.Module):

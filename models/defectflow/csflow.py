@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 from torch import Tensor, nn
 
-from defectflow.adaptor import Adaptation, ChannelAdaptor
+from defectflow.adaptor import Adaptation, ChannelAdaptor, check_adaptation
 from defectflow.coupling import GraphCoupling
 from defectflow.flow import Flow, FlowConfig, Maps, Shape
 from defectflow.subnets import CrossScaleSubnet
@@ -48,8 +48,7 @@ class CSFlowConfig(FlowConfig):
         self.check_equal_channels()
         if self.hidden < 1 or any(kernel < 1 or kernel % 2 == 0 for kernel in self.kernels):
             raise ValueError(f"hidden is at least 1, kernels are odd; got {self.hidden} and {list(self.kernels)}")
-        if self.adaptation not in ("whiten", "standardise", "none"):
-            raise ValueError(f"adaptation: {self.adaptation!r} is none of 'whiten', 'standardise', 'none'")
+        check_adaptation(self.adaptation)
         if self.localise not in ("finest", "all"):
             raise ValueError(f"localise: {self.localise!r} is neither 'finest' nor 'all'")
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from defectflow.adaptor import Adaptation, ChannelAdaptor
+from defectflow.adaptor import Adaptation, ChannelAdaptor, check_adaptation
 from defectflow.coupling import GraphCoupling, uncouple_all
 from defectflow.flow import Evidence, Flow, FlowConfig, Maps, Shape
 from defectflow.pyramid import fuse
@@ -87,8 +87,7 @@ class DNFADConfig(FlowConfig):
                 f"position_channels is a multiple of four and hidden at least 0; got {self.position_channels} and "
                 f"{self.hidden}"
             )
-        if self.adaptation not in ("whiten", "standardise", "none"):
-            raise ValueError(f"adaptation: {self.adaptation!r} is none of 'whiten', 'standardise', 'none'")
+        check_adaptation(self.adaptation)
 
     @classmethod
     def fitting(cls, scales: Sequence[Sequence[Shape]], pictures: int, **settings: Any) -> Self:

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from defectflow.adaptor import Adaptation, ChannelAdaptor
+from defectflow.adaptor import Adaptation, ChannelAdaptor, check_adaptation
 from defectflow.coupling import GraphCoupling
 from defectflow.flow import Evidence, Flow, FlowConfig, Maps, Shape, top_mean
 from defectflow.noise import NoiseScheme
@@ -84,8 +84,7 @@ class MultiFlowConfig(FlowConfig):
             raise ValueError(f"neighbours: there are {self.views} views, but {len(graph)} lists of neighbours")
         object.__setattr__(self, "neighbours", graph)
         object.__setattr__(self, "kernels", tuple(self.kernels))
-        if self.adaptation not in ("whiten", "standardise", "none"):
-            raise ValueError(f"adaptation: {self.adaptation!r} is none of 'whiten', 'standardise', 'none'")
+        check_adaptation(self.adaptation)
         if self.sample_score not in ("max", "mean"):
             raise ValueError(f"sample_score: {self.sample_score!r} is neither 'max' nor 'mean'")
 
