@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from defectflow.adaptor import Adaptation, ChannelAdaptor, check_adaptation
 from defectflow.coupling import GraphCoupling, uncouple_all
-from defectflow.flow import Evidence, Flow, FlowConfig, Maps, Shape
+from defectflow.flow import Evidence, Flow, FlowConfig, Maps, Shape, least_outside
 from defectflow.pyramid import fuse
 from defectflow.subnets import AttentionSubnet
 
@@ -181,13 +181,14 @@ class DNFAD(Flow):
             for branch, z, tell in zip(self.config.branches, latents, told, strict=True)
         ]
 
-    def evidence(self, maps: Maps, evidence: Evidence = "latent") -> list[Tensor]:
+    def evidence(self, maps: Maps, evidence: Evidence = "latent", mask: Sequence[Tensor] | None = None) -> list[Tensor]:
         """One minus the branches' mean probability, [B, H, W], as a list of one; see the class.
 
         With the likelihood as evidence the log-determinants are counted too, as in ``exp(log p / C)``.
         """
-        norms, wholes = self.position_nll(maps)
+        norms, wholes = self.position_nll(maps, mask=mask)
         energies = norms if evidence == "latent" else wholes
         if self.config.relative:
             energies = [energy_BHW - energy_BHW.amin((1, 2), keepdim=True) for energy_BHW in energies]
-        return [1.0 - torch.stack([(-energy_BHW).exp() for energy_BHW in energies]).mean(0)]
+        fused_BHW = 1.0 - torch.stack([(-energy_BHW).exp() for energy_BHW in energies]).mean(0)
+        return least_outside([fused_BHW], mask[:1] if mask else None)

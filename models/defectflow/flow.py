@@ -221,17 +221,23 @@ class Flow(nn.Module, ABC):
         ).sum(0)
         return energy_B / counted_B.clamp_min(1.0) + 0.5 * LOG_2PI
 
-    def evidence(self, maps: Maps, evidence: Evidence = "latent") -> list[Tensor]:
-        """How unusual each position of each node is, [B, H, W]."""
-        norms, wholes = self.position_nll(maps)
-        return norms if evidence == "latent" else wholes
+    def evidence(self, maps: Maps, evidence: Evidence = "latent", mask: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """How unusual each position of each node is, [B, H, W]; outside of the mask, as usual as any within."""
+        norms, wholes = self.position_nll(maps, mask=mask)
+        return least_outside(norms if evidence == "latent" else wholes, mask)
 
     def merge(self, evidence: Sequence[Tensor]) -> Tensor:
         """The nodes' evidence as one map [B, H, W] of the finest node's size: the mean over the nodes."""
         size = max((tuple(node.shape[-2:]) for node in evidence), key=math.prod)
         return torch.stack([_resize(node, size) for node in evidence]).mean(0)
 
-    def assess(self, maps: Maps, evidence: Evidence = "latent", top: float | None = None) -> tuple[Tensor, Tensor]:
+    def assess(
+        self,
+        maps: Maps,
+        evidence: Evidence = "latent",
+        top: float | None = None,
+        mask: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Score [B] and evidence map [B, H, W] of each picture, in one pass.
 
         Args:
@@ -239,16 +245,21 @@ class Flow(nn.Module, ABC):
             evidence: What counts against a position.
             top: Share of the positions of all nodes, those with the most evidence, whose mean is the score; the
                 paper's if not given.
+            mask: Where the foreground is, for each node; see `forward`.
         """
-        nodes = self.evidence(maps, evidence)
+        nodes = self.evidence(maps, evidence, mask)
         positions_BP = torch.cat([node.flatten(1) for node in nodes], dim=1)
         return top_mean(positions_BP, self.top if top is None else top), self.merge(nodes)
 
     def assess_pictures(
-        self, maps: Maps, evidence: Evidence = "latent", top: float | None = None
+        self,
+        maps: Maps,
+        evidence: Evidence = "latent",
+        top: float | None = None,
+        mask: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `assess`: score [B] of each sample, score [B, V] and evidence [B, V, H, W] of each of its V pictures."""
-        score_B, evidence_BHW = self.assess(maps, evidence, top)
+        score_B, evidence_BHW = self.assess(maps, evidence, top, mask)
         return score_B, score_B[:, None], evidence_BHW[:, None]
 
     def score(self, maps: Maps, evidence: Evidence = "latent", top: float | None = None) -> Tensor:
@@ -270,6 +281,22 @@ def masked(
         [z * counts for z, counts in zip(latents, mask, strict=True)],
         [log_det * counts[:, 0] for log_det, counts in zip(log_dets, mask, strict=True)],
     )
+
+
+def least_outside(evidence: list[Tensor], mask: Sequence[Tensor] | None) -> list[Tensor]:
+    """Evidence [B, H, W] of each node, outside of its mask [B, 1, H, W] the least that there is within.
+
+    >>> least_outside([torch.tensor([[[3.0, 1.0, 2.0]]])], [torch.tensor([[[[1.0, 0.0, 1.0]]]])])
+    [tensor([[[3., 2., 2.]]])]
+    """
+    if mask is None:
+        return evidence
+    clipped = []
+    for node_BHW, counts_B1HW in zip(evidence, mask, strict=True):
+        outside_BHW = counts_B1HW[:, 0] == 0
+        least_B = node_BHW.masked_fill(outside_BHW, math.inf).amin((1, 2)).nan_to_num(posinf=0.0)
+        clipped.append(torch.where(outside_BHW, least_B[:, None, None], node_BHW))
+    return clipped
 
 
 def _resize(evidence: Tensor, size: tuple[int, ...]) -> Tensor:

@@ -110,9 +110,9 @@ class MultiFlow(Flow):
 
     >>> flow = MultiFlow(MultiFlowConfig(channels=(6,), views=3, hidden=8, steps=2)).eval()
     >>> views = [torch.randn(2, 6, 4, 4) for _ in range(3)]
-    >>> score_B, evidence_BVHW = flow.assess(views)
-    >>> score_B.shape, evidence_BVHW.shape, flow.picture_score(views).shape
-    (torch.Size([2]), torch.Size([2, 3, 4, 4]), torch.Size([2, 3]))
+    >>> score_B, score_BV, evidence_BVHW = flow.assess_pictures(views)
+    >>> score_B.shape, score_BV.shape, evidence_BVHW.shape
+    (torch.Size([2]), torch.Size([2, 3]), torch.Size([2, 3, 4, 4]))
     """
 
     config_class = MultiFlowConfig
@@ -158,23 +158,29 @@ class MultiFlow(Flow):
         return torch.stack(list(evidence), dim=1)
 
     def assess_pictures(
-        self, maps: Maps, evidence: Evidence = "latent", top: float | None = None
+        self,
+        maps: Maps,
+        evidence: Evidence = "latent",
+        top: float | None = None,
+        mask: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Score [B] of each sample, score [B, V] and evidence [B, V, H, W] of its pictures; see `Flow.assess`.
 
         A picture's score is how unusual it is, given the sample's other pictures.
         """
-        evidence_BVHW = self.merge(self.evidence(maps, evidence))
+        evidence_BVHW = self.merge(self.evidence(maps, evidence, mask))
         positions_NP = evidence_BVHW.flatten(0, 1).flatten(1)
         score_BV = top_mean(positions_NP, self.top if top is None else top).reshape(evidence_BVHW.shape[:2])
         score_B = score_BV.amax(1) if self.config.sample_score == "max" else score_BV.mean(1)
         return score_B, score_BV, evidence_BVHW
 
-    def assess(self, maps: Maps, evidence: Evidence = "latent", top: float | None = None) -> tuple[Tensor, Tensor]:
+    def assess(
+        self,
+        maps: Maps,
+        evidence: Evidence = "latent",
+        top: float | None = None,
+        mask: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Score [B] and evidence [B, V, H, W] of each sample; see `Flow.assess`."""
-        score_B, _, evidence_BVHW = self.assess_pictures(maps, evidence, top)
+        score_B, _, evidence_BVHW = self.assess_pictures(maps, evidence, top, mask)
         return score_B, evidence_BVHW
-
-    def picture_score(self, maps: Maps, evidence: Evidence = "latent", top: float | None = None) -> Tensor:
-        """How unusual each picture of each sample is, [B, V], given the sample's other pictures."""
-        return self.assess_pictures(maps, evidence, top)[1]

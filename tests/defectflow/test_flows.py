@@ -187,6 +187,26 @@ def test_scores_rise_where_a_picture_is_strange(case):
     assert bool(torch.isfinite(evidence).all())
 
 
+@pytest.mark.parametrize("evidence", ["latent", "likelihood"])
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_is_found_outside_of_the_foreground(case, evidence):
+    flow, maps = random_flow(case), inputs(case, dtype=torch.float32)
+    with torch.no_grad():
+        nodes = flow.evidence(maps, evidence)
+        latents, _ = flow(maps)
+        mask = [torch.zeros(len(z), 1, *z.shape[2:]) for z in latents]
+        for counts in mask:
+            counts[..., : max(1, counts.shape[-1] // 2)] = 1
+        kept = flow.evidence(maps, evidence, mask)
+        score_B, _ = flow.assess(maps, evidence, mask=mask)
+    for node_BHW, kept_BHW, counts in zip(nodes, kept, mask, strict=False):
+        inside_BHW = counts[:, 0] > 0
+        assert torch.equal(kept_BHW[inside_BHW], node_BHW[inside_BHW])
+        for within, picture, inside in zip(kept_BHW, node_BHW, inside_BHW, strict=True):
+            assert bool((within[~inside] == picture[inside].min()).all())
+    assert bool(torch.isfinite(score_B).all())
+
+
 @pytest.mark.parametrize("scheme", ["simplenet", "softflow", "uniform"])
 def test_noise_has_the_deviation_that_is_told(scheme):
     torch.manual_seed(0)

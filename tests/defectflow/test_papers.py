@@ -90,7 +90,7 @@ def test_multiflow_scores_pictures_and_samples():
     maps = [torch.randn(2, channels, 4, 4) for _ in range(3) for channels in (3, 4)]
     with torch.no_grad():
         sample_B, evidence_BVHW = flow.assess(maps)
-        picture_BV = flow.picture_score(maps)
+        picture_BV = flow.assess_pictures(maps)[1]
         map_BVhw = flow.anomaly_map(maps, size=(8, 8))
     torch.testing.assert_close(picture_BV, evidence_BVHW.amax((2, 3)))
     torch.testing.assert_close(sample_B, picture_BV.amax(1))
