@@ -35,7 +35,7 @@ class SplitConfig:
     """
 
     seed: int = 0
-    calibration: float = 0.1
+    calibration: float = 0.05
     validation: float = 0.05
 
     def __post_init__(self) -> None:
