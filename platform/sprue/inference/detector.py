@@ -31,8 +31,8 @@ from sprue.inference.spec import FeatureSpec
 BATCH = 16
 """Pictures that go through the backbone together."""
 
-FLOW_BATCH = 4
-"""Samples that go through the flow together: on a CPU larger batches spend their time on fresh memory pages."""
+FLOW_BATCH = 16
+"""Samples that go through the flow together."""
 
 FORMAT = 2
 """Version of the files that `Detector.save` writes."""
