@@ -11,6 +11,7 @@ from sprue.evaluation.evaluate import Evaluation, calibrate, evaluate, roc_point
 from sprue.features.tables import FeatureTable
 from sprue.inference.backbone import resolve
 from sprue.inference.detector import Detector, Scoring
+from sprue.inference.memory import keep_freed_memory
 from sprue.inference.spec import FeatureSpec
 from sprue.pipeline import Context, run_stage
 from sprue.store import replace_folder, write_bytes, write_json
@@ -29,7 +30,7 @@ def publish(context: Context, detector: Detector, evaluation: Evaluation, fit: F
         replace_folder(Path(folder, "detector"), context.folder / "detectors" / name)
         write_evaluation(evaluation, detector, context.data, Path(folder, "evaluation"))
         replace_folder(Path(folder, "evaluation"), context.folder / "evaluation" / name)
-    write_json(context.folder / "metrics" / f"{name}.json", evaluation.figures)
+    write_json(context.folder / "metrics" / f"{name}.json", evaluation.metrics)
     nll = pd.DataFrame(fit.history)[["epoch", "train_nll", "validation_nll"]]
     for plot, points in (("nll", nll), ("roc", roc_points(evaluation))):
         write_bytes(context.folder / "plots" / plot / f"{name}.csv", points.to_csv(index=False).encode())
@@ -37,6 +38,7 @@ def publish(context: Context, detector: Detector, evaluation: Evaluation, fit: F
 
 def main(context: Context) -> None:
     """Writes ``detectors``, ``evaluation``, ``metrics`` and ``plots``."""
+    keep_freed_memory()
     inputs = {name: context.folder / name for name in ("manifest.parquet", "features", "fits")}
     manifest = Manifest.read(inputs["manifest.parquet"])
     spec = resolve(context.settings(FeatureSpec, "features"))
@@ -48,9 +50,7 @@ def main(context: Context) -> None:
         detector = calibrate(class_name, spec, fit.flow_name, fit.build_flow(), scoring, context.alpha, table, rows)
         evaluation = evaluate(detector, table, manifest.select(class_name, "test"), context.data)
         publish(context, detector, evaluation, fit)
-        logger.info(
-            "%-20s %s", class_name, "  ".join(f"{name} {value:.4g}" for name, value in evaluation.figures.items())
-        )
+        logger.info("%-20s %s", class_name, evaluation.headline)
     context.leave_receipt(inputs, {name: context.folder / name for name in OUTPUTS})
 
 

@@ -146,7 +146,7 @@ def results(folder: Path) -> str:
     shown = [name for name in ("test_good", "test_defective") if name in table]
     rates = [
         name
-        for name in ("image_auroc", "picture_auroc", "pixel_auroc", "false_alarm_rate", "detection_rate")
+        for name in ("image_auroc", "picture_auroc", "pixel_auroc", "pixel_aupro", "false_alarm_rate", "detection_rate")
         if name in table
     ]
     table = table[shown + rates]

@@ -5,6 +5,7 @@ A sample is one picture or several, its views.
 Shapes: N samples, B samples and V views of a prediction, H rows, W columns of a picture.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from upath import UPath
 from defectflow import Flow
 from sprue.data.samples import samples_of, views_of
 from sprue.errors import SprueError
-from sprue.evaluation.metrics import image_auroc, pixel_auroc
+from sprue.evaluation.metrics import Figure, image_figures, pixel_figures, share
 from sprue.evaluation.pictures import histogram, panel, stack
 from sprue.features.tables import FeatureTable
 from sprue.inference.calibration import Calibration
@@ -40,12 +41,16 @@ class Evaluation:
     """A detector's figures and predictions on the test split; figures that don't exist are left out.
 
     Attributes:
-        figures: By name, as they go to the metrics file and to MLflow.
+        facts: How many good and defective samples there are, ``alpha``, and the ``threshold`` that it implies.
+        figures: By name, with their intervals.
+        defect_types: For each type its ``image_auroc`` against all good samples, and its ``detection_rate``.
         predictions: Of the test samples.
         pictures: The manifest's test rows, a sample's views one after the other.
     """
 
-    figures: dict[str, float]
+    facts: dict[str, float]
+    figures: dict[str, Figure]
+    defect_types: dict[str, dict[str, Figure]]
     predictions: Predictions
     pictures: pd.DataFrame
 
@@ -53,6 +58,17 @@ class Evaluation:
     def views(self) -> int:
         """Pictures of a sample."""
         return self.predictions.picture_score_BV.shape[1]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Facts and figures as they go to the metrics file and to MLflow."""
+        return self.facts | {name: figure.value for name, figure in self.figures.items()}
+
+    @property
+    def headline(self) -> str:
+        """The figures that matter most, in a line."""
+        chosen = ("image_auroc", "pixel_auroc", "pixel_aupro", "false_alarm_rate", "detection_rate")
+        return "  ".join(f"{name} {self.figures[name].value:.2%}" for name in chosen if name in self.figures)
 
     @property
     def samples(self) -> pd.DataFrame:
@@ -90,42 +106,54 @@ def calibrate(
 def evaluate(detector: Detector, table: FeatureTable, pictures: pd.DataFrame, root: UPath) -> Evaluation:
     """Measures a detector on the manifest's test rows.
 
-    Figures are of samples, but for two. ``pixel_auroc`` is of the pictures' pixels at their own size.
-    ``picture_auroc``, where a sample has several views, is of the pictures' scores: a picture is defective if its mask
-    has an anomalous pixel. Defective samples without any mask are left out of both.
+    Figures are of samples, but for those that begin with ``pixel_``, which are of the pictures' pixels at their own
+    size, and with ``picture_``, where a sample has several views: these are of the pictures' scores, and a picture is
+    defective if its mask has an anomalous pixel. Defective samples without any mask are left out of both.
+
+    Raises:
+        SprueError: If a mask can't be read, or a score or map is no number.
     """
     views = len(detector.views)
     predictions = detector.predict_features(table.read_samples(samples_of(pictures), views))
     labels_N = pictures["label"].to_numpy()[::views]
     called_N = predictions.is_anomalous_B
-    masks = [read_mask(root, row) for row in pictures.itertuples()]
+    figures = _prefixed("image", image_figures(predictions.score_B, labels_N)) | {
+        "false_alarm_rate": share(called_N[labels_N == 0]),
+        "detection_rate": share(called_N[labels_N == 1]),
+    }
     has_truth_N = (labels_N == 0) | (pictures["mask_path"] != "").to_numpy().reshape(-1, views).any(1)
     measurable = np.flatnonzero(np.repeat(has_truth_N, views))
-    truth = [masks[i] for i in measurable]
+    masks = [read_mask(root, row) for row in pictures.iloc[measurable].itertuples()]
     sizes = list(zip(pictures["height"], pictures["width"], strict=True))
 
     def map_of(i: int) -> NDArray[np.float32]:
         sample, view = divmod(int(measurable[i]), views)
         return predictions.anomaly_map(sample, sizes[measurable[i]], view)
 
-    figures = {
+    figures |= _prefixed("pixel", pixel_figures(map_of, masks))
+    if views > 1:
+        defective = np.array([mask is not None and bool(mask.any()) for mask in masks], int)
+        figures |= _prefixed("picture", image_figures(predictions.picture_score_BV.ravel()[measurable], defective))
+    types_N = pictures["defect_type"].to_numpy()[::views]
+    of_types = {}
+    for defect_type in sorted(set(types_N[labels_N == 1])):
+        chosen_N = (labels_N == 0) | (types_N == defect_type)
+        of_types[defect_type] = {
+            "image_auroc": image_figures(predictions.score_B[chosen_N], labels_N[chosen_N])["auroc"],
+            "detection_rate": share(called_N[types_N == defect_type]),
+        }
+    facts = {
         "test_good": float((labels_N == 0).sum()),
         "test_defective": float((labels_N == 1).sum()),
-        "image_auroc": image_auroc(predictions.score_B, labels_N),
-        "pixel_auroc": pixel_auroc(map_of, truth),
         "alpha": detector.calibration.alpha,
         "threshold": detector.calibration.threshold,
-        "false_alarm_rate": _share(called_N[labels_N == 0]),
-        "detection_rate": _share(called_N[labels_N == 1]),
     }
-    if views > 1:
-        defective = np.array([mask is not None and bool(mask.any()) for mask in truth], int)
-        figures["picture_auroc"] = image_auroc(predictions.picture_score_BV.ravel()[measurable], defective)
-    return Evaluation({name: value for name, value in figures.items() if np.isfinite(value)}, predictions, pictures)
+    existing = {name: figure for name, figure in figures.items() if np.isfinite(figure.value)}
+    return Evaluation(facts, existing, of_types, predictions, pictures)
 
 
-def _share(called: NDArray[np.bool_]) -> float:
-    return float(called.mean()) if len(called) else float("nan")
+def _prefixed(what: str, figures: dict[str, Figure]) -> dict[str, Figure]:
+    return {f"{what}_{name}": figure for name, figure in figures.items()}
 
 
 def read_mask(root: UPath, row: Any) -> NDArray[np.bool_] | None:
@@ -139,9 +167,10 @@ def read_mask(root: UPath, row: Any) -> NDArray[np.bool_] | None:
 def write_evaluation(evaluation: Evaluation, detector: Detector, root: UPath, folder: Path) -> None:
     """Writes what a person looks at.
 
-    ``scores.csv``, a row a sample, with the scores of its pictures where there are several; ``histogram.png``;
-    ``heatmaps.png``, an overview from the easiest defective sample to the hardest, and then the good samples with the
-    highest scores, a panel for each picture.
+    ``figures.json``, with intervals and by defect type (null where a figure does not exist); ``scores.csv``, a row a
+    sample, with the scores of its pictures where there are several; ``histogram.png``; ``heatmaps.png``, an overview
+    from the easiest defective sample to the hardest, and then the good samples with the highest scores, a panel for
+    each picture.
     """
     folder.mkdir(parents=True, exist_ok=True)
     samples, predictions = evaluation.samples, evaluation.predictions
@@ -158,6 +187,14 @@ def write_evaluation(evaluation: Evaluation, detector: Detector, root: UPath, fo
     if evaluation.views > 1:
         names = [f"score_{view}" for view in detector.views]
         scores = scores.join(pd.DataFrame(predictions.picture_score_BV, columns=names))
+    figures = {
+        "figures": {name: figure.as_json() for name, figure in evaluation.figures.items()},
+        "defect_types": {
+            defect_type: {name: figure.as_json() for name, figure in of_type.items()}
+            for defect_type, of_type in evaluation.defect_types.items()
+        },
+    }
+    (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     scores.to_csv(folder / "scores.csv", index=False, float_format="%.6g")
     labels_N = samples["label"].to_numpy()
     good_N, defective_N = predictions.score_B[labels_N == 0], predictions.score_B[labels_N == 1]

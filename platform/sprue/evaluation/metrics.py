@@ -1,56 +1,152 @@
-"""Figures of detection and localisation.
+"""Figures of detection and localisation, with their bootstrap intervals.
 
-Shapes: N pictures, H rows, W columns of a picture (they may differ between pictures).
+Shapes: N items (samples or pictures), D draws of a bootstrap, H rows, W columns of a picture, K thresholds, Q bins.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score
+from scipy.stats import binomtest
 
-Maps = Callable[[int], NDArray[np.floating[Any]]]
-"""Gives picture i's anomaly map [H, W]; called twice for each picture, so that no two maps need be held at once."""
+from sprue.errors import SprueError
+from sprue.evaluation.curves import Counts, Curve
+from sprue.evaluation.pixels import Maps, Masks, PixelCounts, count_pixels
+
+DRAWS = 1000
+"""Draws of a bootstrap."""
+
+COVERAGE = 0.95
+"""Of the intervals."""
+
+TOGETHER = 4_000_000
+"""Weights that are held at once, at most."""
+
+OF_CURVE: Mapping[str, Callable[[Curve], Counts]] = {
+    "auroc": Curve.area,
+    "average_precision": Curve.average_precision,
+    "best_f1": Curve.best_f1,
+}
+OF_PLANT: Mapping[str, Callable[[Curve], Counts]] = {"pb2": Curve.caught, "pg2": Curve.passed}
 
 
-def image_auroc(scores_N: NDArray[np.floating[Any]], labels_N: NDArray[np.integer[Any]]) -> float:
-    """Area under the ROC curve over pictures; NaN where one of the labels does not occur.
+@dataclass(frozen=True)
+class Figure:
+    """A figure and its 95 % interval, by the bootstrap where nothing else is said; NaN where it does not exist.
 
-    >>> image_auroc(np.array([0.1, 0.4, 0.3, 0.9]), np.array([0, 0, 1, 1]))
-    0.75
+    An interval tells how far the figure would move with another test split of the same kind, for this one detector. It
+    says nothing of another fit's, and where a figure is 0 or 1 it has no width.
     """
-    if len(np.unique(labels_N)) < 2:
-        return math.nan
-    return float(roc_auc_score(labels_N, scores_N))
+
+    value: float
+    low: float
+    high: float
+
+    def as_json(self) -> dict[str, float | None]:
+        """As JSON has it: None for NaN."""
+        return {name: None if math.isnan(value) else value for name, value in asdict(self).items()}
 
 
-def pixel_auroc(maps: Maps, masks: Sequence[NDArray[np.bool_] | None]) -> float:
-    """Area under the ROC curve over all pixels of all pictures, exact, in memory that the anomalous pixels take.
+def image_figures(
+    scores_N: NDArray[np.floating[Any]], labels_N: NDArray[np.integer[Any]], seed: int = 0
+) -> dict[str, Figure]:
+    """Figures of samples by their scores: AUROC, average precision, best F1, PB2 and PG2.
 
-    The area is the chance that an anomalous pixel's evidence is above a normal one's, ties counted half. So the
-    anomalous values are sorted once, and each picture's normal values are ranked among them.
+    Args:
+        scores_N: Higher is more anomalous.
+        labels_N: 1 for a defective sample, 0 for a good one.
+        seed: Of the bootstrap, which draws good and defective samples apart.
+
+    Raises:
+        SprueError: If a score is NaN or a label neither 0 nor 1.
+
+    >>> figures = image_figures(np.array([0.1, 0.4, 0.3, 0.9]), np.array([0, 0, 1, 1]))
+    >>> figures["auroc"].value, round(figures["average_precision"].value, 4)
+    (0.75, 0.8333)
+    """
+    _check(scores_N, labels_N)
+    draws = [Curve.of_scores(scores_N, labels_N, weights_DN) for weights_DN in _weights(labels_N, len(scores_N), seed)]
+    exact = Curve.of_scores(scores_N, labels_N)
+    return {
+        name: _figure(float(measure(exact)), [measure(drawn) for drawn in draws])
+        for name, measure in {**OF_CURVE, **OF_PLANT}.items()
+    }
+
+
+def pixel_figures(maps: Maps, masks: Masks, seed: int = 0) -> dict[str, Figure]:
+    """Figures of pixels by the evidence for them: AUROC, AUPRO, average precision, best F1.
+
+    They are exact; their intervals, which come of drawing pictures, take values within one of 1,024 bins as tied.
 
     Args:
         maps: Each picture's map.
-        masks: Each picture's mask [H, W], True where anomalous, of its map's size; None for a good picture.
+        masks: Each picture's ground truth.
+        seed: Of the bootstrap, which draws pictures with and without anomalous pixels apart.
 
-    Returns:
-        The area; NaN where no pixel is anomalous, or all are.
+    Raises:
+        SprueError: As `count_pixels` does.
 
-    >>> pixel_auroc(lambda i: np.array([[0.1, 0.4, 0.3, 0.9]]), [np.array([[False, False, True, True]])])
+    >>> truth = [np.array([[False, False, True, True]])]
+    >>> round(pixel_figures(lambda i: np.array([[0.1, 0.4, 0.3, 0.9]]), truth)["auroc"].value, 4)
     0.75
     """
-    anomalous = np.sort(np.concatenate([np.empty(0), *(maps(i)[m] for i, m in enumerate(masks) if m is not None)]))
-    normal_pixels, won = 0, 0.0
-    if not len(anomalous):
-        return math.nan
-    for i, mask in enumerate(masks):
-        map_HW = maps(i)
-        normal = np.sort(map_HW.ravel() if mask is None else map_HW[~mask])
-        above = len(anomalous) - np.searchsorted(anomalous, normal, side="right")
-        at_least = len(anomalous) - np.searchsorted(anomalous, normal, side="left")
-        normal_pixels += len(normal)
-        won += float((above + at_least).sum()) / 2
-    return won / (normal_pixels * len(anomalous)) if normal_pixels else math.nan
+    counts = count_pixels(maps, masks)
+    shown_N = (counts.found_NQ.sum(1) > 0).astype(int)
+    drawn = [_drawn(counts, weights_DN) for weights_DN in _weights(shown_N, counts.found_NQ.shape[1], seed)]
+    figures = {
+        name: _figure(float(measure(counts.curve)), [measure(curve) for curve, _ in drawn])
+        for name, measure in OF_CURVE.items()
+    }
+    overlaps = [curve.overlap_area(overlap) for curve, overlap in drawn]
+    return figures | {"aupro": _figure(float(counts.curve.overlap_area(counts.overlap_K)), overlaps)}
+
+
+def share(called_N: NDArray[np.bool_]) -> Figure:
+    """The share of items that are called anomalous, with its exact (Clopper-Pearson) interval."""
+    if not len(called_N):
+        return Figure(math.nan, math.nan, math.nan)
+    interval = binomtest(int(called_N.sum()), len(called_N)).proportion_ci(COVERAGE, method="exact")
+    return Figure(float(called_N.mean()), float(interval.low), float(interval.high))
+
+
+def _drawn(counts: PixelCounts, weights_DN: Counts) -> tuple[Curve, Counts]:
+    """The curve of each draw of pictures, and its regions' mean overlap, [D, Q]."""
+    curve = Curve.of_bins(*(np.cumsum(weights_DN @ each, -1) for each in (counts.found_NQ, counts.alarms_NQ)))
+    regions_D1 = np.maximum(weights_DN @ counts.regions_N, 1.0)[:, None]
+    return curve, np.cumsum(weights_DN @ counts.overlap_NQ, -1) / regions_D1
+
+
+def _weights(labels_N: NDArray[np.integer[Any]], width: int, seed: int) -> list[Counts]:
+    """How often each draw holds each item, [D, N], in parts; as many of each label as there are."""
+    rng = np.random.default_rng(seed)
+    together = max(1, min(DRAWS, TOGETHER // max(1, width)))
+    parts = []
+    for start in range(0, DRAWS, together):
+        weights_DN = np.zeros((min(together, DRAWS - start), len(labels_N)))
+        for label in np.unique(labels_N):
+            of_label = np.flatnonzero(labels_N == label)
+            weights_DN[:, of_label] = rng.multinomial(
+                len(of_label), np.full(len(of_label), 1 / len(of_label)), len(weights_DN)
+            )
+        parts.append(weights_DN)
+    return parts
+
+
+def _figure(value: float, draws: list[Counts]) -> Figure:
+    drawn_D = np.concatenate(draws)
+    if math.isnan(value) or np.isnan(drawn_D).all():
+        return Figure(value, math.nan, math.nan)
+    low, high = np.nanquantile(drawn_D, ((1 - COVERAGE) / 2, (1 + COVERAGE) / 2))
+    return Figure(value, float(low), float(high))
+
+
+def _check(scores_N: NDArray[np.floating[Any]], labels_N: NDArray[np.integer[Any]]) -> None:
+    if scores_N.shape != labels_N.shape:
+        raise SprueError(f"there are scores {scores_N.shape} for labels {labels_N.shape}")
+    if np.isnan(scores_N).any():
+        raise SprueError(f"{int(np.isnan(scores_N).sum())} of {len(scores_N)} scores are no numbers")
+    if not np.isin(labels_N, (0, 1)).all():
+        raise SprueError("labels are 0 (good) or 1 (defective)")
