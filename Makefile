@@ -39,4 +39,4 @@ lint: setup ## check style, types and the layers
 	$(BIN)/lint-imports
 
 test: setup lint ## run all tests
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder

@@ -1,6 +1,12 @@
 """What several packages' tests stand on: a cache of their own, an object store (SeaweedFS) and a Ray cluster."""
 
 import os
+
+# Test files run side by side: threads that wait by spinning would take the cores from one another. Read by libraries
+# when they are imported, and by every process that a test starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+
 import socket
 import subprocess
 import sys

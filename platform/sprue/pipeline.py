@@ -125,6 +125,8 @@ def connect_ray() -> None:
     """
     # gRPC tells of every fork beside its threads, which is harmless here.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    # On a busy machine the proxy of Ray Serve needs more than the five seconds that it is given.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     # Stages say themselves how far they are, and a worker's failure reaches them as an exception.
     settings: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if "RAY_ADDRESS" not in os.environ:
