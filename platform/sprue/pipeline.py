@@ -20,6 +20,7 @@ from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from upath import UPath
 
 from sprue.errors import SprueError
+from sprue.inference import memory
 from sprue.store import digest, location, write_json
 
 Settings = TypeVar("Settings")
@@ -125,6 +126,9 @@ def connect_ray() -> None:
     """
     # gRPC tells of every fork beside its threads, which is harmless here.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    # Workers fit and score in threads; see the module for what this is for.
+    for name, value in memory.ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     # On a busy machine the proxy of Ray Serve needs more than the five seconds that it is given.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     # Stages say themselves how far they are, and a worker's failure reaches them as an exception.

@@ -18,7 +18,6 @@ from fastapi_offline import FastAPIOffline
 from ray import serve
 
 from sprue.inference.detector import BATCH
-from sprue.inference.memory import keep_freed_memory
 from sprue.serving import answers, documentation
 from sprue.serving.batching import Batcher
 from sprue.serving.errors import ApiError, answer_errors_in_json
@@ -69,7 +68,6 @@ class ScoringService:
         self.threads = _node_cpus()
         # Ray gives a process as many threads as its actor reserves; the flow may use the cores that the engine uses.
         torch.set_num_threads(self.threads)
-        keep_freed_memory()
         # Pictures are decoded here and not on asyncio's own pool, whose size is no bound for their memory.
         self.decoders = ThreadPoolExecutor(self.threads, "picture")
         mlflow.set_tracking_uri(config.tracking_uri)
