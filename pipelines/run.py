@@ -27,7 +27,7 @@ def run(
     connect_ray()
     reproduce()
     print(f"\n{results(Path('store') / name)}\n")
-    print(f"pictures of what was found  store/{name}/evaluation/<class>/heatmaps.png")
+    print(f"the report, for a browser   store/{name}/evaluation/index.html")
     print("runs and registered models  make mlflow")
     print("scoring over HTTP           make serve")
     print("figures of this version     .venv/bin/dvc metrics show")

@@ -8,12 +8,18 @@ import argparse
 import json
 import sys
 import zipfile
+import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sprue.errors import SprueError
 from sprue.evaluation.metrics import Figure, image_figures, pixel_figures
+from sprue.evaluation.pixels import count_pixels
+
+ARRAYS = ("scores_N", "labels_N", "maps_NHW", "masks_NHW")
 
 
 def figures_of(path: Path) -> dict[str, Figure]:
@@ -22,23 +28,40 @@ def figures_of(path: Path) -> dict[str, Figure]:
     Raises:
         SprueError: If the file is none of numpy's, or its arrays are missing, do not belong together or hold NaN.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
-        raise SprueError(f"{path} can't be read as an .npz file: {error}") from error
+    arrays = _read(path)
     for name, partner in (("scores_N", ""), ("labels_N", ""), ("maps_NHW", "masks_NHW"), ("masks_NHW", "maps_NHW")):
         if name not in arrays and (not partner or partner in arrays):
             raise SprueError(f"{path} holds no {name}; it has {', '.join(arrays) or 'nothing'}")
-    figures = image_figures(arrays["scores_N"].astype(float), arrays["labels_N"])
-    named = {f"image_{name}": figure for name, figure in figures.items()}
+    scores_N, labels_N = arrays["scores_N"], arrays["labels_N"]
+    named = {f"image_{name}": figure for name, figure in image_figures(scores_N, labels_N).items()}
     if "maps_NHW" in arrays:
-        maps_NHW, masks_NHW = arrays["maps_NHW"], arrays["masks_NHW"] != 0
-        if maps_NHW.shape != masks_NHW.shape or maps_NHW.ndim != 3:
-            raise SprueError(f"{path}: maps_NHW is {maps_NHW.shape}, masks_NHW {masks_NHW.shape}")
-        pixels = pixel_figures(maps_NHW.__getitem__, list(masks_NHW))
-        named |= {f"pixel_{name}": figure for name, figure in pixels.items()}
+        maps_NHW, masks_NHW = arrays["maps_NHW"], arrays["masks_NHW"]
+        if maps_NHW.shape != masks_NHW.shape or maps_NHW.ndim != 3 or len(maps_NHW) != len(scores_N):
+            raise SprueError(
+                f"{path}: maps_NHW and masks_NHW are a map and a mask for each of the {len(scores_N)} scores; they are "
+                f"{maps_NHW.shape} and {masks_NHW.shape}"
+            )
+        if np.isnan(masks_NHW).any():
+            raise SprueError(f"{path}: masks_NHW holds NaN")
+        counts = count_pixels(lambda i: maps_NHW[i], lambda i: masks_NHW[i] != 0, len(maps_NHW))
+        named |= {f"pixel_{name}": figure for name, figure in pixel_figures(counts).items()}
     return named
+
+
+def _read(path: Path) -> dict[str, NDArray[Any]]:
+    """The file's arrays of real numbers."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+    # What numpy raises where a file is none of its own, is damaged, or claims to be larger than any memory.
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError, NotImplementedError) as error:
+        raise SprueError(f"{path} can't be read as an .npz file: {error}") from error
+    except (AttributeError, TypeError) as error:
+        raise SprueError(f"{path} is one array; an .npz file holds several by their names") from error
+    for name, array in arrays.items():
+        if name in ARRAYS and (not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf"):
+            raise SprueError(f"{path}: {name} does not hold real numbers")
+    return arrays
 
 
 def as_json(figures: dict[str, Figure]) -> str:

@@ -48,8 +48,10 @@ class Curve:
         weights: NDArray[np.floating[Any]] | None = None,
     ) -> "Curve":
         """The curve of items by their scores, or several at once by weights [., N] of the items."""
+        scores_N = np.asarray(scores_N, float)
         order = np.argsort(-scores_N, kind="stable")
-        last = np.flatnonzero(np.append(np.diff(scores_N[order]) != 0, True)) if len(order) else order
+        ranked_N = scores_N[order]
+        last = np.flatnonzero(np.append(ranked_N[1:] != ranked_N[:-1], True)) if len(order) else order
         of_item = (np.ones(len(order)) if weights is None else weights)[..., order]
         is_anomalous_N = labels_N[order] == 1
         found = np.cumsum(of_item * is_anomalous_N, -1)[..., last]
@@ -63,6 +65,35 @@ class Curve:
         nothing = np.zeros(found.shape[:-1])
         ends = (found[..., -1], alarms[..., -1]) if found.shape[-1] else (nothing, nothing)
         return cls(found, alarms, above, *ends)
+
+    def polygon(self, heights: Counts) -> tuple[Counts, Counts]:
+        """The points of a curve over the false-positive rate, from rate 0 to rate 1, two for each threshold.
+
+        Between the thresholds the rate grows alone, and at one, where values are tied, rate and height grow together.
+
+        Args:
+            heights: The curve's height at each threshold, [., K].
+
+        Returns:
+            Rates and heights, [., 2 K + 2].
+        """
+        origin = np.zeros((*self.anomalous.shape, 1))
+        before = np.concatenate([origin, heights], -1)
+        rate = _over(np.stack([self.alarms_above, self.alarms], -1), self.normal[..., None, None])
+        height = np.stack([before[..., :-1], heights], -1)
+        flat = (*self.anomalous.shape, 2 * heights.shape[-1])
+        return (
+            np.concatenate([origin, rate.reshape(flat), origin + 1.0], -1),
+            np.concatenate([origin, height.reshape(flat), before[..., -1:]], -1),
+        )
+
+    def roc(self) -> tuple[Counts, Counts]:
+        """False-positive and true-positive rates from 0 to 1, [., P]."""
+        return self.polygon(_over(self.found, self.anomalous[..., None]))
+
+    def precision_recall(self) -> tuple[Counts, Counts]:
+        """Recall and precision at the thresholds, [., K]."""
+        return _over(self.found, self.anomalous[..., None]), _over(self.found, self.found + self.alarms)
 
     def area(self) -> Counts:
         """Area under the ROC curve, ties counted half, [.]."""
@@ -109,18 +140,13 @@ class Curve:
 
         Source: Bergmann et al., "The MVTec Anomaly Detection Dataset" (IJCV 2021).
         """
-        before = np.concatenate([np.zeros_like(overlap[..., :1]), overlap[..., :-1]], -1)
-        rate = _over(np.stack([self.alarms_above, self.alarms], -1), self.normal[..., None, None])
-        origin = np.zeros((*self.anomalous.shape, 1))
-        rate_P = np.concatenate([origin, rate.reshape(*rate.shape[:-2], -1)], -1)
-        overlap_P = np.concatenate([origin, np.stack([before, overlap], -1).reshape(*rate.shape[:-2], -1)], -1)
+        rate_P, overlap_P = self.polygon(overlap)
         left, right = rate_P[..., :-1], rate_P[..., 1:]
         low, high = overlap_P[..., :-1], overlap_P[..., 1:]
         width = np.clip(right, None, limit) - np.clip(left, None, limit)
         inside = _over(width, right - left)
         area = (width * (low + (high - low) * inside / 2)).sum(-1)
-        beyond = np.clip(limit - rate_P[..., -1], 0.0, None) * overlap_P[..., -1]
-        return self._if_both((area + beyond) / limit)
+        return self._if_both(area / limit)
 
     def _if_both(self, figure: Counts) -> Counts:
         return np.where((self.anomalous > 0) & (self.normal > 0), figure, np.nan)

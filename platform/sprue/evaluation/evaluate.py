@@ -14,14 +14,15 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
-from sklearn.metrics import roc_curve
 from upath import UPath
 
 from defectflow import Flow
 from sprue.data.samples import samples_of, views_of
 from sprue.errors import SprueError
+from sprue.evaluation.curves import Counts, Curve
 from sprue.evaluation.metrics import Figure, image_figures, pixel_figures, share
 from sprue.evaluation.pictures import histogram, panel, stack
+from sprue.evaluation.pixels import PixelCounts, count_pixels
 from sprue.features.tables import FeatureTable
 from sprue.inference.calibration import Calibration
 from sprue.inference.detector import Detector, Predictions, Scoring, require_views, score_features
@@ -31,6 +32,9 @@ from sprue.inference.spec import FeatureSpec
 
 PANELS = 6
 """Pictures of defective samples in the overview; half as many of good ones."""
+
+POINTS = 300
+"""Of a curve."""
 
 FEWEST = 3
 """Defective samples in the overview, however many pictures each has."""
@@ -43,6 +47,8 @@ class Evaluation:
     Attributes:
         facts: How many good and defective samples there are, ``alpha``, and the ``threshold`` that it implies.
         figures: By name, with their intervals.
+        curves: Points of ``roc`` (false- and true-positive rate), ``precision_recall`` (recall, precision) and ``pro``
+            (false-positive rate, mean overlap of a region), thinned; those that exist.
         defect_types: For each type its ``image_auroc`` against all good samples, and its ``detection_rate``.
         predictions: Of the test samples.
         pictures: The manifest's test rows, a sample's views one after the other.
@@ -50,6 +56,7 @@ class Evaluation:
 
     facts: dict[str, float]
     figures: dict[str, Figure]
+    curves: dict[str, tuple[Counts, Counts]]
     defect_types: dict[str, dict[str, Figure]]
     predictions: Predictions
     pictures: pd.DataFrame
@@ -111,29 +118,32 @@ def evaluate(detector: Detector, table: FeatureTable, pictures: pd.DataFrame, ro
     defective if its mask has an anomalous pixel. Defective samples without any mask are left out of both.
 
     Raises:
-        SprueError: If a mask can't be read, or a score or map is no number.
+        SprueError: If a mask can't be read or a score is not finite; the message names the file or the class.
     """
     views = len(detector.views)
     predictions = detector.predict_features(table.read_samples(samples_of(pictures), views))
     labels_N = pictures["label"].to_numpy()[::views]
     called_N = predictions.is_anomalous_B
+    if not np.isfinite(predictions.score_B).all():
+        raise SprueError(f"class {detector.class_name}: scores of test samples are not finite: the fit has diverged")
     figures = _prefixed("image", image_figures(predictions.score_B, labels_N)) | {
         "false_alarm_rate": share(called_N[labels_N == 0]),
         "detection_rate": share(called_N[labels_N == 1]),
     }
     has_truth_N = (labels_N == 0) | (pictures["mask_path"] != "").to_numpy().reshape(-1, views).any(1)
     measurable = np.flatnonzero(np.repeat(has_truth_N, views))
-    masks = [read_mask(root, row) for row in pictures.iloc[measurable].itertuples()]
-    sizes = list(zip(pictures["height"], pictures["width"], strict=True))
+    shown = pictures.iloc[measurable]
+    rows, sizes = list(shown.itertuples()), list(zip(shown["height"], shown["width"], strict=True))
 
     def map_of(i: int) -> NDArray[np.float32]:
         sample, view = divmod(int(measurable[i]), views)
-        return predictions.anomaly_map(sample, sizes[measurable[i]], view)
+        return predictions.anomaly_map(sample, sizes[i], view)
 
-    figures |= _prefixed("pixel", pixel_figures(map_of, masks))
+    counts = count_pixels(map_of, lambda i: read_mask(root, rows[i]), len(rows))
+    figures |= _prefixed("pixel", pixel_figures(counts))
     if views > 1:
-        defective = np.array([mask is not None and bool(mask.any()) for mask in masks], int)
-        figures |= _prefixed("picture", image_figures(predictions.picture_score_BV.ravel()[measurable], defective))
+        defective_N = (counts.found_NQ.sum(1) > 0).astype(int)
+        figures |= _prefixed("picture", image_figures(predictions.picture_score_BV.ravel()[measurable], defective_N))
     types_N = pictures["defect_type"].to_numpy()[::views]
     of_types = {}
     for defect_type in sorted(set(types_N[labels_N == 1])):
@@ -149,7 +159,29 @@ def evaluate(detector: Detector, table: FeatureTable, pictures: pd.DataFrame, ro
         "threshold": detector.calibration.threshold,
     }
     existing = {name: figure for name, figure in figures.items() if np.isfinite(figure.value)}
-    return Evaluation(facts, existing, of_types, predictions, pictures)
+    return Evaluation(facts, existing, _curves(labels_N, predictions, counts), of_types, predictions, pictures)
+
+
+def _curves(
+    labels_N: NDArray[np.integer[Any]], predictions: Predictions, counts: PixelCounts
+) -> dict[str, tuple[Counts, Counts]]:
+    curves = {}
+    if len(np.unique(labels_N)) == 2:
+        curve = Curve.of_scores(predictions.score_B, labels_N)
+        curves = {"roc": thinned(curve.roc()), "precision_recall": thinned(curve.precision_recall())}
+    if counts.curve.anomalous and counts.curve.normal:
+        curves["pro"] = thinned(counts.curve.polygon(counts.overlap_K))
+    return curves
+
+
+def thinned(points: tuple[Counts, Counts]) -> tuple[Counts, Counts]:
+    """At most `POINTS` of a curve's points, evenly along its length."""
+    x_P, y_P = points
+    if len(x_P) <= POINTS:
+        return points
+    length_P = np.concatenate([[0.0], np.cumsum(np.hypot(np.diff(x_P), np.diff(y_P)))])
+    kept = np.unique(np.searchsorted(length_P, np.linspace(0, length_P[-1], POINTS)))
+    return x_P[kept], y_P[kept]
 
 
 def _prefixed(what: str, figures: dict[str, Figure]) -> dict[str, Figure]:
@@ -202,19 +234,8 @@ def write_evaluation(evaluation: Evaluation, detector: Detector, root: UPath, fo
     figure.savefig(folder / "histogram.png", dpi=110, metadata={"Software": None})
     chosen = _examples(predictions.score_B, labels_N, max(FEWEST, PANELS // evaluation.views))
     if len(chosen):
-        panels = [
-            _panel(evaluation, detector, root, int(index), view) for index in chosen for view in range(evaluation.views)
-        ]
+        panels = [sample_panel(evaluation, detector, root, int(index)) for index in chosen]
         stack(panels).save(folder / "heatmaps.png")
-
-
-def roc_points(evaluation: Evaluation) -> pd.DataFrame:
-    """The ROC curve over the test samples, with columns false_positive_rate and true_positive_rate."""
-    labels_N = evaluation.samples["label"].to_numpy()
-    if len(np.unique(labels_N)) < 2:
-        return pd.DataFrame({"false_positive_rate": [], "true_positive_rate": []})
-    false_positive, true_positive, _ = roc_curve(labels_N, evaluation.predictions.score_B)
-    return pd.DataFrame({"false_positive_rate": false_positive, "true_positive_rate": true_positive})
 
 
 def _examples(
@@ -227,6 +248,11 @@ def _examples(
         return good[:count]
     spread = np.unique(np.linspace(0, len(bad) - 1, min(count, len(bad))).round().astype(int))
     return np.concatenate([bad[spread], good[: count // 2]])
+
+
+def sample_panel(evaluation: Evaluation, detector: Detector, root: UPath, index: int) -> Image.Image:
+    """Picture, ground truth, map and overlay of each of a sample's views."""
+    return stack([_panel(evaluation, detector, root, index, view) for view in range(evaluation.views)])
 
 
 def _panel(evaluation: Evaluation, detector: Detector, root: UPath, index: int, view: int) -> Image.Image:

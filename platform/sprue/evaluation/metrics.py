@@ -4,17 +4,17 @@ Shapes: N items (samples or pictures), D draws of a bootstrap, H rows, W columns
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm
 
 from sprue.errors import SprueError
 from sprue.evaluation.curves import Counts, Curve
-from sprue.evaluation.pixels import Maps, Masks, PixelCounts, count_pixels
+from sprue.evaluation.pixels import PixelCounts
 
 DRAWS = 1000
 """Draws of a bootstrap."""
@@ -37,8 +37,10 @@ OF_PLANT: Mapping[str, Callable[[Curve], Counts]] = {"pb2": Curve.caught, "pg2":
 class Figure:
     """A figure and its 95 % interval, by the bootstrap where nothing else is said; NaN where it does not exist.
 
-    An interval tells how far the figure would move with another test split of the same kind, for this one detector. It
-    says nothing of another fit's, and where a figure is 0 or 1 it has no width.
+    An interval tells how far the figure would move with another test split of the same kind, for this one detector; it
+    says nothing of another fit's. It is bias-corrected (Efron, 1981), for a figure that is the best over all thresholds
+    is flattered by every draw. With few items it is too narrow all the same, and where no draw differs, as at an AUROC
+    of 1, it has no width.
     """
 
     value: float
@@ -68,40 +70,41 @@ def image_figures(
     (0.75, 0.8333)
     """
     _check(scores_N, labels_N)
-    draws = [Curve.of_scores(scores_N, labels_N, weights_DN) for weights_DN in _weights(labels_N, len(scores_N), seed)]
+    measures = {**OF_CURVE, **OF_PLANT}
     exact = Curve.of_scores(scores_N, labels_N)
-    return {
-        name: _figure(float(measure(exact)), [measure(drawn) for drawn in draws])
-        for name, measure in {**OF_CURVE, **OF_PLANT}.items()
-    }
+    draws: dict[str, list[Counts]] = {name: [] for name in measures}
+    for weights_DN in _weights(labels_N, len(scores_N), seed):
+        drawn = Curve.of_scores(scores_N, labels_N, weights_DN)
+        for name, measure in measures.items():
+            draws[name].append(measure(drawn))
+    return {name: _figure(float(measure(exact)), draws[name]) for name, measure in measures.items()}
 
 
-def pixel_figures(maps: Maps, masks: Masks, seed: int = 0) -> dict[str, Figure]:
+def pixel_figures(counts: PixelCounts, seed: int = 0) -> dict[str, Figure]:
     """Figures of pixels by the evidence for them: AUROC, AUPRO, average precision, best F1.
 
     They are exact; their intervals, which come of drawing pictures, take values within one of 1,024 bins as tied.
 
     Args:
-        maps: Each picture's map.
-        masks: Each picture's ground truth.
+        counts: Of the test split's pixels.
         seed: Of the bootstrap, which draws pictures with and without anomalous pixels apart.
 
-    Raises:
-        SprueError: As `count_pixels` does.
-
-    >>> truth = [np.array([[False, False, True, True]])]
-    >>> round(pixel_figures(lambda i: np.array([[0.1, 0.4, 0.3, 0.9]]), truth)["auroc"].value, 4)
+    >>> from sprue.evaluation.pixels import count_pixels
+    >>> values, truth = np.array([[0.1, 0.4, 0.3, 0.9]]), np.array([[False, False, True, True]])
+    >>> counts = count_pixels(lambda i: values, lambda i: truth, pictures=1)
+    >>> round(pixel_figures(counts)["auroc"].value, 4)
     0.75
     """
-    counts = count_pixels(maps, masks)
+    draws: dict[str, list[Counts]] = {name: [] for name in (*OF_CURVE, "aupro")}
     shown_N = (counts.found_NQ.sum(1) > 0).astype(int)
-    drawn = [_drawn(counts, weights_DN) for weights_DN in _weights(shown_N, counts.found_NQ.shape[1], seed)]
-    figures = {
-        name: _figure(float(measure(counts.curve)), [measure(curve) for curve, _ in drawn])
-        for name, measure in OF_CURVE.items()
-    }
-    overlaps = [curve.overlap_area(overlap) for curve, overlap in drawn]
-    return figures | {"aupro": _figure(float(counts.curve.overlap_area(counts.overlap_K)), overlaps)}
+    for weights_DN in _weights(shown_N, counts.found_NQ.shape[1], seed):
+        drawn, overlap_DQ = _drawn(counts, weights_DN)
+        for name, measure in OF_CURVE.items():
+            draws[name].append(measure(drawn))
+        draws["aupro"].append(drawn.overlap_area(overlap_DQ))
+    values = {name: measure(counts.curve) for name, measure in OF_CURVE.items()}
+    values["aupro"] = counts.curve.overlap_area(counts.overlap_K)
+    return {name: _figure(float(value), draws[name]) for name, value in values.items()}
 
 
 def share(called_N: NDArray[np.bool_]) -> Figure:
@@ -119,33 +122,35 @@ def _drawn(counts: PixelCounts, weights_DN: Counts) -> tuple[Curve, Counts]:
     return curve, np.cumsum(weights_DN @ counts.overlap_NQ, -1) / regions_D1
 
 
-def _weights(labels_N: NDArray[np.integer[Any]], width: int, seed: int) -> list[Counts]:
+def _weights(labels_N: NDArray[np.integer[Any]], width: int, seed: int) -> Iterator[Counts]:
     """How often each draw holds each item, [D, N], in parts; as many of each label as there are."""
     rng = np.random.default_rng(seed)
     together = max(1, min(DRAWS, TOGETHER // max(1, width)))
-    parts = []
     for start in range(0, DRAWS, together):
         weights_DN = np.zeros((min(together, DRAWS - start), len(labels_N)))
         for label in np.unique(labels_N):
             of_label = np.flatnonzero(labels_N == label)
-            weights_DN[:, of_label] = rng.multinomial(
-                len(of_label), np.full(len(of_label), 1 / len(of_label)), len(weights_DN)
-            )
-        parts.append(weights_DN)
-    return parts
+            equally = np.full(len(of_label), 1 / len(of_label))
+            weights_DN[:, of_label] = rng.multinomial(len(of_label), equally, len(weights_DN))
+        yield weights_DN
 
 
 def _figure(value: float, draws: list[Counts]) -> Figure:
     drawn_D = np.concatenate(draws)
-    if math.isnan(value) or np.isnan(drawn_D).all():
+    drawn_D = drawn_D[np.isfinite(drawn_D)]
+    if math.isnan(value) or not len(drawn_D):
         return Figure(value, math.nan, math.nan)
-    low, high = np.nanquantile(drawn_D, ((1 - COVERAGE) / 2, (1 + COVERAGE) / 2))
-    return Figure(value, float(low), float(high))
+    below = ((drawn_D < value).mean() + (drawn_D <= value).mean()) / 2
+    shift = norm.ppf(np.clip(below, 0.5 / len(drawn_D), 1 - 0.5 / len(drawn_D)))
+    levels = norm.cdf(2 * shift + norm.ppf([(1 - COVERAGE) / 2, (1 + COVERAGE) / 2]))
+    low, high = np.quantile(drawn_D, levels)
+    # The draws of pixels know values by their bins alone.
+    return Figure(value, min(float(low), value), max(float(high), value))
 
 
 def _check(scores_N: NDArray[np.floating[Any]], labels_N: NDArray[np.integer[Any]]) -> None:
-    if scores_N.shape != labels_N.shape:
-        raise SprueError(f"there are scores {scores_N.shape} for labels {labels_N.shape}")
+    if scores_N.ndim != 1 or scores_N.shape != labels_N.shape:
+        raise SprueError(f"scores and labels are lists of one length; they are {scores_N.shape} and {labels_N.shape}")
     if np.isnan(scores_N).any():
         raise SprueError(f"{int(np.isnan(scores_N).sum())} of {len(scores_N)} scores are no numbers")
     if not np.isin(labels_N, (0, 1)).all():

@@ -6,7 +6,7 @@ the anomalous values are sorted once, and the normal ones, of which there are ma
 Shapes: N pictures, H rows, W columns of a picture (they may differ between pictures), K thresholds, Q bins.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +18,16 @@ from sprue.errors import SprueError
 from sprue.evaluation.curves import Counts, Curve
 
 Maps = Callable[[int], NDArray[np.floating[Any]]]
-"""Gives picture i's anomaly map [H, W]; called twice for each picture, so that no two maps need be held at once."""
+"""Gives a picture's anomaly map [H, W] by its place; called twice, so that no two maps need be held at once."""
 
-Masks = Sequence[NDArray[np.bool_] | None]
-"""Each picture's ground truth [H, W], True where anomalous, of its map's size; None for a good picture."""
+Masks = Callable[[int], NDArray[np.bool_] | None]
+"""Gives its ground truth [H, W], True where anomalous, of its map's size; None for a good picture. Called as often."""
 
 BINS = 1024
 """Bins of each picture's own counts, at most."""
 
 SAMPLED = 256
-"""Pixels of a picture that the bins are laid by."""
+"""Normal pixels of a picture that the bins are laid by."""
 
 CHUNK = 4_000_000
 """Normal pixels that are counted together, at least."""
@@ -56,39 +56,47 @@ class PixelCounts:
     regions_N: Counts
 
 
-def count_pixels(maps: Maps, masks: Masks) -> PixelCounts:
+def count_pixels(maps: Maps, masks: Masks, pictures: int) -> PixelCounts:
     """Counts the pixels of a test split.
 
     A region is what hangs together in a mask, corners included.
 
+    Args:
+        maps: Gives each picture's map.
+        masks: Gives each picture's ground truth.
+        pictures: How many pictures there are.
+
     Raises:
-        SprueError: If a map is not of its mask's shape, or holds a value that is no number; the message gives the
-            picture's place.
+        SprueError: If a mask is not boolean or not of its map's shape, or a map holds a value that is no number; the
+            message gives the picture's place.
     """
-    values, shares, sampled = [], [], []
-    for index, mask in enumerate(masks):
+    rng = np.random.default_rng(0)
+    values: list[NDArray[Any]] = [np.zeros(0)]
+    shares, sampled = [np.zeros(0)], [np.zeros(0)]
+    for index in range(pictures):
+        mask = masks(index)
         map_HW = _checked(maps(index), mask, index)
-        sampled.append(map_HW.ravel()[:: max(1, map_HW.size // SAMPLED)])
-        values.append(map_HW[mask] if mask is not None else map_HW[:0].ravel())
+        normal = map_HW.ravel() if mask is None else map_HW[~mask]
+        sampled.append(rng.choice(normal, min(SAMPLED, len(normal)), replace=False))
+        values.append(np.zeros(0, map_HW.dtype) if mask is None else map_HW[mask])
         shares.append(_shares(mask))
-    thresholds_K, place = np.unique(np.concatenate([*values, np.zeros(0, np.float32)]), return_inverse=True)
-    bins = _Bins.laid(np.concatenate([*values, *sampled, np.zeros(0)]))
-    binned = np.array([bins.count(value, share) for value, share in zip(values, shares, strict=True)])
-    found_NQ, overlap_NQ = binned.reshape(len(masks), 2, len(bins.edges_Q)).swapaxes(0, 1)
-    alarms, alarms_above, alarms_NQ = _count_normal(maps, masks, thresholds_K, bins)
-    of_threshold = np.bincount(place, minlength=len(thresholds_K)).astype(float)
-    overlap = np.bincount(place, np.concatenate([*shares, np.zeros(0)]), minlength=len(thresholds_K))
-    regions_N = np.array([round(share.sum()) for share in shares], float)
+    thresholds_K, place = np.unique(np.concatenate(values), return_inverse=True)
+    bins = _Bins.laid(thresholds_K, np.concatenate(sampled))
+    binned = np.array([bins.count(*each) for each in zip(values[1:], shares[1:], strict=True)])
+    found_NQ, overlap_NQ = binned.reshape(pictures, 2, len(bins.edges_Q)).swapaxes(0, 1)
+    alarms, alarms_above, alarms_NQ = _count_normal(maps, masks, pictures, thresholds_K, bins)
+    found = np.bincount(place, minlength=len(thresholds_K)).astype(float)
+    overlap = np.bincount(place, np.concatenate(shares), minlength=len(thresholds_K))
+    regions_N = np.array([round(share.sum()) for share in shares[1:]], float)
     curve = Curve(
-        np.cumsum(of_threshold[::-1]),
+        np.cumsum(found[::-1]),
         alarms,
         alarms_above,
         anomalous=np.array(float(len(place))),
         normal=np.array(alarms_NQ.sum()),
     )
-    return PixelCounts(
-        curve, np.cumsum(overlap[::-1]) / max(1.0, regions_N.sum()), found_NQ, alarms_NQ, overlap_NQ, regions_N
-    )
+    overlap_K = np.cumsum(overlap[::-1]) / max(1.0, regions_N.sum())
+    return PixelCounts(curve, overlap_K, found_NQ, alarms_NQ, overlap_NQ, regions_N)
 
 
 @dataclass(frozen=True)
@@ -98,11 +106,16 @@ class _Bins:
     edges_Q: NDArray[np.floating[Any]]
 
     @classmethod
-    def laid(cls, values: NDArray[np.floating[Any]]) -> "_Bins":
-        """Bins that hold equal shares of some values."""
-        if not len(values):
-            return cls(np.zeros(1))
-        return cls(np.unique(np.quantile(values, np.linspace(0, 1, BINS, endpoint=False), method="lower")))
+    def laid(cls, thresholds_K: NDArray[np.floating[Any]], normal: NDArray[np.floating[Any]]) -> "_Bins":
+        """Bins that tell apart what the figures do: anomalous values, and normal ones the finer the higher they are."""
+        top = 1.0 - np.geomspace(0.1, 1e-5, BINS // 4)
+        levels = np.concatenate([np.linspace(0.0, 0.9, BINS // 4), top])
+        edges = [
+            np.quantile(each, at, method="lower")
+            for each, at in ((thresholds_K, np.linspace(0, 1, BINS // 2)), (normal, levels))
+            if len(each)
+        ]
+        return cls(np.unique(np.concatenate(edges)) if edges else np.zeros(1))
 
     def count(self, values: NDArray[np.floating[Any]], weights: NDArray[np.floating[Any]]) -> Counts:
         """How many values each bin holds, and their weight, [2, Q], from the highest bin to the lowest."""
@@ -121,6 +134,8 @@ class _Bins:
 def _checked(
     map_HW: NDArray[np.floating[Any]], mask: NDArray[np.bool_] | None, index: int
 ) -> NDArray[np.floating[Any]]:
+    if mask is not None and mask.dtype != np.bool_:
+        raise SprueError(f"picture {index}: its mask holds {mask.dtype}; give it as booleans, True where anomalous")
     if mask is not None and mask.shape != map_HW.shape:
         raise SprueError(f"picture {index}: its map is {map_HW.shape}, its mask {mask.shape}")
     if np.isnan(map_HW).any():
@@ -138,14 +153,14 @@ def _shares(mask: NDArray[np.bool_] | None) -> Counts:
 
 
 def _count_normal(
-    maps: Maps, masks: Masks, thresholds_K: NDArray[np.floating[Any]], bins: _Bins
+    maps: Maps, masks: Masks, pictures: int, thresholds_K: NDArray[np.floating[Any]], bins: _Bins
 ) -> tuple[Counts, Counts, Counts]:
     """Normal pixels at or above and above each threshold, the highest first, [K]; those of each picture, [N, Q]."""
     # Place k counts the pixels from threshold k - 1 up to below threshold k; those on a threshold are counted apart.
     between = np.zeros(len(thresholds_K) + 1, np.int64)
     on = np.zeros(len(thresholds_K) + 1, np.int64)
     waiting: list[NDArray[np.floating[Any]]] = []
-    alarms_NQ = np.zeros((len(masks), len(bins.edges_Q)))
+    alarms_NQ = np.zeros((pictures, len(bins.edges_Q)))
 
     def count_waiting() -> None:
         normal = np.sort(np.concatenate(waiting))
@@ -155,8 +170,8 @@ def _count_normal(
         tied = below[(below < len(thresholds_K)) & (np.append(thresholds_K, np.nan)[below] == normal)]
         on[:] += np.bincount(tied, minlength=len(on))
 
-    for index, mask in enumerate(masks):
-        map_HW = maps(index)
+    for index in range(pictures):
+        map_HW, mask = maps(index), masks(index)
         normal = np.sort(map_HW.ravel() if mask is None else map_HW[~mask])
         alarms_NQ[index] = bins.count_sorted(normal)
         waiting.append(normal)

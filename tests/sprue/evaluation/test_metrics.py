@@ -5,15 +5,19 @@ import json
 import math
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
 from scipy import ndimage
+from scipy.stats import norm
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from sprue.errors import SprueError
 from sprue.evaluation import pixels
-from sprue.evaluation.metrics import image_figures, pixel_figures, share
+from sprue.evaluation.curves import Curve
+from sprue.evaluation.metrics import OF_CURVE, image_figures, pixel_figures, share
+from sprue.evaluation.pixels import count_pixels
 
 
 def values_of(figures):
@@ -65,7 +69,7 @@ def test_figures_of_pixels_are_those_of_all_pixels_together(levels, chunk, monke
         [(np.zeros(m.shape, bool) if t is None else t).ravel() for m, t in zip(maps, masks, strict=True)]
     )
     expected = by_hand(np.concatenate([each.ravel() for each in maps]), truth.astype(int))
-    found = values_of(pixel_figures(lambda i: maps[i], masks))
+    found = values_of(pixel_figures(count_pixels(lambda i: maps[i], lambda i: masks[i], len(masks))))
     for name in ("auroc", "average_precision", "best_f1"):
         assert found[name] == pytest.approx(expected[name], abs=1e-12)
 
@@ -84,7 +88,7 @@ def test_overlap_is_that_of_every_threshold(levels):
     maps = [rng.normal(size=mask.shape) + 1.5 * mask for mask in masks]
     if levels:
         maps = [np.round(each * levels / 6) for each in maps]
-    found = pixel_figures(lambda i: maps[i], masks)["aupro"]
+    found = pixel_figures(count_pixels(lambda i: maps[i], lambda i: masks[i], len(masks)))["aupro"]
     assert found.value == pytest.approx(overlap_by_hand(maps, masks), abs=1e-9)
     assert found.low < found.value < found.high
 
@@ -111,7 +115,7 @@ def overlap_by_hand(maps, masks, limit=0.3):
 def test_the_ends_of_the_scale():
     mask = np.array([[False, True]])
     for normal, anomalous, area in ((0.0, 1.0, 1.0), (1.0, 0.0, 0.0), (1.0, 1.0, 0.5)):
-        figures = pixel_figures(lambda _, n=normal, a=anomalous: np.array([[n, a]]), [mask])
+        figures = pixel_figures(count_pixels(lambda _, n=normal, a=anomalous: np.array([[n, a]]), lambda _: mask, 1))
         assert figures["auroc"].value == area
     constant = values_of(image_figures(np.ones(8), np.array([0, 0, 0, 0, 0, 0, 1, 1])))
     assert constant == pytest.approx(
@@ -126,7 +130,8 @@ def test_figures_need_both_kinds_of_items():
     assert all(math.isnan(figure.value) for figure in image_figures(scores[:0], np.array([], int)).values())
     one = np.ones((2, 2))
     for masks in ([None, None], [np.zeros((2, 2), bool)], [np.ones((2, 2), bool)], []):
-        assert all(math.isnan(figure.value) for figure in pixel_figures(lambda _: one, masks).values())
+        figures = pixel_figures(count_pixels(lambda _: one, masks.__getitem__, len(masks)))
+        assert all(math.isnan(figure.value) for figure in figures.values())
 
 
 def test_what_is_no_number_is_refused():
@@ -135,21 +140,73 @@ def test_what_is_no_number_is_refused():
     with pytest.raises(SprueError, match=r"labels are 0 \(good\) or 1"):
         image_figures(np.array([0.1, 0.2]), np.array([0, 2]))
     with pytest.raises(SprueError, match="picture 1: its anomaly map holds values that are no numbers"):
-        pixel_figures(lambda i: np.full((2, 2), np.nan if i else 0.0), [None, None])
+        pixel_figures(count_pixels(lambda i: np.full((2, 2), np.nan if i else 0.0), lambda _: None, 2))
+    with pytest.raises(SprueError, match="picture 0: its mask holds uint8"):
+        pixel_figures(count_pixels(lambda _: np.ones((2, 2)), lambda _: np.ones((2, 2), np.uint8), 1))
     with pytest.raises(SprueError, match=r"picture 0: its map is \(2, 2\), its mask \(2, 3\)"):
-        pixel_figures(lambda _: np.ones((2, 2)), [np.ones((2, 3), bool)])
+        pixel_figures(count_pixels(lambda _: np.ones((2, 2)), lambda _: np.ones((2, 3), bool), 1))
 
 
 def test_intervals_hold_what_other_test_splits_give():
-    """Of 200 test splits, the interval of each holds the truth in about 95 %; the bound leaves four deviations."""
-    truth = 0.5 + 0.5 * math.erf(1.5 / 2)  # of two normal distributions, 1.5 apart
-    held = 0
-    for seed in range(200):
+    """Of test splits of 300 each, the interval holds the truth in about 95 %, and is no wider than that takes."""
+    apart, splits = 1.5, 40
+    truth = {"auroc": norm.cdf(apart / math.sqrt(2)), "pb2": norm.cdf(apart - norm.ppf(0.98))}
+    held, widths, values = dict.fromkeys(truth, 0), dict.fromkeys(truth, 0.0), {name: [] for name in truth}
+    for seed in range(splits):
         rng = np.random.default_rng(seed)
-        labels_N = np.repeat([0, 1], [60, 60])
-        figure = image_figures(rng.normal(size=120) + 1.5 * labels_N, labels_N)["auroc"]
-        held += figure.low <= truth <= figure.high
-    assert held >= 190 - 4 * math.sqrt(200 * 0.05 * 0.95)
+        labels_N = np.repeat([0, 1], 300)
+        figures = image_figures(rng.normal(size=600) + apart * labels_N, labels_N)
+        for name, true in truth.items():
+            held[name] += figures[name].low <= true <= figures[name].high
+            widths[name] += (figures[name].high - figures[name].low) / splits
+            values[name].append(figures[name].value)
+    for name in truth:
+        assert held[name] >= 0.8 * splits
+        assert widths[name] == pytest.approx(2 * norm.ppf(0.975) * np.std(values[name]), rel=0.5)
+
+
+def test_a_figure_lies_in_its_interval_and_bins_are_nearly_exact():
+    """Few anomalous pixels, far above the others or among them, and a column that is the same in all pictures."""
+    rng = np.random.default_rng(0)
+    masks = [np.zeros((64, 64), bool) for _ in range(40)]
+    for mask in masks[:10]:
+        mask[10:12, 20:22] = True
+    for apart in (0.5, 3.0, 20.0):
+        maps = [rng.normal(size=(64, 64)).astype(np.float32) + apart * mask for mask in masks]
+        for map_HW in maps:
+            map_HW[:, 0] = 2.0
+        counts = count_pixels(lambda i, maps=maps: maps[i], lambda i: masks[i], 40)
+        binned = Curve.of_bins(np.cumsum(counts.found_NQ.sum(0)), np.cumsum(counts.alarms_NQ.sum(0)))
+        for name, measure in OF_CURVE.items():
+            assert float(measure(binned)) == pytest.approx(float(measure(counts.curve)), abs=0.02), name
+        for figure in pixel_figures(counts).values():
+            assert figure.low <= figure.value <= figure.high
+
+
+def test_pixels_are_counted_in_memory_that_does_not_grow_with_the_pictures(monkeypatch):
+    def peak(pictures):
+        tracemalloc.start()
+        count_pixels(lambda i: np.random.default_rng(i).normal(size=(200, 200)), lambda _: None, pictures)
+        _, highest = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return highest
+
+    monkeypatch.setattr(pixels, "CHUNK", 100_000)
+    one_map = 200 * 200 * 8
+    assert peak(60) - peak(20) < 5 * one_map
+
+
+@pytest.mark.parametrize("scores", [[np.inf, np.inf, 0, 0], [1, 1, -np.inf, -np.inf]])
+@pytest.mark.parametrize("labels", [[1, 0, 0, 1], [0, 1, 0, 1]])
+def test_infinite_scores_are_tied_with_one_another(scores, labels):
+    assert image_figures(np.array(scores, float), np.array(labels))["auroc"].value == 0.5
+
+
+def test_scores_of_any_real_type_are_ranked_alike():
+    labels = np.array([1, 0, 0, 1])
+    for dtype in (np.uint8, np.int64, np.float16):
+        assert image_figures(np.array([0, 1, 2, 3], dtype), labels)["auroc"].value == 0.5
+    assert image_figures(np.array([True, False, False, True]), labels)["auroc"].value == 1.0
 
 
 def test_a_share_has_its_exact_interval():
@@ -189,12 +246,19 @@ def test_the_command_prints_all_figures(tmp_path):
     assert json.loads(done.stdout)["image_auroc"] is None
 
 
+PAIR = {"scores_N": np.arange(2.0), "labels_N": np.array([0, 1])}
+
+
 @pytest.mark.parametrize(
     ("arrays", "culprit"),
     [
         ({"scores_N": np.ones(2)}, "holds no labels_N"),
         ({"scores_N": np.ones(2), "labels_N": np.array([0, 1]), "maps_NHW": np.ones((2, 3, 3))}, "holds no masks_NHW"),
-        ({"scores_N": np.ones(3), "labels_N": np.array([0, 1])}, "scores"),
+        ({"scores_N": np.ones(3), "labels_N": np.array([0, 1])}, "lists of one length"),
+        ({"scores_N": np.ones((2, 1)), "labels_N": np.array([[0], [1]])}, "lists of one length"),
+        ({"scores_N": np.array(["a", "b"]), "labels_N": np.array([0, 1])}, "scores_N does not hold real numbers"),
+        (PAIR | {"maps_NHW": np.ones((3, 2, 2)), "masks_NHW": np.ones((3, 2, 2))}, "for each of the 2 scores"),
+        (PAIR | {"maps_NHW": np.ones((2, 2, 2)), "masks_NHW": np.full((2, 2, 2), np.nan)}, "masks_NHW holds NaN"),
         (None, "can't be read as an .npz file"),
     ],
 )
