@@ -33,9 +33,9 @@ class Backbone(nn.Module):
         super().__init__()
         self.spec = spec
         self.model = model
-        cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
-        self.register_buffer("mean", torch.tensor(cfg.get("mean", (0.5,) * 3)).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(cfg.get("std", (0.5,) * 3)).view(3, 1, 1))
+        mean, std = (spec.mean, spec.std) if spec.mean and spec.std else _normalisation(model)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
         self.taps: dict[str, Any] = {"indices": list(spec.blocks), "intermediates_only": True, "stop_early": True}
         if isinstance(model, EfficientNet):
             # Index 0 is the stem's output there, so block n has index n + 1.
@@ -51,6 +51,19 @@ class Backbone(nn.Module):
             scaled = x if factor == 1 else F.avg_pool2d(x, factor)
             maps += self.model.forward_intermediates(scaled, **self.taps)  # type: ignore[operator]
         return maps
+
+
+def _normalisation(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each colour, as the model's weights expect them."""
+    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
+    return tuple(cfg.get("mean", (0.5,) * 3)), tuple(cfg.get("std", (0.5,) * 3))
+
+
+def _has_no_head(model: nn.Module, state: dict[str, Tensor]) -> bool:
+    """Whether weights that go by this model's names lack its classifier, as those of a saved detector do."""
+    heads = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    prefixes = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
+    return not set(state).isdisjoint(model.state_dict()) and not any(key.startswith(prefixes) for key in state)
 
 
 def _create(spec: FeatureSpec) -> nn.Module:
@@ -76,7 +89,7 @@ def _create(spec: FeatureSpec) -> nn.Module:
 
 
 def load_backbone(spec: FeatureSpec) -> Backbone:
-    """Builds the backbone and loads its weights.
+    """Builds the backbone, without its classifier, and loads its weights.
 
     Raises:
         SprueError: If the model, a block or the weights source is unknown, if the weights don't fit, or if they are
@@ -84,7 +97,11 @@ def load_backbone(spec: FeatureSpec) -> Backbone:
     """
     model = _create(spec)
     if not spec.weights.startswith("hub:"):
-        weights.fill(model, weights.read_weights(spec.weights), spec.weights, spec.backbone)
+        state = weights.read_weights(spec.weights)
+        if _has_no_head(model, state):
+            model.reset_classifier(0)  # type: ignore[operator]
+        weights.fill(model, state, spec.weights, spec.backbone)
+    model.reset_classifier(0)  # type: ignore[operator]
     found = weights.digest(model)
     if spec.weights_digest not in ("", found):
         raise SprueError(
@@ -104,9 +121,11 @@ def load_backbone(spec: FeatureSpec) -> Backbone:
 
 
 def resolve(spec: FeatureSpec) -> FeatureSpec:
-    """The spec with the digest of its weights, from which on it has a fingerprint.
+    """The spec with the digest of its weights and the colours they expect, from which on it has a fingerprint.
 
     Raises:
         SprueError: As `load_backbone`.
     """
-    return replace(spec, weights_digest=weights.digest(load_backbone(spec).model))
+    model = load_backbone(spec).model
+    mean, std = (spec.mean, spec.std) if spec.mean and spec.std else _normalisation(model)
+    return replace(spec, weights_digest=weights.digest(model), mean=mean, std=std)

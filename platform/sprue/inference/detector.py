@@ -128,7 +128,7 @@ class Detector:
             SprueError: If the flow reads another number of views.
         """
         require_views(self.class_name, self.flow_name, self.flow, len(self.views))
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = best_device()
         self.flow = self.flow.to(self.device).eval()
 
     def predict(self, samples: Sequence[SampleImages], engine: Engine) -> Predictions:
@@ -221,6 +221,11 @@ class Detector:
     def build_engine(self, name: EngineName = "auto", threads: int | None = None) -> Engine:
         """An engine for this detector; see `sprue.inference.engines.build_engine`."""
         return build_engine(self.spec, name, threads)
+
+
+def best_device() -> torch.device:
+    """A GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def require_views(class_name: str, flow_name: str, flow: Flow, views: int) -> None:

@@ -23,6 +23,8 @@ class FeatureSpec:
         scales: Sizes at which the picture is read, as shares of `input_size`: 1/k for whole k.
         input_size: Side of the square input in pixels.
         weights_digest: SHA-256 of the loaded parameters; empty until the spec is resolved.
+        mean: Of each colour, 0..1, in the pictures that the weights were trained on; empty until the spec is resolved.
+        std: Their standard deviations.
     """
 
     backbone: str = "tf_efficientnet_lite0"
@@ -31,6 +33,8 @@ class FeatureSpec:
     scales: tuple[float, ...] = (1.0, 0.5, 0.25)
     input_size: int = 384
     weights_digest: str = ""
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         """Checks what can be checked without the backbone.
@@ -39,7 +43,8 @@ class FeatureSpec:
             SprueError: If a field is out of range.
         """
         object.__setattr__(self, "blocks", tuple(self.blocks))
-        object.__setattr__(self, "scales", tuple(float(scale) for scale in self.scales))
+        for name in ("scales", "mean", "std"):
+            object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
         if self.input_size < 32:
             raise SprueError(f"features.input_size: {self.input_size} is below 32 pixels")
         if not self.blocks or min(self.blocks) < 0 or len(set(self.blocks)) < len(self.blocks):

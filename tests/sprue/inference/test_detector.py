@@ -5,6 +5,7 @@ Shapes: B pictures, S side of the input, C channels, H rows, W columns.
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from upath import UPath
 from defectflow import build_flow
 from sprue.errors import SprueError
 from sprue.features.tables import FeatureTable, write_part
-from sprue.inference.backbone import resolve
+from sprue.inference.backbone import load_backbone, resolve
 from sprue.inference.calibration import Calibration
 from sprue.inference.detector import BATCH, Detector, Scoring, score_features
 from sprue.inference.engines import build_engine
@@ -77,6 +78,18 @@ def test_a_saved_detector_predicts_the_same_to_the_bit(detector, engine, tmp_pat
     for file in (tmp_path / "detector").iterdir():
         if file.name != "detector.json":
             assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+
+
+def test_a_saved_detector_keeps_the_colours_that_its_weights_expect(detector, tmp_path):
+    """Weights from the hub may expect others than those that timm has for the backbone's name alone."""
+    colours = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    assert load_backbone(detector.spec).mean[0] == 0.5
+    replace(detector, spec=replace(detector.spec, **colours)).save(tmp_path)
+    loaded = Detector.load(tmp_path).spec
+    assert load_backbone(loaded).mean.flatten().tolist() == pytest.approx(colours["mean"])
+    assert load_backbone(loaded).std.flatten().tolist() == pytest.approx(colours["std"])
+    assert loaded.fingerprint != detector.spec.fingerprint
+    assert resolve(loaded) == loaded
 
 
 def test_a_detector_moves_with_its_folder_and_is_not_executable(detector, engine, tmp_path):

@@ -134,6 +134,9 @@ class BesselNet(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 4, stride=4)
 
+    def reset_classifier(self, num_classes):
+        """It has none, as timm's models do with none."""
+
     def forward_intermediates(self, x, indices, **_):
         return [torch.special.bessel_j0(self.stem(x)) for _ in indices]
 

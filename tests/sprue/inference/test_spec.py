@@ -17,6 +17,8 @@ def test_each_field_but_the_weights_source_changes_the_fingerprint():
         "scales": (1.0, 0.5),
         "input_size": 256,
         "weights_digest": "cd" * 32,
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
     }
     assert {"weights", *changes} == set(RESOLVED.to_mapping())
     fingerprints = {replace(RESOLVED, **{name: value}).fingerprint for name, value in changes.items()}
