@@ -28,12 +28,16 @@ def describe(figures: dict[str, float], fit: FitRecord) -> str:
 
 
 def register_class(context: Context, class_name: str, example: list[UPath]) -> tuple[int, bool]:
-    """The version of a class's detector, and whether it is new."""
-    fit = FitRecord.read(context.folder / "fits" / class_name)
+    """The version of a class's detector, and whether it has become champion."""
     key = digest(context.folder / "detectors" / class_name)[:12]
     found = find_version(class_name, key)
-    if found is not None:
-        return int(found.version), False
+    version = int(found.version) if found else log_version(context, class_name, key, example)
+    return version, make_champion(class_name, version, key)
+
+
+def log_version(context: Context, class_name: str, key: str, example: list[UPath]) -> int:
+    """Logs a class's detector with its run, and registers it."""
+    fit = FitRecord.read(context.folder / "fits" / class_name)
     figures = read_json(context.folder / "metrics" / f"{class_name}.json", made_by="evaluate")
     tags = {
         "sprue.dataset": context.dataset,
@@ -47,9 +51,7 @@ def register_class(context: Context, class_name: str, example: list[UPath]) -> t
         uri = log_detector(Detector.load(folder), run.run_id, [path.read_bytes() for path in example], tags)
     with local_copy(context.folder / "evaluation" / class_name) as folder:
         run.finish(figures, folder, tags)
-    version = register(class_name, uri, run.run_id, key, tags, describe(figures, fit))
-    make_champion(class_name, version)
-    return version, True
+    return register(class_name, uri, run.run_id, key, tags, describe(figures, fit))
 
 
 def main(context: Context) -> None:
@@ -59,8 +61,10 @@ def main(context: Context) -> None:
     for class_name in manifest.classes:
         rows = manifest.select(class_name, "calibration")
         example = [context.data / path for path in rows["path"][: len(views_of(rows))]]
-        version, is_new = register_class(context, class_name, example)
-        logger.info("%-20s version %d %s", class_name, version, "is champion" if is_new else "was registered already")
+        version, is_champion = register_class(context, class_name, example)
+        logger.info(
+            "%-20s version %d %s", class_name, version, "is champion" if is_champion else "was registered already"
+        )
     logger.info("the registry is at %s", uri)
 
 

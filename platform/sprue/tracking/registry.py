@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 CHAMPION = "champion"
 CLASS_TAG = "sprue.class"
 DETECTOR_TAG = "sprue.detector"
+CURRENT_TAG = "sprue.current"
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,20 @@ def register(
     return int(version.version)
 
 
-def make_champion(class_name: str, version: int) -> None:
-    """Gives a version the alias that the scoring service follows."""
-    mlflow.MlflowClient().set_registered_model_alias(class_name, CHAMPION, str(version))
+def make_champion(class_name: str, version: int, detector_key: str) -> bool:
+    """Gives a version the alias that the scoring service follows, once for each time that its detector becomes current.
+
+    So a promotion by hand stays until the pipeline has another detector.
+
+    Returns:
+        Whether the alias was given; not if this detector was the last that this function gave it to.
+    """
+    client = mlflow.MlflowClient()
+    if client.get_registered_model(class_name).tags.get(CURRENT_TAG) == detector_key:
+        return False
+    client.set_registered_model_alias(class_name, CHAMPION, str(version))
+    client.set_registered_model_tag(class_name, CURRENT_TAG, detector_key)
+    return True
 
 
 def champions() -> list[Champion]:

@@ -105,7 +105,7 @@ class Plant:
         if class_name not in {model.name for model in client.search_registered_models()}:
             client.create_registered_model(class_name, tags={registry.CLASS_TAG: class_name})
         version = int(client.create_model_version(class_name, str(source), run_id=None).version)
-        registry.make_champion(class_name, version)
+        registry.make_champion(class_name, version, str(version))
         return version
 
     def wait(self, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def test_a_registered_detector_is_found_and_comes_back_as_it_was(store, detector
     assert find_version("brick", "key-2") is None
     assert find_version("grass", "key-1") is None
     assert champions() == []
-    make_champion("brick", version)
+    assert make_champion("brick", version, "key-1")
     (champion,) = champions()
     assert champion == Champion("brick", "brick", 1, run_id)
 
@@ -147,14 +147,19 @@ def test_a_registered_detector_is_found_and_comes_back_as_it_was(store, detector
 
     assert register("brick", uri, run_id, "key-2", {}, "words") == 2
     assert champions() == [champion]
-    make_champion("brick", 2)
+    assert make_champion("brick", 2, "key-2")
+    assert [each.version for each in champions()] == [2]
+    assert make_champion("brick", 1, "key-1")
+    assert champions() == [champion]
+    mlflow.MlflowClient().set_registered_model_alias("brick", "champion", "2")
+    assert not make_champion("brick", 1, "key-1")
     assert [each.version for each in champions()] == [2]
 
 
 def test_a_version_without_its_files_is_named(store, tmp_path):
     (tmp_path / "model").mkdir()
     version = register("gone", str(tmp_path / "model"), "", "key", {}, "")
-    make_champion("gone", version)
+    make_champion("gone", version, "key")
     (champion,) = (each for each in champions() if each.class_name == "gone")
     with pytest.raises(SprueError, match="the files of gone version 1 can't be had"):
         load_detector(champion)
