@@ -36,7 +36,8 @@ def track_dataset(source: Path, name: str) -> None:
         name: The dataset's name.
 
     Raises:
-        SprueError: If the folder is missing, or the name can't be a file name.
+        SprueError: If the folder is missing, the name can't be a file name, or ``data/<name>`` is of another source
+            or has been changed by hand.
     """
     if not source.is_dir():
         raise SprueError(f"there is no folder {source}; give DATA=/path/to/folder")
@@ -47,7 +48,10 @@ def track_dataset(source: Path, name: str) -> None:
     if source.resolve() == target.resolve():
         dvc("add", "--quiet", str(target))
     elif Path(f"{target}.dvc").exists() and _imported_from(target) == source.resolve():
+        _require_unchanged(target, source)
         dvc("update", "--quiet", f"{target}.dvc")
+    elif target.exists():
+        raise SprueError(f"{target} is there already and not from {source}; give another NAME=, or delete it")
     else:
         dvc("import-url", "--quiet", "--force", str(source.resolve()), str(target))
 
@@ -55,7 +59,20 @@ def track_dataset(source: Path, name: str) -> None:
 def _imported_from(target: Path) -> Path | None:
     entry = YAML(typ="safe").load(Path(f"{target}.dvc"))
     dependencies = entry.get("deps", [])
-    return Path(dependencies[0]["path"]) if dependencies else None
+    # A source inside of the checkout is written down as seen from data/.
+    return (target.parent / dependencies[0]["path"]).resolve() if dependencies else None
+
+
+def _require_unchanged(target: Path, source: Path) -> None:
+    """An update replaces the folder, and with it what was put there by hand."""
+    if not target.exists():
+        return
+    command = [sys.executable, "-m", "dvc", "status", "--quiet", f"{target}.dvc"]
+    if subprocess.run(command, check=False, capture_output=True).returncode:
+        raise SprueError(
+            f"{target} is a copy of {source} and has been changed; make the change in {source}, and take it back here "
+            f"with: dvc checkout --force {target}.dvc"
+        )
 
 
 def choose(dataset: str, recipe: str | None, layout: str | None, first_recipe: str) -> None:
