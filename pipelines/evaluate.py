@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from sprue.data.manifest import Manifest
+from sprue.errors import SprueError
 from sprue.evaluation.evaluate import Evaluation, calibrate, evaluate, write_evaluation
 from sprue.evaluation.report import ClassReport, class_report, overview
 from sprue.features.tables import FeatureTable
@@ -15,8 +16,10 @@ from sprue.inference.detector import Detector, Scoring
 from sprue.inference.memory import keep_freed_memory
 from sprue.inference.spec import FeatureSpec
 from sprue.pipeline import Context, run_stage
-from sprue.store import replace_folder, write_bytes, write_json
-from sprue.training.record import FitRecord
+from sprue.store import location, replace_folder, write_bytes, write_json
+from sprue.training.loop import FitSettings
+from sprue.training.record import FitRecord, fit_key
+from sprue.training.requests import fit_requests
 
 logger = logging.getLogger(__name__)
 
@@ -76,10 +79,19 @@ def main(context: Context) -> None:
     manifest = Manifest.read(inputs["manifest.parquet"])
     spec = resolve(context.settings(FeatureSpec, "features"))
     scoring = context.settings(Scoring, "scoring")
+    requests = fit_requests(
+        manifest, spec, inputs["features"], context.section("flow"), context.settings(FitSettings, "fit")
+    )
     reports: list[ClassReport] = []
-    for class_name in manifest.classes:
+    for request in requests:
+        class_name = request.class_name
         fit = FitRecord.read(inputs["fits"] / class_name)
-        table = FeatureTable(inputs["features"] / spec.fingerprint / class_name)
+        if fit.key != fit_key(request):
+            raise SprueError(
+                f"class {class_name}: what is in {inputs['fits'] / class_name} was fitted on other pictures or with "
+                "other parameters than there are now; run the fit stage again"
+            )
+        table = FeatureTable(location(request.table))
         rows = manifest.select(class_name, "calibration")
         detector = calibrate(class_name, spec, fit.flow_name, fit.build_flow(), scoring, context.alpha, table, rows)
         evaluation = evaluate(detector, table, manifest.select(class_name, "test"), context.data)

@@ -6,7 +6,6 @@ from dataclasses import asdict
 import torch
 
 from sprue.data.manifest import Manifest
-from sprue.data.samples import samples_of
 from sprue.errors import SprueError
 from sprue.features.tables import FeatureTable
 from sprue.inference.backbone import resolve
@@ -18,33 +17,17 @@ from sprue.tracking.server import connect, experiment_id
 from sprue.training.fit import FitOutcome, fit_classes
 from sprue.training.loop import Epoch, FitSettings
 from sprue.training.record import FitRecord, fit_key
+from sprue.training.requests import fit_requests
 from sprue.training.worker import FitRequest
 
 logger = logging.getLogger(__name__)
 
 
 def requests_of(context: Context, manifest: Manifest) -> list[FitRequest]:
-    """One request for each class of the manifest."""
+    """One request for each class of the manifest, by the parameter file."""
     spec = resolve(context.settings(FeatureSpec, "features"))
-    flow = context.section("flow")
-    name = flow.pop("name", None)
-    if name is None:
-        raise SprueError("flow: the setting 'name' is missing; write the name of a flow, such as patchflow")
     settings = context.settings(FitSettings, "fit")
-    return [
-        FitRequest(
-            class_name,
-            spec.fingerprint,
-            str(context.folder / "features" / spec.fingerprint / class_name),
-            len(spec.blocks),
-            samples_of(manifest.select(class_name, "train")),
-            samples_of(manifest.select(class_name, "validation")),
-            name,
-            flow,
-            settings,
-        )
-        for class_name in manifest.classes
-    ]
+    return fit_requests(manifest, spec, context.folder / "features", context.section("flow"), settings)
 
 
 def record_of(request: FitRequest, outcome: FitOutcome) -> FitRecord:

@@ -4,23 +4,36 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any, Self
 
 import safetensors.torch
 from torch import Tensor
 from upath import UPath
 
+import defectflow
 from defectflow import Flow, build_flow
 from sprue.errors import SprueError
 from sprue.store import read_json, write_bytes, write_json
+from sprue.training import loop
 from sprue.training.worker import FitRequest, run_params
 
 
 def fit_key(request: FitRequest) -> str:
-    """12 hexadecimal digits that name a fit by everything its weights depend on."""
+    """12 hexadecimal digits that name a fit by everything its weights depend on, the code of flow and loop too."""
     facts = asdict(request)
     facts["table"] = request.fingerprint
+    facts["code"] = _code_digest()
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@cache
+def _code_digest() -> str:
+    sha = hashlib.sha256()
+    for path in [*sorted(Path(defectflow.__file__).parent.glob("*.py")), Path(loop.__file__)]:
+        sha.update(path.read_bytes())
+    return sha.hexdigest()
 
 
 @dataclass(frozen=True)
