@@ -1,6 +1,12 @@
 # Every target sets up what it needs; `make help` lists them.
 PYTHON ?= python3
 BIN := .venv/bin
+# Given on the command line; what the environment says under these names is meant for others.
+DATA :=
+NAME :=
+RECIPE :=
+LAYOUT :=
+HOST := 127.0.0.1
 
 .PHONY: help setup demo run serve mlflow test lint
 .DEFAULT_GOAL := help
@@ -26,7 +32,7 @@ run: setup ## run the pipeline on your own folder: make run DATA=/path/to/folder
 		$(if $(LAYOUT),--layout "$(LAYOUT)")
 
 serve: setup ## keep the scoring service up on the registered champions [PORT=8000 HOST=127.0.0.1]
-	$(BIN)/python pipelines/serve.py --host $(or $(HOST),127.0.0.1) --port $(or $(PORT),8000)
+	$(BIN)/python pipelines/serve.py --host $(HOST) --port $(or $(PORT),8000)
 
 mlflow: setup ## open the tracking UI on the same store [PORT=5000]
 	$(BIN)/mlflow ui --host 127.0.0.1 --port $(or $(PORT),5000) \

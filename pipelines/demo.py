@@ -47,9 +47,11 @@ def main() -> None:
         write_textures(TEXTURES)
     run(TEXTURES, "textures", first_recipe="patchflow-cpu")
     url = serve_champions(port=free_port())
-    print(f"\nthe champions are served at {url}; one good and one defective picture of each class over HTTP:\n")
-    print(score_examples(url).to_string(index=False))
-    stop_serving()
+    try:
+        print(f"\nthe champions are served at {url}; one good and one defective picture of each class over HTTP:\n")
+        print(score_examples(url).to_string(index=False))
+    finally:
+        stop_serving()
 
 
 if __name__ == "__main__":

@@ -114,7 +114,10 @@ def commit() -> str:
     named = os.environ.get("SPRUE_COMMIT")
     if named:
         return named
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:  # a node without git
+        return "unknown"
     return found.stdout.strip() if found.returncode == 0 else "unknown"
 
 

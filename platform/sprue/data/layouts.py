@@ -17,7 +17,7 @@ from sprue.errors import SprueError
 GOOD = "good"
 
 # Class names become URLs, names of registered models and folders.
-_CLASS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_CLASS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from sprue.evaluation.pictures import histogram, panel, stack
 from sprue.evaluation.pixels import PixelCounts, count_pixels
 from sprue.features.tables import FeatureTable
 from sprue.inference.calibration import Calibration
-from sprue.inference.detector import Detector, Predictions, Scoring, require_views, score_features
+from sprue.inference.detector import Detector, Predictions, Scoring, best_device, require_views, score_features
 from sprue.inference.heatmap import heat
 from sprue.inference.images import open_image
 from sprue.inference.spec import FeatureSpec
@@ -100,6 +100,7 @@ def calibrate(
             not finite; the message names the class.
     """
     views = views_of(calibration)
+    flow = flow.to(best_device())
     require_views(class_name, flow_name, flow, len(views))
     maps = table.read_samples(samples_of(calibration), len(views))
     scores_N, _, evidence = score_features(flow, scoring, maps)
@@ -189,11 +190,17 @@ def _prefixed(what: str, figures: dict[str, Figure]) -> dict[str, Figure]:
 
 
 def read_mask(root: UPath, row: Any) -> NDArray[np.bool_] | None:
-    """A manifest row's ground truth [H, W], anomalous from 128 up; None where there is none."""
+    """A manifest row's ground truth [H, W], anomalous from 128 up; None where there is none.
+
+    Raises:
+        SprueError: If all of a mask's values are below 128 and not all are 0, as where classes are numbered.
+    """
     if not row.mask_path:
         return None
-    grey = open_image((root / row.mask_path).read_bytes(), row.mask_path).convert("L")
-    return np.asarray(grey) >= 128
+    grey_HW = np.asarray(open_image((root / row.mask_path).read_bytes(), row.mask_path).convert("L"))
+    if 0 < grey_HW.max() < 128:
+        raise SprueError(f"{row.mask_path}: the largest value is {grey_HW.max()}; write anomalous pixels as 255")
+    return grey_HW >= 128
 
 
 def write_evaluation(evaluation: Evaluation, detector: Detector, root: UPath, folder: Path) -> None:

@@ -53,10 +53,17 @@ def stack(panels: list[Image.Image]) -> Image.Image:
 
 
 def histogram(good_N: NDArray[np.float32], defective_N: NDArray[np.float32], threshold: float, title: str) -> Figure:
-    """The scores of good and defective test pictures, and the calibrated threshold."""
+    """The scores of good and defective test pictures, and the calibrated threshold.
+
+    Scores that span far more than the good ones do, as those of a flow may, are on a logarithmic axis.
+    """
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots()
-    bins = np.histogram_bin_edges(np.concatenate([good_N, defective_N]), bins=40).tolist()
+    scores_N = np.concatenate([good_N, defective_N])
+    bins = np.histogram_bin_edges(scores_N, bins=40).tolist()
+    if len(scores_N) and scores_N.min() > 0 and scores_N.max() > 20 * threshold:
+        bins = np.geomspace(scores_N.min(), scores_N.max(), 41).tolist()
+        axes.set_xscale("log")
     axes.hist(good_N, bins=bins, alpha=0.65, label=f"good ({len(good_N)})", color="#3b6fb6")
     if len(defective_N):
         axes.hist(defective_N, bins=bins, alpha=0.65, label=f"defective ({len(defective_N)})", color="#d0352b")

@@ -1,10 +1,13 @@
 """A detector's figures follow from its scores and maps, and are left out where they do not exist."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
+from upath import UPath
 
 from sprue.data.samples import samples_of
 from sprue.errors import SprueError
@@ -80,6 +83,12 @@ def test_what_a_person_looks_at_shows_every_picture_that_matters(bench, tmp_path
     area = np.trapezoid(np.interp(fine, rate, overlap), fine) / 0.3
     assert area == pytest.approx(evaluation.metrics["pixel_aupro"], abs=0.005)
     assert np.diff(evaluation.curves["precision_recall"][0]).min() >= 0
+
+
+def test_a_mask_of_numbered_classes_is_refused(tmp_path):
+    Image.fromarray(np.array([[0, 3], [0, 0]], np.uint8)).save(tmp_path / "mask.png")
+    with pytest.raises(SprueError, match=r"mask\.png: the largest value is 3; write anomalous pixels as 255"):
+        read_mask(UPath(tmp_path), SimpleNamespace(mask_path="mask.png"))
 
 
 def test_too_few_calibration_pictures_name_the_class(bench):
