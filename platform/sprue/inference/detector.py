@@ -34,7 +34,7 @@ BATCH = 16
 FLOW_BATCH = 16
 """Samples that go through the flow together."""
 
-FORMAT = 2
+FORMAT = 3
 """Version of the files that `Detector.save` writes."""
 
 
