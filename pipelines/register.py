@@ -23,7 +23,8 @@ def describe(figures: dict[str, float], fit: FitRecord) -> str:
     auroc = f", image AUROC {figures['image_auroc']:.2%} on the test split" if "image_auroc" in figures else ""
     return (
         f"{fit.flow_name} fitted on {fit.pictures} good pictures of {fit.class_name}{auroc}. Calls at most "
-        f"{figures['alpha']:.1%} of exchangeable good pictures anomalous (score above {figures['threshold']:.4g})."
+        f"{figures['alpha']:.1%} of exchangeable good pictures anomalous, on average over calibrations "
+        f"(score above {figures['threshold']:.4g})."
     )
 
 
