@@ -27,7 +27,7 @@ from sprue.evaluation.pixels import count_pixels
 maps_NHW, masks_NHW = np.load(sys.argv[1]), np.load(sys.argv[2])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 started = time.perf_counter()
-counts = count_pixels(maps_NHW.__getitem__, list(masks_NHW))
+counts = count_pixels(maps_NHW.__getitem__, masks_NHW.__getitem__, len(maps_NHW))
 value = float(counts.curve.overlap_area(counts.overlap_K))
 seconds = time.perf_counter() - started
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
