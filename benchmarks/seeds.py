@@ -21,18 +21,18 @@ from upath import UPath
 
 from defectflow import Flow
 from sprue.data.manifest import Manifest
-from sprue.data.samples import samples_of
 from sprue.errors import SprueError
 from sprue.evaluation.evaluate import calibrate, evaluate
 from sprue.features.tables import FeatureTable
 from sprue.inference.backbone import resolve
-from sprue.inference.detector import Scoring
+from sprue.inference.detector import Scoring, best_device
 from sprue.inference.memory import keep_freed_memory
 from sprue.inference.spec import FeatureSpec
 from sprue.pipeline import Context
 from sprue.store import location
 from sprue.training.checkpoint import Checkpoint
 from sprue.training.loop import Epoch, FitSettings, train
+from sprue.training.requests import fit_requests
 from sprue.training.worker import FitRequest
 from sprue.workspace import find_recipe
 
@@ -54,7 +54,7 @@ def fit(request: FitRequest) -> Flow:
         print(f"  {request.class_name}  seed {request.settings.seed}  {epoch}", file=sys.stderr, flush=True)
         best = min(best, (epoch.validation_nll, checkpoint.flow), key=lambda each: each[0])
 
-    train(flow, *maps, request.settings, torch.device("cuda" if torch.cuda.is_available() else "cpu"), report)
+    train(flow, *maps, request.settings, best_device(), report)
     flow.load_state_dict(best[1])
     return flow
 
@@ -63,30 +63,18 @@ def measure(context: Context, class_name: str, seed: int, alpha: float) -> dict[
     """Fits a class with a seed, and measures the detector once on the test split."""
     manifest = Manifest.read(context.folder / "manifest.parquet")
     spec = resolve(context.settings(FeatureSpec, "features"))
-    folder = context.folder / "features" / spec.fingerprint / class_name
-    rows = {split: manifest.select(class_name, split) for split in ("train", "validation", "calibration", "test")}
-    flow_config = context.section("flow")
-    flow_name = flow_config.pop("name")
     settings = replace(context.settings(FitSettings, "fit"), seed=seed)
-    request = FitRequest(
-        class_name,
-        spec.fingerprint,
-        str(folder),
-        len(spec.blocks),
-        samples_of(rows["train"]),
-        samples_of(rows["validation"]),
-        flow_name,
-        flow_config,
-        settings,
-    )
+    requests = fit_requests(manifest, spec, context.folder / "features", context.section("flow"), settings)
+    request = next(each for each in requests if each.class_name == class_name)
     request.check()
     started = time.perf_counter()
     flow = fit(request)
     minutes = (time.perf_counter() - started) / 60
-    table = FeatureTable(folder)
+    table = FeatureTable(location(request.table))
     scoring = context.settings(Scoring, "scoring")
-    detector = calibrate(class_name, spec, flow_name, flow, scoring, alpha, table, rows["calibration"])
-    metrics = evaluate(detector, table, rows["test"], context.data).metrics
+    calibration, test = (manifest.select(class_name, split) for split in ("calibration", "test"))
+    detector = calibrate(class_name, spec, request.flow_name, flow, scoring, alpha, table, calibration)
+    metrics = evaluate(detector, table, test, context.data).metrics
     return {name: 100 * metrics[name] for name in SHOWN if name in metrics} | {"minutes": minutes}
 
 
