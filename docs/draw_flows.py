@@ -67,7 +67,7 @@ def map_shapes(spec: FeatureSpec) -> list[list[Shape]]:
 
 def found_messages(block: GraphCoupling, nodes: Sequence[tuple[int, int]], told: int) -> set[tuple[int, int]]:
     """Pairs (from, to) of nodes where what is read at one changes the scales and shifts of the other."""
-    inputs = [torch.randn(1, block.first + told, *size) for size in nodes]
+    inputs = [torch.randn(1, block.halves[0] + told, *size) for size in nodes]
     before, pairs = block.s1(inputs), set()
     for source in range(len(nodes)):
         changed = [x + 1.0 if node == source else x for node, x in enumerate(inputs)]

@@ -6,11 +6,12 @@ pyramid, a scale or a view) of the graph that the block works on.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from FrEIA.modules import InvertibleModule
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 Subnet = Callable[[int, int], nn.Module]
 """Builds a subnetwork from its input and output channels; it maps a list of maps (one a node) to another."""
@@ -19,6 +20,56 @@ Subnet = Callable[[int, int], nn.Module]
 def soft_clamp(s: Tensor, clamp: float) -> Tensor:
     """Bounds a log-scale to (-clamp, clamp): ``2 clamp / pi * atan(s / clamp)``; FrEIA rounds 2 / pi to 0.636."""
     return (2.0 * clamp / math.pi) * torch.atan(s / clamp)
+
+
+class _Affine(torch.autograd.Function):
+    """``x exp(s) + t`` and the sum of ``s`` over the channels, where ``s`` is the soft-clamped log-scale.
+
+    On large maps a coupling's time goes into passes over memory. Torch's own backward of these operations makes twice as
+    many, half of them to fill and add the gradients of slices.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BCHW: Tensor, raw_BCHW: Tensor, clamp: float) -> tuple[Tensor, Tensor]:
+        """`raw_BCHW` holds the log-scales before clamping, then the shifts, each as many as `x_BCHW` has channels."""
+        raw_s, t = raw_BCHW.split(x_BCHW.shape[1], dim=1)
+        s = soft_clamp(raw_s, clamp)
+        log_det_BHW = s.sum(1)
+        scale = s.exp_()
+        ctx.clamp = clamp
+        ctx.save_for_backward(x_BCHW, raw_BCHW, scale)
+        return torch.addcmul(t, x_BCHW, scale), log_det_BHW
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_y: Tensor, of_log_det: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Gradients of `x_BCHW` and `raw_BCHW`."""
+        x, raw, scale = ctx.saved_tensors
+        of_raw = torch.empty_like(raw)
+        of_s, of_t = of_raw.split(x.shape[1], dim=1)
+        of_t.copy_(of_y)
+        of_x = of_y * scale
+        torch.mul(of_x, x, out=of_s).add_(of_log_det[:, None])
+        raw_s = raw[:, : x.shape[1]]
+        of_s.div_((raw_s / ctx.clamp).square_().add_(1.0).mul_(math.pi / 2.0))
+        return of_x, of_raw, None
+
+
+class _Permute(torch.autograd.Function):
+    """A permutation of channels, whose gradient is the inverse's; torch's own adds up what might collide."""
+
+    @staticmethod
+    def forward(ctx: Any, map_BCHW: Tensor, permutation: Tensor) -> Tensor:
+        """The map's channels in the permutation's order."""
+        ctx.save_for_backward(permutation)
+        return map_BCHW.index_select(1, permutation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """The gradient's channels in the map's order."""
+        (permutation,) = ctx.saved_tensors
+        return gradient.index_select(1, permutation.argsort()), None
 
 
 class GraphCoupling(InvertibleModule):
@@ -67,30 +118,23 @@ class GraphCoupling(InvertibleModule):
                 f"the nodes of a coupling share one number of channels, at least 2; got {sorted(channels)}"
             )
         (self.channels,) = channels
-        self.first = self.channels // 2
-        second = self.channels - self.first
+        first = self.channels // 2
+        second = self.channels - first
+        self.halves = (first, second)
         extra = dims_c[0][0] if dims_c else 0
         self.clamp = clamp
-        self.s2 = subnet(second + extra, 2 * self.first)
-        self.s1 = subnet(self.first + extra, 2 * second)
-        self.permutations: list[Tensor]
+        self.s2 = subnet(second + extra, 2 * first)
+        self.s1 = subnet(first + extra, 2 * second)
         for node in range(len(self.dims_in)):
             self.register_buffer(f"perm{node}", torch.randperm(self.channels))
 
-    def _affine(
-        self, subnet: nn.Module, read: list[Tensor], condition: Sequence[Tensor] | None, count: int
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """The clamped log-scales and the shifts that a subnetwork makes of the halves it reads."""
+    def _raw_affine(self, subnet: nn.Module, read: list[Tensor], condition: Sequence[Tensor] | None) -> list[Tensor]:
+        """Log-scales before clamping, then shifts, that a subnetwork makes of the halves it reads, as one map a node."""
         inputs = read
         if condition is not None:
             inputs = [torch.cat(pair, dim=1) for pair in zip(read, condition, strict=True)]
-        log_scales, shifts = [], []
-        for out, half in zip(subnet(inputs), read, strict=True):
-            # Under autocast the subnetwork's matrix products are short floats; sums of log-scales must not be.
-            out = out.to(half.dtype)
-            log_scales.append(soft_clamp(out[:, :count], self.clamp))
-            shifts.append(out[:, count:])
-        return log_scales, shifts
+        # Under autocast the subnetwork's matrix products are short floats; sums of log-scales must not be.
+        return [out.to(half.dtype) for out, half in zip(subnet(inputs), read, strict=True)]
 
     def couple(
         self, maps: Sequence[Tensor], condition: Sequence[Tensor] | None = None
@@ -104,31 +148,44 @@ class GraphCoupling(InvertibleModule):
         Returns:
             The transformed maps, and for each the log-determinant of every position, [B, H, W].
         """
-        permuted = [map_BCHW[:, getattr(self, f"perm{node}")] for node, map_BCHW in enumerate(maps)]
-        a = [x[:, : self.first] for x in permuted]
-        b = [x[:, self.first :] for x in permuted]
-        s_a, t_a = self._affine(self.s2, b, condition, self.first)
-        a = [x * s.exp() + t for x, s, t in zip(a, s_a, t_a, strict=True)]
-        s_b, t_b = self._affine(self.s1, a, condition, self.channels - self.first)
-        b = [x * s.exp() + t for x, s, t in zip(b, s_b, t_b, strict=True)]
+        permuted = [
+            _Permute.apply(map_BCHW, self.get_buffer(f"perm{node}")).split(self.halves, dim=1)
+            for node, map_BCHW in enumerate(maps)
+        ]
+        a, b = ([halves[side] for halves in permuted] for side in (0, 1))
+        a, log_dets_a = self._transform(a, self._raw_affine(self.s2, b, condition))
+        b, log_dets_b = self._transform(b, self._raw_affine(self.s1, a, condition))
         outputs = [torch.cat(halves, dim=1) for halves in zip(a, b, strict=True)]
-        return outputs, [sa.sum(1) + sb.sum(1) for sa, sb in zip(s_a, s_b, strict=True)]
+        return outputs, [of_a + of_b for of_a, of_b in zip(log_dets_a, log_dets_b, strict=True)]
+
+    def _transform(self, halves: list[Tensor], parameters: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The halves, scaled and shifted, and the log-determinants."""
+        results = [_Affine.apply(half, raw, self.clamp) for half, raw in zip(halves, parameters, strict=True)]
+        return [y for y, _ in results], [log_det for _, log_det in results]
+
+    def _restore(self, halves: list[Tensor], parameters: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Inverse of `_transform`; the log-determinants are those of the inverse."""
+        restored, log_dets = [], []
+        for half, raw in zip(halves, parameters, strict=True):
+            raw_s, t = raw.split(half.shape[1], dim=1)
+            s = soft_clamp(raw_s, self.clamp)
+            restored.append((half - t) * (-s).exp())
+            log_dets.append(-s.sum(1))
+        return restored, log_dets
 
     def uncouple(
         self, latents: Sequence[Tensor], condition: Sequence[Tensor] | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Inverse of `couple`; the log-determinants are those of the inverse."""
-        a = [z[:, : self.first] for z in latents]
-        b = [z[:, self.first :] for z in latents]
-        s_b, t_b = self._affine(self.s1, a, condition, self.channels - self.first)
-        b = [(x - t) * (-s).exp() for x, s, t in zip(b, s_b, t_b, strict=True)]
-        s_a, t_a = self._affine(self.s2, b, condition, self.first)
-        a = [(x - t) * (-s).exp() for x, s, t in zip(a, s_a, t_a, strict=True)]
+        split = [z.split(self.halves, dim=1) for z in latents]
+        a, b = ([halves[side] for halves in split] for side in (0, 1))
+        b, log_dets_b = self._restore(b, self._raw_affine(self.s1, a, condition))
+        a, log_dets_a = self._restore(a, self._raw_affine(self.s2, b, condition))
         outputs = [
-            torch.cat(halves, dim=1)[:, getattr(self, f"perm{node}").argsort()]
+            _Permute.apply(torch.cat(halves, dim=1), self.get_buffer(f"perm{node}").argsort())
             for node, halves in enumerate(zip(a, b, strict=True))
         ]
-        return outputs, [-(sa.sum(1) + sb.sum(1)) for sa, sb in zip(s_a, s_b, strict=True)]
+        return outputs, [of_a + of_b for of_a, of_b in zip(log_dets_a, log_dets_b, strict=True)]
 
     def forward(
         self, x_or_z: Iterable[Tensor], c: Iterable[Tensor] | None = None, rev: bool = False, jac: bool = True

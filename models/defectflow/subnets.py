@@ -32,7 +32,10 @@ class BottleneckSubnet(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Maps [B, c_in, H, W] to [B, c_out, H, W], node by node."""
-        return [self.layers(map_BCHW) * self.gamma for map_BCHW in maps]
+        *inner, last = self.layers
+        # Scaling the last layer's few weights is scaling its large output.
+        weight, bias = last.weight * self.gamma[..., None], last.bias * self.gamma.flatten()
+        return [F.conv2d(nn.Sequential(*inner)(map_BCHW), weight, bias) for map_BCHW in maps]
 
 
 class CrossScaleSubnet(nn.Module):
