@@ -3,6 +3,7 @@
 Prints, for each flow at the size of its paper's features: the convolutions' work in a step (forward and backward, from
 the architecture; what is computed twice or besides is not counted), the step's time and what it consists of, the
 rate as a share of what the same cores reach on a 2048 x 2048 matrix product just before and after, and the peak memory.
+Processes keep freed memory, as those that fit do.
 CS-Flow is also compared with its network as its authors wrote it, step by step in turn, and with recomputation.
 
 Shapes: B pictures, C channels, H rows, W columns of a map.
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from defectflow import Flow, build_flow
+from sprue.inference.memory import keep_freed_memory
 
 THREADS = 2
 CASES = {
@@ -139,6 +141,7 @@ def work(name: str) -> float:
 
 def measure(name: str, rounds: int, pipe) -> None:
     """Sends the matrix-product rate, the median seconds of a step and of its parts, and the peak memory in MiB."""
+    keep_freed_memory()
     flow, maps = prepared(name)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step, parts = training_step(flow, maps, fused=name != "csflow-authors")

@@ -25,14 +25,14 @@ def soft_clamp(s: Tensor, clamp: float) -> Tensor:
 class _Affine(torch.autograd.Function):
     """``x exp(s) + t`` and the sum of ``s`` over the channels, where ``s`` is the soft-clamped log-scale.
 
-    On large maps a coupling's time goes into passes over memory. Torch's own backward of these operations makes twice as
-    many, half of them to fill and add the gradients of slices.
+    On large maps a coupling's time goes into passes over memory. Torch's own backward of these operations makes
+    twice as many, half of them to fill and add the gradients of slices.
     """
 
     @staticmethod
     def forward(ctx: Any, x_BCHW: Tensor, raw_BCHW: Tensor, clamp: float) -> tuple[Tensor, Tensor]:
         """`raw_BCHW` holds the log-scales before clamping, then the shifts, each as many as `x_BCHW` has channels."""
-        raw_s, t = raw_BCHW.split(x_BCHW.shape[1], dim=1)
+        raw_s, t = torch.split(raw_BCHW, x_BCHW.shape[1], dim=1)
         s = soft_clamp(raw_s, clamp)
         log_det_BHW = s.sum(1)
         scale = s.exp_()
@@ -46,7 +46,7 @@ class _Affine(torch.autograd.Function):
         """Gradients of `x_BCHW` and `raw_BCHW`."""
         x, raw, scale = ctx.saved_tensors
         of_raw = torch.empty_like(raw)
-        of_s, of_t = of_raw.split(x.shape[1], dim=1)
+        of_s, of_t = torch.split(of_raw, x.shape[1], dim=1)
         of_t.copy_(of_y)
         of_x = of_y * scale
         torch.mul(of_x, x, out=of_s).add_(of_log_det[:, None])
@@ -120,7 +120,7 @@ class GraphCoupling(InvertibleModule):
         (self.channels,) = channels
         first = self.channels // 2
         second = self.channels - first
-        self.halves = (first, second)
+        self.halves = [first, second]
         extra = dims_c[0][0] if dims_c else 0
         self.clamp = clamp
         self.s2 = subnet(second + extra, 2 * first)
@@ -129,7 +129,7 @@ class GraphCoupling(InvertibleModule):
             self.register_buffer(f"perm{node}", torch.randperm(self.channels))
 
     def _raw_affine(self, subnet: nn.Module, read: list[Tensor], condition: Sequence[Tensor] | None) -> list[Tensor]:
-        """Log-scales before clamping, then shifts, that a subnetwork makes of the halves it reads, as one map a node."""
+        """A subnetwork's map for each node: log-scales before they are clamped, then shifts."""
         inputs = read
         if condition is not None:
             inputs = [torch.cat(pair, dim=1) for pair in zip(read, condition, strict=True)]
@@ -149,7 +149,7 @@ class GraphCoupling(InvertibleModule):
             The transformed maps, and for each the log-determinant of every position, [B, H, W].
         """
         permuted = [
-            _Permute.apply(map_BCHW, self.get_buffer(f"perm{node}")).split(self.halves, dim=1)
+            torch.split(_Permute.apply(map_BCHW, self.get_buffer(f"perm{node}")), self.halves, dim=1)
             for node, map_BCHW in enumerate(maps)
         ]
         a, b = ([halves[side] for halves in permuted] for side in (0, 1))
@@ -167,7 +167,7 @@ class GraphCoupling(InvertibleModule):
         """Inverse of `_transform`; the log-determinants are those of the inverse."""
         restored, log_dets = [], []
         for half, raw in zip(halves, parameters, strict=True):
-            raw_s, t = raw.split(half.shape[1], dim=1)
+            raw_s, t = torch.split(raw, half.shape[1], dim=1)
             s = soft_clamp(raw_s, self.clamp)
             restored.append((half - t) * (-s).exp())
             log_dets.append(-s.sum(1))
@@ -177,7 +177,7 @@ class GraphCoupling(InvertibleModule):
         self, latents: Sequence[Tensor], condition: Sequence[Tensor] | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Inverse of `couple`; the log-determinants are those of the inverse."""
-        split = [z.split(self.halves, dim=1) for z in latents]
+        split = [torch.split(z, self.halves, dim=1) for z in latents]
         a, b = ([halves[side] for halves in split] for side in (0, 1))
         b, log_dets_b = self._restore(b, self._raw_affine(self.s1, a, condition))
         a, log_dets_a = self._restore(a, self._raw_affine(self.s2, b, condition))

@@ -6,7 +6,7 @@ Shapes: B pictures, C channels, H rows, W columns of a node's map.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +32,11 @@ class BottleneckSubnet(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Maps [B, c_in, H, W] to [B, c_out, H, W], node by node."""
-        *inner, last = self.layers
-        # Scaling the last layer's few weights is scaling its large output.
-        weight, bias = last.weight * self.gamma[..., None], last.bias * self.gamma.flatten()
-        return [F.conv2d(nn.Sequential(*inner)(map_BCHW), weight, bias) for map_BCHW in maps]
+        hidden, last = self.layers[:-1], cast(nn.Conv2d, self.layers[-1])
+        # The last layer's weights are fewer than its outputs, so gamma is brought to these.
+        weight = last.weight * self.gamma[..., None]
+        bias = cast(Tensor, last.bias) * self.gamma.flatten()
+        return [F.conv2d(hidden(map_BCHW), weight, bias) for map_BCHW in maps]
 
 
 class CrossScaleSubnet(nn.Module):

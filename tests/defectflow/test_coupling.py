@@ -169,3 +169,18 @@ def test_nodes_share_one_number_of_channels_of_at_least_two():
     for dims in ([(4, 1, 1), (6, 1, 1)], [(1, 1, 1)]):
         with pytest.raises(ValueError, match="share one number of channels, at least 2"):
             GraphCoupling(dims, bottleneck, clamp=1.0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_gradients_of_inputs_and_weights_are_those_of_finite_differences(case):
+    block = coupling(**case).double()
+    maps, condition = inputs(case, (2, 3), torch.float64, pictures=1)
+    names = [name for name, _ in block.named_parameters()]
+
+    def couple(*tensors):
+        weights = dict(zip(names, tensors[len(maps) :], strict=True))
+        outputs, log_det_B = torch.func.functional_call(block, weights, (list(tensors[: len(maps)]), condition))
+        return (*outputs, log_det_B)
+
+    leaves = [tensor.detach().requires_grad_() for tensor in (*maps, *block.parameters())]
+    assert torch.autograd.gradcheck(couple, leaves, fast_mode=True)
