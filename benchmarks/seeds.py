@@ -31,22 +31,16 @@ from sprue.inference.spec import FeatureSpec
 from sprue.pipeline import Context
 from sprue.store import location
 from sprue.training.checkpoint import Checkpoint
-from sprue.training.loop import Epoch, FitSettings, train
+from sprue.training.loop import Epoch, FitSettings
 from sprue.training.requests import fit_requests
-from sprue.training.worker import FitRequest
+from sprue.training.worker import FitRequest, fit_flow
 from sprue.workspace import find_recipe
 
 SHOWN = ("image_auroc", "picture_auroc", "pixel_auroc", "pixel_aupro", "false_alarm_rate", "detection_rate")
 
 
-def fit(request: FitRequest) -> Flow:
+def fitted(request: FitRequest) -> Flow:
     """A flow with the weights of its best epoch by the validation likelihood."""
-    table = FeatureTable(location(request.table))
-    maps = [
-        [torch.from_numpy(each) for each in table.read_samples(samples, request.views)]
-        for samples in (request.train, request.validation)
-    ]
-    flow = request.build_flow(table)
     best: tuple[float, Mapping[str, torch.Tensor]] = (float("inf"), {})
 
     def report(epoch: Epoch, checkpoint: Checkpoint) -> None:
@@ -54,7 +48,8 @@ def fit(request: FitRequest) -> Flow:
         print(f"  {request.class_name}  seed {request.settings.seed}  {epoch}", file=sys.stderr, flush=True)
         best = min(best, (epoch.validation_nll, checkpoint.flow), key=lambda each: each[0])
 
-    train(flow, *maps, request.settings, best_device(), report)
+    fit_flow(request, best_device(), report)
+    flow = request.build_flow(FeatureTable(location(request.table)))
     flow.load_state_dict(best[1])
     return flow
 
@@ -68,7 +63,7 @@ def measure(context: Context, class_name: str, seed: int, alpha: float) -> dict[
     request = next(each for each in requests if each.class_name == class_name)
     request.check()
     started = time.perf_counter()
-    flow = fit(request)
+    flow = fitted(request)
     minutes = (time.perf_counter() - started) / 60
     table = FeatureTable(location(request.table))
     scoring = context.settings(Scoring, "scoring")

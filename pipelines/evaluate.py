@@ -16,10 +16,9 @@ from sprue.inference.detector import Detector, Scoring
 from sprue.inference.memory import keep_freed_memory
 from sprue.inference.spec import FeatureSpec
 from sprue.pipeline import Context, run_stage
+from sprue.planning import final_requests
 from sprue.store import location, replace_folder, write_bytes, write_json
-from sprue.training.loop import FitSettings
 from sprue.training.record import FitRecord, fit_key
-from sprue.training.requests import fit_requests
 
 logger = logging.getLogger(__name__)
 
@@ -77,11 +76,9 @@ def main(context: Context) -> None:
     keep_freed_memory()
     inputs = {name: context.folder / name for name in ("manifest.parquet", "features", "fits")}
     manifest = Manifest.read(inputs["manifest.parquet"])
+    requests = final_requests(context, manifest)
     spec = resolve(context.settings(FeatureSpec, "features"))
     scoring = context.settings(Scoring, "scoring")
-    requests = fit_requests(
-        manifest, spec, inputs["features"], context.section("flow"), context.settings(FitSettings, "fit")
-    )
     reports: list[ClassReport] = []
     for request in requests:
         class_name = request.class_name

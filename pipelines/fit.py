@@ -7,54 +7,34 @@ import torch
 
 from sprue.data.manifest import Manifest
 from sprue.errors import SprueError
-from sprue.features.tables import FeatureTable
-from sprue.inference.backbone import resolve
-from sprue.inference.spec import FeatureSpec
 from sprue.pipeline import Context, commit, connect_ray, run_stage
-from sprue.store import location
+from sprue.planning import final_requests
 from sprue.tracking.runs import FitRun
 from sprue.tracking.server import connect, experiment_id
-from sprue.training.fit import FitOutcome, fit_classes
-from sprue.training.loop import Epoch, FitSettings
+from sprue.training.fit import fit_classes
+from sprue.training.loop import Epoch
 from sprue.training.record import FitRecord, fit_key
-from sprue.training.requests import fit_requests
 from sprue.training.worker import FitRequest
 
 logger = logging.getLogger(__name__)
 
 
-def requests_of(context: Context, manifest: Manifest) -> list[FitRequest]:
-    """One request for each class of the manifest, by the parameter file."""
-    spec = resolve(context.settings(FeatureSpec, "features"))
-    settings = context.settings(FitSettings, "fit")
-    return fit_requests(manifest, spec, context.folder / "features", context.section("flow"), settings)
-
-
-def record_of(request: FitRequest, outcome: FitOutcome) -> FitRecord:
-    """What is kept of a fit that went well."""
-    assert outcome.best is not None
-    return FitRecord(
-        class_name=request.class_name,
-        key=fit_key(request),
-        fingerprint=request.fingerprint,
-        flow_name=request.flow_name,
-        flow_config=request.whole_config(FeatureTable(location(request.table))),
-        settings=asdict(request.settings),
-        pictures=request.pictures,
-        best_epoch=outcome.best.epoch,
-        history=outcome.history,
-        commit=commit(),
-        state=outcome.best.flow,
-    )
+def take_winner(context: Context, request: FitRequest) -> None:
+    """Keeps the fit of a search's best trial, should it be the one that is asked for."""
+    searched, kept = (context.folder / folder / request.class_name for folder in ("search", "fits"))
+    if FitRecord.is_current(searched / "fit", fit_key(request)) and not FitRecord.is_current(kept, fit_key(request)):
+        FitRecord.read(searched / "fit").write(kept)
+        logger.info("%-20s is kept as the search fitted it", request.class_name)
 
 
 def main(context: Context) -> None:
     """Writes ``fits/<class>`` and a run for each on the tracking server."""
     connect(context.store)
     path, fits = context.folder / "manifest.parquet", context.folder / "fits"
-    requests = requests_of(context, Manifest.read(path))
+    requests = final_requests(context, Manifest.read(path))
     for request in requests:
         request.check()
+        take_winner(context, request)
     waiting = [request for request in requests if not FitRecord.is_current(fits / request.class_name, fit_key(request))]
     logger.info("%d of %d classes are to be fitted", len(waiting), len(requests))
     experiment = experiment_id(context.dataset, context.store)
@@ -76,9 +56,10 @@ def main(context: Context) -> None:
         for request, outcome in zip(waiting, outcomes, strict=True):
             if outcome.best is None:
                 failures.append(f"{outcome.class_name}: {outcome.failure}")
-                runs[outcome.class_name].fail()
+                runs[outcome.class_name].end("FAILED")
             else:
-                record_of(request, outcome).write(fits / outcome.class_name)
+                record = FitRecord.of(request, outcome.best, outcome.history, commit())
+                record.write(fits / outcome.class_name)
                 runs[outcome.class_name].log_epochs(outcome.history)
     if failures:
         raise SprueError(f"{len(failures)} of {len(waiting)} fits failed, the others are kept\n" + "\n".join(failures))

@@ -51,7 +51,7 @@ def log_version(context: Context, class_name: str, key: str, example: list[UPath
     with local_copy(context.folder / "detectors" / class_name) as folder:
         uri = log_detector(Detector.load(folder), run.run_id, [path.read_bytes() for path in example], tags)
     with local_copy(context.folder / "evaluation" / class_name) as folder:
-        run.finish(figures, folder, tags)
+        run.finish(figures, folder, "evaluation", tags)
     return register(class_name, uri, run.run_id, key, tags, describe(figures, fit))
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from defectflow.coupling import GraphCoupling, couple_all, uncouple_all
-from defectflow.noise import NoiseScheme, add_noise, condition_channels, no_noise
+from defectflow.noise import NoiseScheme, Part, add_noise, condition_channels, no_noise
 from defectflow.recompute import couple_all_recomputing
 
 Shape = tuple[int, int, int]
@@ -105,15 +105,19 @@ class Flow(nn.Module, ABC):
 
     Attributes:
         top: Share of the positions whose mean is a picture's score in the paper.
+        searchable: Settings that are worth a search: depth, width and noise.
         blocks: The couplings; `DNFAD` has ``branches`` in their place, a chain of couplings each.
         recompute: Whether training saves memory by computing inputs anew from outputs; see `defectflow.recompute`.
+        part: Which part of a step's batch this process has, where several share it.
     """
 
     config_class: ClassVar[type[FlowConfig]]
     top: ClassVar[float] = 0.03
+    searchable: ClassVar[tuple[str, ...]] = ("steps", "hidden", "noise")
     config: FlowConfig
     blocks: nn.ModuleList
     recompute: bool = False
+    part: Part | None = None
 
     def __init__(self, config: FlowConfig) -> None:
         """Keeps the settings; subclasses make the blocks."""
@@ -174,7 +178,7 @@ class Flow(nn.Module, ABC):
         """The nodes, with noise in training, and the condition that the couplings are told."""
         if not (self.training and self.config.noise > 0):
             return nodes, self.condition(nodes)
-        noisy, deviations = add_noise(nodes, self.config.noise_scheme, self.config.noise)
+        noisy, deviations = add_noise(nodes, self.config.noise_scheme, self.config.noise, self.part)
         return noisy, self.condition(noisy, deviations)
 
     def condition(self, nodes: Sequence[Tensor], deviations: Sequence[Tensor] | None = None) -> list[Tensor] | None:

@@ -114,6 +114,7 @@ class PatchFlow(Flow):
     """
 
     config_class = PatchFlowConfig
+    searchable = ("steps", "bottleneck", "noise")
     config: PatchFlowConfig
 
     def __init__(self, config: PatchFlowConfig) -> None:

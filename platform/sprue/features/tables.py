@@ -105,43 +105,73 @@ class FeatureTable:
         """How many pictures' maps are stored."""
         return len(self._rows)
 
-    def read(self, digests: Sequence[str]) -> list[NDArray[np.float16]]:
+    @property
+    def picture_bytes(self) -> int:
+        """Size of all maps of a picture."""
+        return sum(2 * int(np.prod(shape)) for shape in self.shapes)
+
+    def place(self, digest: str) -> tuple[str, int]:
+        """Where a picture's maps are stored: the part and the row; pictures whose places are close are read together.
+
+        Raises:
+            SprueError: If the picture is not in the table.
+        """
+        path, row = self._row(digest)
+        return str(path), row
+
+    def _row(self, digest: str) -> tuple[UPath, int]:
+        try:
+            return self._rows[digest]
+        except KeyError:
+            raise SprueError(
+                f"{self.folder} has no features of picture {digest[:16]}; run the features stage again"
+            ) from None
+
+    def read(self, digests: Sequence[str], places: Sequence[int] | None = None) -> list[NDArray[np.float16]]:
         """The maps of some pictures in the order asked for, [N, C, H, W] for each tap and scale.
+
+        Args:
+            digests: The pictures'.
+            places: Which maps are read, all if None; of the others there are no rows.
 
         Raises:
             SprueError: If a picture is not in the table.
         """
         wanted: dict[UPath, dict[int, list[int]]] = {}
         for position, digest in enumerate(digests):
-            if digest not in self._rows:
-                raise SprueError(
-                    f"{self.folder} has no features of picture {digest[:16]}; run the features stage again"
-                )
-            path, row = self._rows[digest]
+            path, row = self._row(digest)
             wanted.setdefault(path, {}).setdefault(row, []).append(position)
-        maps = [np.empty((len(digests), *shape), np.float16) for shape in self.shapes]
+        places = range(len(self.shapes)) if places is None else places
+        maps = [
+            np.empty((len(digests) if place in places else 0, *shape), np.float16)
+            for place, shape in enumerate(self.shapes)
+        ]
         for path, rows in wanted.items():
-            for row, values in self._walk(path, set(rows)):
-                for map_NCHW, value, shape in zip(maps, values, self.shapes, strict=True):
-                    map_NCHW[rows[row]] = np.frombuffer(value, np.float16).reshape(shape)
+            for row, values in self._walk(path, set(rows), places):
+                for place, value in zip(places, values, strict=True):
+                    maps[place][rows[row]] = np.frombuffer(value, np.float16).reshape(self.shapes[place])
         return maps
 
-    def read_samples(self, samples: Sequence[Sequence[str]], views: int) -> list[NDArray[np.float16]]:
-        """The maps of samples as a flow reads them: `read` of their first views, then of their second ...
+    def read_samples(
+        self, samples: Sequence[Sequence[str]], views: int, places: Sequence[int] | None = None
+    ) -> list[NDArray[np.float16]]:
+        """The maps of samples as a flow reads them: those of their first views, then those of their second ...
 
         Args:
             samples: Digests of each sample's pictures, in the views' order.
             views: How many each has.
+            places: As in `read`.
 
         Raises:
             SprueError: As `read`.
         """
-        return [map_NCHW for view in range(views) for map_NCHW in self.read([sample[view] for sample in samples])]
+        maps = self.read([digest for sample in samples for digest in sample], places)
+        return [map_NCHW[view::views] for view in range(views) for map_NCHW in maps]
 
-    def _walk(self, path: UPath, rows: set[int]) -> Iterator[tuple[int, tuple[bytes, ...]]]:
+    def _walk(self, path: UPath, rows: set[int], places: Sequence[int]) -> Iterator[tuple[int, tuple[bytes, ...]]]:
         """The wanted rows of a part; row groups with none of them are not read."""
         file = _Part(path).file
-        columns = [f"map_{index}" for index in range(len(self.shapes))]
+        columns = [f"map_{place}" for place in places]
         start = 0
         for group in range(len(file.row_groups)):
             count = file.row_groups[group].num_rows

@@ -272,6 +272,6 @@ def portable_state(module: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def _batches(maps: Sequence[NDArray[np.float16]]) -> Iterator[list[Tensor]]:
-    # No samples are one empty batch, which has the right shapes.
-    for start in range(0, max(1, len(maps[0])), FLOW_BATCH):
+    # No samples are one empty batch, which has the right shapes; maps that the flow does not read may be empty.
+    for start in range(0, max(1, *map(len, maps)), FLOW_BATCH):
         yield [torch.from_numpy(map_BCHW[start : start + FLOW_BATCH]) for map_BCHW in maps]

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import mlflow
 from mlflow.entities import Metric, Param, RunTag, ViewType
@@ -13,7 +13,9 @@ from mlflow.exceptions import MlflowException
 logger = logging.getLogger(__name__)
 
 KEY_TAG = "sprue.fit"
-CURVES = ("train_nll", "validation_nll", "learning_rate", "pictures_per_second")
+PARENT_TAG = "mlflow.parentRunId"
+CURVES = ("train_nll", "validation_nll", "learning_rate", "pictures_per_second", "objective")
+"""Figures of an epoch; a fit outside of a search has no objective."""
 
 
 @dataclass
@@ -32,8 +34,18 @@ class FitRun:
     logged: set[int] = field(default_factory=set)
 
     @classmethod
-    def open(cls, experiment_id: str, class_name: str, key: str, params: Mapping[str, Any]) -> Self:
-        """Finds the run of a fit, or makes one, running."""
+    def open(
+        cls, experiment_id: str, class_name: str, key: str, params: Mapping[str, Any], parent: str | None = None
+    ) -> Self:
+        """Finds the run of a fit, or makes one, running.
+
+        Args:
+            experiment_id: The experiment's.
+            class_name: The product class, the run's name.
+            key: The fit's.
+            params: What is shown of it.
+            parent: The run below which a new one is shown.
+        """
         client = mlflow.MlflowClient()
         found = client.search_runs(
             [experiment_id], f"tags.`{KEY_TAG}` = '{class_name}-{key}'", ViewType.ACTIVE_ONLY, max_results=1
@@ -41,7 +53,8 @@ class FitRun:
         if found:
             run_id = found[0].info.run_id
             return cls(run_id, {metric.step for metric in client.get_metric_history(run_id, CURVES[0])})
-        run = client.create_run(experiment_id, run_name=class_name, tags={KEY_TAG: f"{class_name}-{key}"})
+        tags = {KEY_TAG: f"{class_name}-{key}"} | ({PARENT_TAG: parent} if parent else {})
+        run = client.create_run(experiment_id, run_name=class_name, tags=tags)
         client.log_batch(run.info.run_id, params=[Param(name, str(value)[:6000]) for name, value in params.items()])
         return cls(run.info.run_id)
 
@@ -54,6 +67,7 @@ class FitRun:
             Metric(name, float(epoch[name]), round(epoch["time"] * 1000), epoch["epoch"])
             for epoch in missing
             for name in CURVES
+            if name in epoch
         ]
         try:
             mlflow.MlflowClient().log_batch(self.run_id, metrics=metrics)
@@ -62,17 +76,17 @@ class FitRun:
             return
         self.logged |= {epoch["epoch"] for epoch in missing}
 
-    def fail(self) -> None:
-        """Ends the run as failed; a later attempt at the same fit goes on with it."""
-        mlflow.MlflowClient().set_terminated(self.run_id, "FAILED")
+    def end(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+        """Ends the run; a later attempt at the same fit goes on with it."""
+        mlflow.MlflowClient().set_terminated(self.run_id, status)
 
-    def finish(self, figures: Mapping[str, float], pictures: Path, tags: Mapping[str, str]) -> None:
-        """Logs test figures and the evaluation's files, and ends the run."""
+    def finish(self, figures: Mapping[str, float], files: Path, name: str, tags: Mapping[str, str]) -> None:
+        """Logs figures, and a folder of files under a name, and ends the run."""
         client = mlflow.MlflowClient()
         client.log_batch(
             self.run_id,
             metrics=[Metric(name, value, 0, 0) for name, value in figures.items()],
             tags=[RunTag(name, value) for name, value in tags.items()],
         )
-        client.log_artifacts(self.run_id, str(pictures), "evaluation")
+        client.log_artifacts(self.run_id, str(files), name)
         client.set_terminated(self.run_id)

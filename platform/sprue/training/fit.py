@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 from pyarrow.fs import FSSpecHandler, PyFileSystem
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
 from upath import UPath
@@ -19,11 +19,14 @@ from sprue.errors import SprueError
 from sprue.training.checkpoint import Checkpoint
 from sprue.training.loop import Epoch
 from sprue.training.record import fit_key
-from sprue.training.worker import FitRequest, fit_worker
+from sprue.training.worker import FitRequest, Judge, fit_worker
 
 logger = logging.getLogger(__name__)
 
 OnEpoch = Callable[[str, Epoch], None]
+
+ATTEMPTS = 3
+"""How often a fit goes on from its last checkpoint after one of its processes or machines has died."""
 
 
 @dataclass(frozen=True)
@@ -45,28 +48,38 @@ class FitOutcome:
 
 @dataclass(frozen=True)
 class Slots:
-    """How many fits run side by side, and what each gets."""
+    """How many fits run side by side, and what each of a fit's workers gets."""
 
     count: int
+    workers: int
     cpus: int
     gpus: int
 
 
-def place_fits(classes: int) -> Slots:
-    """Shares the cluster among a number of classes: a GPU each where there are any, else equal shares of the cores.
+def place_fits(fits: int, workers: int = 1) -> Slots:
+    """Shares the cluster among fits: a GPU for each worker where there are any, else equal shares of the cores.
+
+    Args:
+        fits: How many fits there are.
+        workers: Of each fit.
 
     Raises:
-        SprueError: If the cluster offers no CPU.
+        SprueError: If the cluster has no CPU, or not enough for the workers of one fit.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
-    if gpus:
-        return Slots(count=min(classes, gpus), cpus=1, gpus=1)
     cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
     if not cores:
         raise SprueError("the Ray cluster offers no CPU; start a node with at least one")
-    cpus = max(1, min(min(cores), sum(cores) // classes))
-    return Slots(count=min(classes, sum(node // cpus for node in cores)), cpus=cpus, gpus=0)
+    if (gpus or sum(cores)) < workers:
+        raise SprueError(
+            f"fit.workers: {workers} workers of a fit need a {'GPU' if gpus else 'CPU'} each; the Ray cluster has "
+            f"{gpus or sum(cores)}"
+        )
+    if gpus:
+        return Slots(count=min(fits, gpus // workers), workers=workers, cpus=1, gpus=1)
+    cpus = max(1, min(min(cores), sum(cores) // (fits * workers)))
+    return Slots(min(fits, sum(node // cpus for node in cores) // workers), workers, cpus, gpus=0)
 
 
 def fit_classes(requests: Sequence[FitRequest], runs: UPath, on_epoch: OnEpoch) -> list[FitOutcome]:
@@ -82,10 +95,11 @@ def fit_classes(requests: Sequence[FitRequest], runs: UPath, on_epoch: OnEpoch) 
     Returns:
         An outcome for each request, in their order.
     """
-    slots = place_fits(len(requests))
+    slots = place_fits(len(requests), max(request.settings.workers for request in requests))
     logger.info(
-        "%d classes, %d at a time on %d CPUs and %d GPUs each", len(requests), slots.count, slots.cpus, slots.gpus
-    )
+        "%d classes, %d at a time, each on %d workers with %d CPUs and %d GPUs",
+        len(requests), slots.count, slots.workers, slots.cpus, slots.gpus,
+    )  # fmt: skip
     epochs = Queue(actor_options={"num_cpus": 0, "name": f"sprue-epochs-{id(requests):x}"})
     finished = threading.Event()
     listener = threading.Thread(target=_forward, args=(epochs, on_epoch, finished), daemon=True)
@@ -99,36 +113,68 @@ def fit_classes(requests: Sequence[FitRequest], runs: UPath, on_epoch: OnEpoch) 
     return [_outcome(request, future) for request, future in zip(requests, futures, strict=True)]
 
 
-def _fit_class(request: FitRequest, runs: UPath, slots: Slots, epochs: Queue) -> FitOutcome:
-    name = f"{request.class_name}-{fit_key(request)}"
-    trainer = TorchTrainer(
+def run_name(request: FitRequest) -> str:
+    """A fit's name on Ray Train and in its storage, where an interrupted fit is found again."""
+    return f"{request.class_name}-{fit_key(request)}"
+
+
+def build_trainer(
+    request: FitRequest,
+    runs: UPath,
+    slots: Slots,
+    epochs: Queue | None = None,
+    judge: Judge | None = None,
+    callbacks: Sequence[UserCallback] = (),
+) -> TorchTrainer:
+    """Ray Train's run of a class's fit.
+
+    Args:
+        request: What is fitted.
+        runs: Folder or s3 URL of Ray Train's runs, as every node sees it.
+        slots: What each worker gets.
+        epochs: Gets (class name, `Epoch`) after each epoch.
+        judge: Makes more figures of each epoch's checkpoint.
+        callbacks: Called by Ray Train's controller.
+    """
+    return TorchTrainer(
         fit_worker,
-        train_loop_config={"request": request, "epochs": epochs},
+        train_loop_config={"request": request, "epochs": epochs, "judge": judge},
         scaling_config=ScalingConfig(
-            num_workers=1,
+            num_workers=slots.workers,
             use_gpu=slots.gpus > 0,
             resources_per_worker={"CPU": slots.cpus} | ({"GPU": 1} if slots.gpus else {}),
         ),
         run_config=RunConfig(
-            name=name,
+            name=run_name(request),
             storage_path=runs.path,
-            # The store's own way to reach it, so that Ray Train needs no endpoint and no keys of its own.
-            storage_filesystem=None if runs.protocol in ("", "file") else PyFileSystem(FSSpecHandler(runs.fs)),
+            storage_filesystem=storage_filesystem(runs),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=1, checkpoint_score_attribute="validation_nll", checkpoint_score_order="min"
             ),
-            failure_config=FailureConfig(max_failures=0),
+            failure_config=FailureConfig(max_failures=ATTEMPTS),
             logging_config=LoggingConfig(log_level="WARNING"),
+            callbacks=list(callbacks),
         ),
     )
-    result = trainer.fit()
+
+
+def storage_filesystem(folder: UPath) -> PyFileSystem | None:
+    """The store's own way to reach a remote folder, so that Ray needs no endpoint and no keys of its own."""
+    return None if folder.protocol in ("", "file") else PyFileSystem(FSSpecHandler(folder.fs))
+
+
+def _fit_class(request: FitRequest, runs: UPath, slots: Slots, epochs: Queue) -> FitOutcome:
+    result = build_trainer(request, runs, slots, epochs).fit()
+    if result.return_value is not None:
+        raise SprueError(result.return_value)
     best = result.get_best_checkpoint("validation_nll", "min")
     if best is None or result.checkpoint is None:
-        raise SprueError(f"{name} left no checkpoint")
-    return FitOutcome(request.class_name, _read(best), _read(result.checkpoint).history)
+        raise SprueError(f"{run_name(request)} left no checkpoint")
+    return FitOutcome(request.class_name, read_checkpoint(best), read_checkpoint(result.checkpoint).history)
 
 
-def _read(stored: ray.train.Checkpoint) -> Checkpoint:
+def read_checkpoint(stored: ray.train.Checkpoint) -> Checkpoint:
+    """A checkpoint from Ray's storage."""
     with stored.as_directory() as folder:
         return Checkpoint.read(Path(folder))
 

@@ -1,16 +1,16 @@
-"""The training loop: plain torch, one process, a checkpoint an epoch.
+"""The training loop: plain torch, a checkpoint an epoch; several processes may share its steps.
 
 A sample is a picture, or a picture of each of its views; a flow's maps are those of the first view, then those of the
 second, and so on.
 
-Shapes: N samples, B samples of a step, C channels, H rows, W columns of a map.
+Shapes: B samples of a step, C channels, H rows, W columns of a map.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from torch import Tensor
 from defectflow import Flow
 from sprue.errors import SprueError
 from sprue.training.checkpoint import Checkpoint
+from sprue.training.feed import Feed
+from sprue.training.share import ALONE, Share
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class FitSettings:
 
     Attributes:
         epochs: Passes over the training pictures.
-        batch_size: Samples a step.
+        patience: Epochs without a better validation likelihood after which the fit ends early; 0 for never.
+        batch_size: Samples a step, of all workers together.
         learning_rate: Peak of the schedule.
         schedule: What follows the warm-up: a cosine to zero, or the peak throughout.
         warmup: Share of the steps that the rate rises in, linearly.
@@ -36,10 +39,14 @@ class FitSettings:
         weight_decay: Strength of the pull of the weights to zero.
         gradient_norm: Gradients are scaled down to this norm.
         recompute: Whether memory is saved by computing the couplings' inputs anew in the backward pass.
+        workers: Processes that share a class's steps, each on its own GPU where there are any.
+        memory: GiB that a worker's training features may take; larger ones are streamed, and shuffled in parts. (The
+            validation features have as much again.)
         seed: Of the initial weights, the permutations, the order of the pictures and the noise.
     """
 
     epochs: int = 10
+    patience: int = 0
     batch_size: int = 16
     learning_rate: float = 1e-3
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -50,6 +57,8 @@ class FitSettings:
     weight_decay: float = 0.0
     gradient_norm: float = 1.0
     recompute: bool = False
+    workers: int = 1
+    memory: float = 8.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -60,6 +69,11 @@ class FitSettings:
         """
         if self.epochs < 1 or self.batch_size < 1:
             raise SprueError(f"fit: epochs and batch_size are at least 1; got {self.epochs} and {self.batch_size}")
+        if self.patience < 0 or self.workers < 1 or self.memory <= 0:
+            raise SprueError(
+                "fit: patience is not below 0, workers is at least 1, memory is above 0; "
+                f"got {self.patience}, {self.workers} and {self.memory}"
+            )
         if self.learning_rate <= 0 or self.gradient_norm <= 0 or not 0 <= self.warmup < 1:
             raise SprueError("fit: learning_rate and gradient_norm are above 0, warmup from 0 to below 1")
         if self.schedule not in ("cosine", "constant"):
@@ -125,29 +139,49 @@ def build_optimizer(flow: Flow, settings: FitSettings) -> torch.optim.Optimizer:
     )
 
 
-def batches(maps: Sequence[Tensor], order: Tensor, size: int, device: torch.device) -> Iterator[list[Tensor]]:
-    """Float32 batches [B, C, H, W] of stored maps [N, C, H, W] in an order [N]."""
-    for rows in torch.split(order, size):
-        yield [map_NCHW[rows].to(device, non_blocking=True).float() for map_NCHW in maps]
+def to_device(batch: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """A stored batch as float32 maps [B, C, H, W] on a device."""
+    return [map_BCHW.to(device, non_blocking=True).float() for map_BCHW in batch]
 
 
 @torch.no_grad()
-def mean_nll(flow: Flow, maps: Sequence[Tensor], size: int, device: torch.device) -> float:
-    """Mean negative log-likelihood of samples, in nats per dimension, without noise."""
+def mean_nll(flow: Flow, feed: Feed, size: int, device: torch.device, share: Share = ALONE) -> float:
+    """Mean negative log-likelihood of a feed's samples, in nats per dimension, without noise."""
     flow.eval()
-    count = len(maps[0])
-    total = sum(float(flow.nll(batch).sum()) for batch in batches(maps, torch.arange(count), size, device))
-    return total / count
+    batches = (to_device(share.take(whole), device) for whole in feed.ordered(size))
+    total = sum(float(flow.nll(batch).sum()) for batch in batches if samples_in(batch))
+    return share.total(total, device) / len(feed)
+
+
+def samples_in(batch: Sequence[Tensor]) -> int:
+    """How many samples a batch has."""
+    return max(len(map_BCHW) for map_BCHW in batch)
+
+
+def is_done(history: Sequence[dict[str, Any]], settings: FitSettings) -> bool:
+    """Whether a fit with these figures of its epochs has ended, by its epochs or its patience.
+
+    >>> history = [{"epoch": epoch, "validation_nll": nll} for epoch, nll in enumerate((3.0, 2.0, 2.5, 2.4), 1)]
+    >>> [is_done(history, FitSettings(epochs=9, patience=patience)) for patience in (0, 2, 3)]
+    [False, True, False]
+    """
+    if len(history) >= settings.epochs:
+        return True
+    if not history or not settings.patience:
+        return False
+    best = min(history, key=lambda row: float(row["validation_nll"]))
+    return len(history) - int(best["epoch"]) >= settings.patience
 
 
 def train(
     flow: Flow,
-    train_maps: Sequence[Tensor],
-    validation_maps: Sequence[Tensor],
+    training: Feed,
+    validation: Feed,
     settings: FitSettings,
     device: torch.device,
     report: Callable[[Epoch, Checkpoint], None],
     start: Checkpoint | None = None,
+    share: Share = ALONE,
 ) -> None:
     """Fits a flow by maximum likelihood.
 
@@ -156,42 +190,43 @@ def train(
 
     Args:
         flow: A new flow.
-        train_maps: Stored maps [N, C, H, W] of the training samples.
-        validation_maps: Those of the validation samples.
+        training: The training samples.
+        validation: The validation samples.
         settings: How to fit.
         device: Where the flow goes.
         report: Called after each epoch.
         start: The checkpoint to go on from.
+        share: What this process does of each step.
 
     Raises:
         SprueError: If the likelihood stops being finite.
     """
     # Weights of units that have died decay into denormal numbers, on which CPUs compute ten times as slowly.
     torch.set_flush_denormal(True)
-    everything = torch.arange(len(train_maps[0]))
     flow.to(device)
     flow.recompute = settings.recompute
     if start is None:
-        flow.fit_adaptor(batches(train_maps, everything, settings.batch_size, device))
+        flow.fit_adaptor(to_device(batch, device) for batch in training.ordered(settings.batch_size))
     else:
         flow.load_state_dict(start.flow)
     optimizer = build_optimizer(flow, settings)
     if start is not None:
         start.restore(optimizer)
     history = list(start.history) if start else []
-    for epoch in range(len(history) + 1, settings.epochs + 1):
+    while not is_done(history, settings):
+        epoch = len(history) + 1
         started = time.perf_counter()
         torch.manual_seed(settings.seed * 1_000_003 + epoch)
-        train_nll, rate = _train_epoch(flow, train_maps, optimizer, settings, epoch, device)
+        train_nll, rate = _train_epoch(flow, training, optimizer, settings, epoch, device, share)
         seconds = time.perf_counter() - started
-        validation_nll = mean_nll(flow, validation_maps, settings.batch_size, device)
+        validation_nll = mean_nll(flow, validation, settings.batch_size, device, share)
         if not (math.isfinite(train_nll) and math.isfinite(validation_nll)):
             raise SprueError(
                 f"the likelihood stopped being finite in epoch {epoch} (training {train_nll}, validation "
                 f"{validation_nll}): lower fit.learning_rate; the last good checkpoint is kept"
             )
         result = Epoch(
-            epoch, train_nll, validation_nll, rate, seconds, len(everything) * flow.views / seconds, time.time()
+            epoch, train_nll, validation_nll, rate, seconds, len(training) * flow.views / seconds, time.time()
         )
         history.append(asdict(result))
         report(result, Checkpoint.take(flow, optimizer, epoch, list(history)))
@@ -199,26 +234,30 @@ def train(
 
 def _train_epoch(
     flow: Flow,
-    maps: Sequence[Tensor],
+    feed: Feed,
     optimizer: torch.optim.Optimizer,
     settings: FitSettings,
     epoch: int,
     device: torch.device,
+    share: Share,
 ) -> tuple[float, float]:
     """One pass; the mean likelihood of its samples as they were seen, and the last learning rate."""
     flow.train()
-    count = len(maps[0])
-    per_epoch = math.ceil(count / settings.batch_size)
+    per_epoch = math.ceil(len(feed) / settings.batch_size)
     total, rate = 0.0, 0.0
-    for index, batch in enumerate(batches(maps, torch.randperm(count), settings.batch_size, device)):
+    for index, whole in enumerate(feed.shuffled(settings.batch_size)):
         rate = rate_at((epoch - 1) * per_epoch + index, settings.epochs * per_epoch, settings)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = flow.nll(batch).mean()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        flow.part = share.part(samples_in(whole))
+        batch = to_device(share.take(whole), device)
+        if samples_in(batch):
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                nll = flow.nll(batch).sum()
+            (nll / samples_in(whole)).backward()  # type: ignore[no-untyped-call]
+            total += float(nll.detach())
+        share.add_gradients(flow)
         torch.nn.utils.clip_grad_norm_(flow.parameters(), settings.gradient_norm)
         optimizer.step()
-        total += float(loss.detach()) * len(batch[0])
-    return total / count, rate
+    return share.total(total, device) / len(feed), rate

@@ -15,8 +15,10 @@ from upath import UPath
 import defectflow
 from defectflow import Flow, build_flow
 from sprue.errors import SprueError
-from sprue.store import read_json, write_bytes, write_json
+from sprue.features.tables import FeatureTable
+from sprue.store import location, read_json, write_bytes, write_json
 from sprue.training import loop
+from sprue.training.checkpoint import Checkpoint
 from sprue.training.worker import FitRequest, run_params
 
 
@@ -31,7 +33,9 @@ def fit_key(request: FitRequest) -> str:
 @cache
 def _code_digest() -> str:
     sha = hashlib.sha256()
-    for path in [*sorted(Path(defectflow.__file__).parent.glob("*.py")), Path(loop.__file__)]:
+    folder = Path(loop.__file__).parent
+    own = [folder / f"{name}.py" for name in ("loop", "feed", "share")]
+    for path in [*sorted(Path(defectflow.__file__).parent.glob("*.py")), *own]:
         sha.update(path.read_bytes())
     return sha.hexdigest()
 
@@ -65,6 +69,30 @@ class FitRecord:
     history: list[dict[str, Any]]
     commit: str
     state: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, request: FitRequest, best: Checkpoint, history: list[dict[str, Any]], commit: str) -> Self:
+        """What is kept of a fit.
+
+        Args:
+            request: What was fitted.
+            best: The checkpoint that is kept.
+            history: The figures of all epochs.
+            commit: The code's.
+        """
+        return cls(
+            class_name=request.class_name,
+            key=fit_key(request),
+            fingerprint=request.fingerprint,
+            flow_name=request.flow_name,
+            flow_config=request.whole_config(FeatureTable(location(request.table))),
+            settings=asdict(request.settings),
+            pictures=request.pictures,
+            best_epoch=best.epoch,
+            history=history,
+            commit=commit,
+            state=best.flow,
+        )
 
     def write(self, folder: UPath) -> None:
         """Writes ``flow.safetensors``, then ``fit.json``, which says that the fit is whole."""

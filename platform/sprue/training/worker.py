@@ -1,7 +1,7 @@
 """What runs in a Ray Train worker: reads a class's features, fits its flow, reports an epoch at a time."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,12 @@ from sprue.features.tables import FeatureTable
 from sprue.inference.detector import require_views
 from sprue.store import location
 from sprue.training.checkpoint import Checkpoint
+from sprue.training.feed import Feed, open_feed
 from sprue.training.loop import Epoch, FitSettings, train
+from sprue.training.share import ALONE, Share
+
+Judge = Callable[[Checkpoint], dict[str, float]]
+"""More figures of an epoch, by name."""
 
 
 def run_params(
@@ -95,6 +100,15 @@ class FitRequest:
         scales = [table.shapes[start : start + self.blocks] for start in range(0, len(table.shapes), self.blocks)]
         return fitting_config(self.flow_name, scales, self.pictures, self.flow_config)
 
+    def feed(self, table: FeatureTable, samples: Sequence[Sample]) -> Feed:
+        """Samples as the flow is given them, in memory as far as the settings allow.
+
+        Raises:
+            SprueError: If a picture is not in the table.
+        """
+        limit = int(self.settings.memory * 2**30)
+        return open_feed(table, samples, self.views, self.whole_config(table)["maps"], limit)
+
     def build_flow(self, table: FeatureTable) -> Flow:
         """A new flow, the same for the same seed.
 
@@ -105,31 +119,56 @@ class FitRequest:
         return build_flow(self.flow_name, **self.whole_config(table))
 
 
-def fit_worker(config: dict[str, Any]) -> None:
-    """Ray Train's entry point in the worker.
+def fit_worker(config: dict[str, Any]) -> str | None:
+    """Ray Train's entry point in each worker.
 
     Args:
-        config: ``request``, a `FitRequest`; ``epochs``, a queue that gets (class name, `Epoch`) after each epoch.
+        config: ``request``, a `FitRequest`; ``epochs``, a queue that gets (class name, `Epoch`) after each epoch, or
+            None; ``judge``, which makes more figures of a `Checkpoint` for Ray, or None.
+
+    Returns:
+        Why the class can't be fitted, where another attempt would end in the same way; None if it was fitted.
+
+    Raises:
+        SprueError: The same, where other workers wait for this one.
     """
     request: FitRequest = config["request"]
-    epochs: Queue = config["epochs"]
-    table = FeatureTable(location(request.table))
-    train_maps = _maps(table, request.train, request.views)
-    validation_maps = _maps(table, request.validation, request.views)
+    epochs: Queue | None = config["epochs"]
+    judge: Judge | None = config["judge"]
+    context = ray.train.get_context()
+    share = Share(context.get_world_rank(), context.get_world_size())
 
     def report(epoch: Epoch, checkpoint: Checkpoint) -> None:
+        if share.rank:
+            ray.train.report(asdict(epoch))
+            return
         with tempfile.TemporaryDirectory() as folder:
             checkpoint.write(Path(folder))
-            ray.train.report(asdict(epoch), checkpoint=ray.train.Checkpoint.from_directory(folder))
-        epochs.put((request.class_name, epoch))
+            metrics = asdict(epoch) | (judge(checkpoint) if judge else {})
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        if epochs is not None:
+            epochs.put((request.class_name, epoch))
 
-    flow = request.build_flow(table)
-    device = ray.train.torch.get_device()
-    train(flow, train_maps, validation_maps, request.settings, device, report, _latest_checkpoint())
+    try:
+        fit_flow(request, ray.train.torch.get_device(), report, _latest_checkpoint(), share)
+    except SprueError as error:
+        if share.count > 1:
+            raise
+        return str(error)
+    return None
 
 
-def _maps(table: FeatureTable, samples: Sequence[Sample], views: int) -> list[torch.Tensor]:
-    return [torch.from_numpy(map_NCHW) for map_NCHW in table.read_samples(samples, views)]
+def fit_flow(
+    request: FitRequest,
+    device: torch.device,
+    report: Callable[[Epoch, Checkpoint], None],
+    start: Checkpoint | None = None,
+    share: Share = ALONE,
+) -> None:
+    """Fits a class's flow on its stored features in this process; see `sprue.training.loop.train`."""
+    table = FeatureTable(location(request.table))
+    training, validation = request.feed(table, request.train), request.feed(table, request.validation)
+    train(request.build_flow(table), training, validation, request.settings, device, report, start, share)
 
 
 def _latest_checkpoint() -> Checkpoint | None:

@@ -10,10 +10,10 @@ import torch
 from upath import UPath
 
 from sprue.errors import SprueError
-from sprue.features.tables import FeatureTable, write_part
+from sprue.features.tables import write_part
 from sprue.training.fit import fit_classes, place_fits
-from sprue.training.loop import FitSettings, train
-from sprue.training.worker import FitRequest
+from sprue.training.loop import FitSettings
+from sprue.training.worker import FitRequest, fit_flow
 
 FLOW = {"adapted": 6, "bottleneck": 8}
 
@@ -45,15 +45,8 @@ def request_of_views(folder, views=3):
 
 def fitted_here(request):
     """The last epoch and checkpoint of the same fit without Ray."""
-    table = FeatureTable(UPath(request.table))
-    train_maps, validation_maps = (
-        [torch.from_numpy(map_NCHW) for map_NCHW in table.read_samples(samples, request.views)]
-        for samples in (request.train, request.validation)
-    )
     reports = []
-    flow = request.build_flow(table)
-    keep = lambda *report: reports.append(report)  # noqa: E731
-    train(flow, train_maps, validation_maps, request.settings, torch.device("cpu"), keep)
+    fit_flow(request, torch.device("cpu"), lambda *report: reports.append(report))
     return reports
 
 

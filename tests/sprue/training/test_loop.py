@@ -14,6 +14,7 @@ import torch
 from defectflow import build_flow
 from sprue.errors import SprueError
 from sprue.training.checkpoint import Checkpoint
+from sprue.training.feed import MemoryFeed
 from sprue.training.loop import FitSettings, mean_nll, rate_at, train
 
 CPU = torch.device("cpu")
@@ -48,8 +49,8 @@ def fit(settings=SETTINGS, start=None, report=None, train_maps=None, validation_
         if report is not None:
             report(epoch, checkpoint)
 
-    train_maps = train_maps or stored(14, seed=1)
-    train(new_flow(), train_maps, validation_maps or stored(6, seed=2), settings, CPU, keep, start)
+    feeds = MemoryFeed(train_maps or stored(14, seed=1)), MemoryFeed(validation_maps or stored(6, seed=2))
+    train(new_flow(), *feeds, settings, CPU, keep, start)
     return reports
 
 
@@ -75,7 +76,7 @@ def test_the_rate_rises_linearly_and_falls_to_zero_as_a_cosine():
 
 def test_fitting_raises_the_likelihood_of_pictures_it_has_not_seen():
     flow = new_flow().fit_adaptor([[each.float() for each in stored(60, seed=1)]])
-    before = mean_nll(flow, stored(6, seed=2), 4, CPU)
+    before = mean_nll(flow, MemoryFeed(stored(6, seed=2)), 4, CPU)
     reports = fit(replace(SETTINGS, epochs=12), train_maps=stored(60, seed=1))
     assert reports[-1][0].validation_nll < before - 0.1
     epochs = [epoch for epoch, _ in reports]
@@ -88,7 +89,7 @@ def test_the_validation_figure_is_that_of_the_checkpoint():
     epoch, checkpoint = fit()[-1]
     flow = new_flow()
     flow.load_state_dict(checkpoint.flow)
-    assert epoch.validation_nll == mean_nll(flow, stored(6, seed=2), 4, CPU)
+    assert epoch.validation_nll == mean_nll(flow, MemoryFeed(stored(6, seed=2)), 4, CPU)
 
 
 def test_an_interrupted_fit_ends_with_the_weights_of_an_undisturbed_one(tmp_path):
@@ -164,6 +165,9 @@ def test_a_likelihood_that_is_not_finite_stops_the_fit():
         ({"learning_rate": 0.0}, "learning_rate and gradient_norm are above 0"),
         ({"gradient_norm": 0.0}, "learning_rate and gradient_norm are above 0"),
         ({"warmup": 1.0}, "warmup from 0 to below 1"),
+        ({"patience": -1}, "patience is not below 0"),
+        ({"workers": 0}, "workers is at least 1"),
+        ({"memory": 0.0}, "memory is above 0; got 0, 1 and 0.0"),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(setting, match):

@@ -1,0 +1,105 @@
+"""Searches the flow of each class by the detection of drawn defects; a class whose inputs are unchanged is left."""
+
+import logging
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+import ray
+import torch
+
+from sprue.data.manifest import Manifest
+from sprue.inference.backbone import resolve
+from sprue.inference.detector import Scoring
+from sprue.inference.spec import FeatureSpec
+from sprue.pipeline import Context, commit, connect_ray, run_stage
+from sprue.planning import recipe_requests
+from sprue.search.drawn import extract_drawn
+from sprue.search.progress import Progress, open_trial_run
+from sprue.search.record import SearchRecord
+from sprue.search.report import importances, parallel_coordinates, trials_table
+from sprue.search.search import search_class, search_key
+from sprue.search.space import SearchConfig, at_point, search_space
+from sprue.store import write_bytes, write_json
+from sprue.tracking.runs import FitRun
+from sprue.tracking.server import connect, experiment_id
+from sprue.training.record import FitRecord
+from sprue.training.worker import FitRequest
+
+logger = logging.getLogger(__name__)
+
+
+def search(context: Context, request: FitRequest, rows: pd.DataFrame, config: SearchConfig, scoring: Scoring) -> None:
+    """Searches a class, and writes ``search/<class>``."""
+    name, spec = request.class_name, resolve(context.settings(FeatureSpec, "features"))
+    folder = context.folder / "search" / name
+    space = search_space(request, config)
+    experiment = experiment_id(context.dataset, context.store)
+    key = search_key(request, config, scoring)
+    parent = FitRun.open(experiment, f"search-{name}", key, {f"search.{each}": at for each, at in space.items()})
+    drawn = folder / "drawn" / spec.fingerprint
+    count = ray.get(ray.remote(num_cpus=1)(extract_drawn).remote(spec, rows, context.data, drawn))
+    logger.info("%-20s %d trials, judged by %d drawn defects", name, config.trials, count)
+    progress = Progress(request, config.epochs, config.trials, experiment, parent.run_id)
+    outcome = search_class(request, config, scoring, drawn, context.folder / "runs", [progress])
+    for trial in outcome.trials:
+        run = open_trial_run(request, trial.point, config.epochs, experiment, parent.run_id)
+        run.log_epochs(trial.history)
+        if trial is not outcome.best:
+            run.end("FAILED" if trial.failure else "FINISHED" if trial.whole else "KILLED")
+    record = SearchRecord.of(outcome)
+    table, shares = trials_table(record), importances(record, space)
+    with tempfile.TemporaryDirectory() as files:
+        Path(files, "trials.png").write_bytes(parallel_coordinates(record, space))
+        table.to_csv(Path(files, "trials.csv"), index=False)
+        for file in Path(files).iterdir():
+            write_bytes(folder / file.name, file.read_bytes())
+        figures = {f"importance.{each}": share for each, share in shares.items()}
+        figures["objective"] = outcome.best.objective
+        parent.finish(figures, Path(files), "search", {"sprue.commit": commit()})
+    fit = at_point(request, outcome.best.point, config.epochs)
+    record.write(folder, FitRecord.of(fit, outcome.checkpoint, outcome.best.history, commit()))
+    logger.info("\n%s\n\n%s\n", table.to_string(index=False), _in_words(record, shares))
+
+
+def _in_words(record: SearchRecord, shares: Mapping[str, float]) -> str:
+    best, recipe = record.trials[record.best - 1], record.trials[0]
+    lines = [
+        f"{record.class_name}: trial {best.number} finds drawn defects with an AUROC of {best.objective:.1%}, the "
+        f"recipe's own settings with {recipe.objective:.1%}"
+    ]
+    if shares:
+        lines.append("what mattered: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
+    return "\n".join(lines)
+
+
+def main(context: Context) -> None:
+    """Writes ``search``."""
+    config, scoring = context.settings(SearchConfig, "search"), context.settings(Scoring, "scoring")
+    folder, path = context.folder / "search", context.folder / "manifest.parquet"
+    if config.trials:
+        connect(context.store)
+        manifest = Manifest.read(path)
+        requests = recipe_requests(context, manifest)
+        for request in requests:
+            request.check()
+            search_space(request, config)
+        waiting = [
+            request
+            for request in requests
+            if not SearchRecord.is_current(folder / request.class_name, search_key(request, config, scoring))
+        ]
+        logger.info("%d of %d classes are to be searched", len(waiting), len(requests))
+        if waiting:
+            connect_ray()
+        for request in waiting:
+            search(context, request, manifest.select(request.class_name, "validation"), config, scoring)
+    write_json(folder / "config.json", asdict(config))
+    context.leave_receipt(inputs={"manifest": path}, outputs={"search": folder})
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run_stage("search", main)

@@ -1,0 +1,65 @@
+"""What a search found, as a table and as a picture: which trials there were, and which parameters mattered."""
+
+import io
+from collections.abc import Mapping
+
+import matplotlib
+import optuna
+import pandas as pd
+from matplotlib import pyplot
+from optuna.distributions import BaseDistribution
+
+from sprue.search.record import SearchRecord
+
+matplotlib.use("agg")
+OBJECTIVE = "drawn defects found (AUROC)"
+
+
+def trials_table(record: SearchRecord) -> pd.DataFrame:
+    """A row a trial: its values, its epochs, the figures of its best one, and what became of it."""
+    return pd.DataFrame(
+        {
+            "trial": trial.number,
+            **trial.point,
+            "epochs": len(trial.history),
+            "validation_nll": trial.best["validation_nll"] if trial.history else float("nan"),
+            "objective": trial.objective,
+            "end": trial.failure or ("best" if trial.number == record.best else "whole" if trial.whole else "stopped"),
+        }
+        for trial in record.trials
+    )
+
+
+def study_of(record: SearchRecord, space: Mapping[str, BaseDistribution]) -> optuna.Study:
+    """The trials as Optuna's visualizations read them; those that were stopped count with what they had reached."""
+    study = optuna.create_study(direction="maximize")
+    for trial in record.trials:
+        if trial.history:
+            study.add_trial(
+                optuna.trial.create_trial(params=dict(trial.point), distributions=dict(space), value=trial.objective)
+            )
+    return study
+
+
+def importances(record: SearchRecord, space: Mapping[str, BaseDistribution]) -> dict[str, float]:
+    """The share of the objective's variance that each parameter explains, by Optuna's fANOVA; none with few trials.
+
+    Source: Hutter, Hoos, Leyton-Brown, "An Efficient Approach for Assessing Hyperparameter Importance" (2014).
+    """
+    study = study_of(record, space)
+    if len({trial.value for trial in study.trials}) < 3:
+        return {}
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
+
+
+def parallel_coordinates(record: SearchRecord, space: Mapping[str, BaseDistribution]) -> bytes:
+    """A PNG with a line for each trial, through its values to what it found."""
+    axes = optuna.visualization.matplotlib.plot_parallel_coordinate(study_of(record, space), target_name=OBJECTIVE)
+    axes.set_title(f"{record.class_name}: {len(record.trials)} trials, the best is trial {record.best}")
+    buffer = io.BytesIO()
+    figure = pyplot.gcf()
+    figure.set_size_inches(11, 5)
+    figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight")
+    pyplot.close(figure)
+    return buffer.getvalue()

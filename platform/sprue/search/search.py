@@ -1,0 +1,230 @@
+"""Searches the flow of one class with Ray Tune: Optuna proposes points, ASHA stops the trials that fall behind."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import optuna
+import pandas as pd
+import ray
+from optuna.samplers import TPESampler
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search.optuna import OptunaSearch
+from upath import UPath
+
+from sprue.errors import SprueError
+from sprue.inference.detector import Scoring
+from sprue.search.space import SearchConfig, at_point, current_point, search_space
+from sprue.search.trial import Trial, read_trial_data
+from sprue.training.checkpoint import Checkpoint
+from sprue.training.fit import ATTEMPTS, place_fits, read_checkpoint, storage_filesystem
+from sprue.training.loop import Epoch, is_done
+from sprue.training.record import fit_key
+from sprue.training.worker import FitRequest
+
+logger = logging.getLogger(__name__)
+
+REDUCTION = 3
+"""ASHA lets this share of the trials pass each of its rungs; the epochs of the rungs are its powers."""
+
+
+NUMBER = "number"
+"""A trial's number in Ray Tune's config, beside its point."""
+
+
+class _NumberedSearch(OptunaSearch):
+    """Optuna's search, which numbers the trials from 1 in the order in which it proposes them."""
+
+    proposed = 0
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        point = super().suggest(trial_id)
+        if point is None:
+            return None
+        self.proposed += 1
+        return {**point, NUMBER: self.proposed}
+
+
+@dataclass(frozen=True)
+class TrialOutcome:
+    """What became of a trial.
+
+    Attributes:
+        number: From 1, in the order in which they were proposed; the first has the recipe's own values.
+        point: The values that were tried.
+        key: The fit's; see `sprue.training.record.fit_key`.
+        history: The figures of its epochs, with the objective.
+        whole: Whether it ran to its end, and was not stopped before.
+        failure: Why it failed, if it did.
+    """
+
+    number: int
+    point: dict[str, Any]
+    key: str
+    history: list[dict[str, Any]]
+    whole: bool
+    failure: str = ""
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The figures of its best epoch by the validation likelihood, which is the one that a fit keeps."""
+        return min(self.history, key=lambda row: float(row["validation_nll"]))
+
+    @property
+    def objective(self) -> float:
+        """How well its best epoch finds drawn defects; 0 if it has none."""
+        return float(self.best["objective"]) if self.history else 0.0
+
+
+@dataclass(frozen=True)
+class SearchOutcome:
+    """What became of a class's search.
+
+    Attributes:
+        class_name: The product class.
+        key: Names the search by everything it depends on; see `search_key`.
+        trials: In the order in which they were proposed.
+        best: The whole trial with the highest objective.
+        checkpoint: That trial's best.
+    """
+
+    class_name: str
+    key: str
+    trials: list[TrialOutcome]
+    best: TrialOutcome
+    checkpoint: Checkpoint
+
+
+def search_key(request: FitRequest, config: SearchConfig, scoring: Scoring) -> str:
+    """12 hexadecimal digits that name a search by the recipe's fit, what is varied, and how points are judged."""
+    facts = [fit_key(request), asdict(config), asdict(scoring)]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def search_class(
+    request: FitRequest,
+    config: SearchConfig,
+    scoring: Scoring,
+    drawn: UPath,
+    runs: UPath,
+    callbacks: Sequence[tune.Callback] = (),
+) -> SearchOutcome:
+    """Runs the trials of one class, as many side by side as the cluster has room for.
+
+    A search that was interrupted goes on with the trials that it has.
+
+    Args:
+        request: The recipe's fit.
+        config: What is varied, and how long.
+        scoring: How a score is made.
+        drawn: The feature table of the class's drawn defects.
+        runs: Folder or s3 URL of the trials' results and checkpoints, as every node sees it.
+        callbacks: Told of each trial's epochs. They are stored with the search, and taken from there when it goes on.
+
+    Raises:
+        SprueError: If the space can't be searched, or no trial ran to its end.
+    """
+    # Ray Tune and Optuna would talk between the lines of the callbacks.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    space = search_space(request, config)
+    slots = place_fits(config.trials, request.settings.workers)
+    data = ray.remote(num_cpus=0)(read_trial_data).remote(request, str(drawn))
+    trial = Trial(request, config.epochs, data, scoring, slots, runs)
+    alone = slots.workers == 1
+    # Where a trial starts a run of Ray Train, the run's workers take the resources.
+    resources = {"cpu": slots.cpus, "gpu": slots.gpus} if alone else {"cpu": 0}
+    trainable = tune.with_resources(_named(trial, request.class_name), resources)
+    key = search_key(request, config, scoring)
+    name = f"search-{request.class_name}-{key}"
+    filesystem = storage_filesystem(runs)
+    stored = (runs / name).path
+    if tune.Tuner.can_restore(stored, storage_filesystem=filesystem):
+        logger.info("%s: an interrupted search goes on", request.class_name)
+        tuner = tune.Tuner.restore(stored, trainable, restart_errored=True, storage_filesystem=filesystem)
+    else:
+        epochs = config.epochs or request.settings.epochs
+        tuner = tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                metric="objective",
+                mode="max",
+                search_alg=_NumberedSearch(
+                    space,
+                    metric="objective",
+                    mode="max",
+                    points_to_evaluate=[current_point(request, space)],
+                    sampler=TPESampler(seed=config.seed, n_startup_trials=5, multivariate=True),
+                ),
+                scheduler=ASHAScheduler(
+                    time_attr="epoch", max_t=epochs, grace_period=min(epochs, REDUCTION), reduction_factor=REDUCTION
+                ),
+                num_samples=config.trials,
+                max_concurrent_trials=slots.count,
+                time_budget_s=None if config.minutes is None else 60 * config.minutes,
+                reuse_actors=alone,
+                trial_name_creator=lambda trial: f"{request.class_name}-{trial.trial_id}",
+                trial_dirname_creator=lambda trial: trial.trial_id,
+            ),
+            run_config=tune.RunConfig(
+                name=name,
+                storage_path=runs.path,
+                storage_filesystem=filesystem,
+                failure_config=tune.FailureConfig(max_failures=ATTEMPTS),
+                checkpoint_config=tune.CheckpointConfig(
+                    num_to_keep=1, checkpoint_score_attribute="validation_nll", checkpoint_score_order="min"
+                ),
+                callbacks=list(callbacks),
+                verbose=0,
+            ),
+        )
+    return _outcome(request, config, key, tuner.fit())
+
+
+def _named(trial: Trial, class_name: str) -> Callable[[dict[str, Any]], None]:
+    """The trial as a function, which Ray Tune wants, with the name under which Ray's dashboard shows its processes."""
+
+    def trainable(config: dict[str, Any]) -> None:
+        trial(point_of(config))
+
+    trainable.__name__ = f"search-{class_name}"
+    return trainable
+
+
+def point_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The point that a trial's config names."""
+    return {name: value for name, value in config.items() if name != NUMBER}
+
+
+def _outcome(request: FitRequest, config: SearchConfig, key: str, results: tune.ResultGrid) -> SearchOutcome:
+    trials, checkpoints = [], []
+    for number, result in enumerate(sorted(results, key=lambda result: result.config[NUMBER]), 1):
+        point = point_of(result.config)
+        fit = at_point(request, point, config.epochs)
+        history, failure = _history(result)
+        whole = not failure and is_done(history, fit.settings)
+        trials.append(TrialOutcome(number, point, fit_key(fit), history, whole, failure))
+        checkpoints.append(result.get_best_checkpoint("validation_nll", "min"))
+    finished = [trial for trial in trials if trial.whole]
+    if not finished:
+        reasons = {trial.failure for trial in trials if trial.failure}
+        raise SprueError(
+            f"class {request.class_name}: no trial of {len(trials)} ran to its end; "
+            f"{'; '.join(sorted(reasons)) or 'give search.minutes more time, or search.epochs fewer'}"
+        )
+    best = max(finished, key=lambda trial: trial.objective)
+    return SearchOutcome(request.class_name, key, trials, best, read_checkpoint(checkpoints[best.number - 1]))
+
+
+def _history(result: tune.Result) -> tuple[list[dict[str, Any]], str]:
+    """The figures of a trial's epochs, and why it failed, if it did."""
+    names = [field.name for field in fields(Epoch)] + ["objective"]
+    rows = pd.DataFrame(result.metrics_dataframe).reindex(columns=names).dropna().drop_duplicates("epoch", keep="last")
+    history = [{str(name): value for name, value in row.items()} for row in rows.to_dict("records")]
+    failure = (result.metrics or {}).get("failure") or (str(result.error).splitlines()[-1] if result.error else "")
+    return history, failure

@@ -1,0 +1,152 @@
+"""One trial of a search: fits a class's flow at a point of the space, and says after each epoch how well it does."""
+
+import tempfile
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import ray
+import ray.tune
+import torch
+from numpy.typing import NDArray
+from ray.tune.integration.ray_train import TuneReportCallback
+from upath import UPath
+
+from sprue.errors import SprueError
+from sprue.features.tables import FeatureTable
+from sprue.inference.detector import Scoring, best_device
+from sprue.inference.memory import keep_freed_memory
+from sprue.search.drawn import drawn_maps
+from sprue.search.objective import Objective
+from sprue.search.space import Point, at_point
+from sprue.store import location
+from sprue.training.checkpoint import Checkpoint
+from sprue.training.feed import MemoryFeed, sample_size
+from sprue.training.fit import Slots, build_trainer, read_checkpoint
+from sprue.training.loop import Epoch, train
+from sprue.training.worker import FitRequest
+
+Maps = list[NDArray[np.float16]]
+
+
+@dataclass(frozen=True)
+class TrialData:
+    """What all trials of a class read.
+
+    Attributes:
+        train: Maps [N, C, H, W] of the training samples; none if they are too large for memory.
+        validation: Those of the validation samples.
+        drawn: Those of the validation samples with drawn defects.
+    """
+
+    train: Maps
+    validation: Maps
+    drawn: Maps
+
+    @staticmethod
+    def feed(maps: Maps) -> MemoryFeed:
+        """Shared maps as a feed, without a copy."""
+        with warnings.catch_warnings():
+            # Ray's shared memory can't be written to, and is not.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            return MemoryFeed([torch.from_numpy(map_NCHW) for map_NCHW in maps])
+
+
+def read_trial_data(request: FitRequest, drawn: str) -> TrialData:
+    """Reads the features of a class and of its drawn defects, which are in the table `drawn`."""
+    table = FeatureTable(location(request.table))
+    places = request.build_flow(table).config.maps
+    size = len(request.train) * sample_size(table, request.views, places)
+    streamed = size > request.settings.memory * 2**30
+    return TrialData(
+        [] if streamed else table.read_samples(request.train, request.views, places),
+        table.read_samples(request.validation, request.views, places),
+        drawn_maps(table, FeatureTable(location(drawn)), request.validation, places),
+    )
+
+
+@dataclass
+class DrawnJudge:
+    """The objective of a checkpoint, for a process that reads the shared data when it is first asked.
+
+    Attributes:
+        request: The trial's fit.
+        data: Ray's reference to the `TrialData`.
+        scoring: How a score is made.
+    """
+
+    request: FitRequest
+    data: "ray.ObjectRef[TrialData]"
+    scoring: Scoring
+
+    def __call__(self, checkpoint: Checkpoint) -> dict[str, float]:
+        """How well drawn defects are found, under the name ``objective``."""
+        data = ray.get(self.data)
+        config = self.request.whole_config(FeatureTable(location(self.request.table)))
+        objective = Objective(data.validation, data.drawn, self.scoring)
+        return {"objective": objective(self.request.flow_name, config, checkpoint.flow)}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Ray Tune's trainable, the same for all trials of a class.
+
+    Attributes:
+        request: The recipe's fit.
+        epochs: Of a whole trial; as in the request if None.
+        data: Ray's reference to the `TrialData`, of which each machine has one copy.
+        scoring: How a score is made.
+        slots: What a trial's workers get.
+        runs: Folder or s3 URL of Ray Train's runs.
+    """
+
+    request: FitRequest
+    epochs: int | None
+    data: "ray.ObjectRef[TrialData]"
+    scoring: Scoring
+    slots: Slots
+    runs: UPath
+
+    def __call__(self, point: Point) -> None:
+        """Fits at a point: in this process if one worker does it, else by a run of Ray Train."""
+        request = at_point(self.request, point, self.epochs)
+        judge = DrawnJudge(request, self.data, self.scoring)
+        if self.slots.workers > 1:
+            build_trainer(request, self.runs, self.slots, judge=judge, callbacks=[TuneReportCallback()]).fit()
+            return
+        keep_freed_memory()
+        torch.set_num_threads(self.slots.cpus)
+        done = 0
+
+        def report(epoch: Epoch, checkpoint: Checkpoint) -> None:
+            nonlocal done
+            done = epoch.epoch
+            with tempfile.TemporaryDirectory() as folder:
+                checkpoint.write(Path(folder))
+                stored = ray.tune.Checkpoint.from_directory(folder)
+                ray.tune.report(asdict(epoch) | judge(checkpoint), checkpoint=stored)
+
+        table = FeatureTable(location(request.table))
+        flow = request.build_flow(table)
+        data: TrialData = ray.get(self.data)
+        training = data.feed(data.train) if data.train else request.feed(table, request.train)
+        try:
+            train(
+                flow,
+                training,
+                data.feed(data.validation),
+                request.settings,
+                best_device(),
+                report,
+                _latest_checkpoint(),
+            )
+        except SprueError as error:
+            # A flow that can't be fitted finds nothing. Another attempt would give the same answer.
+            ray.tune.report({"epoch": done + 1, "objective": 0.0, "failure": str(error)})
+
+
+def _latest_checkpoint() -> Checkpoint | None:
+    """The last checkpoint of this trial, if it was interrupted."""
+    stored = ray.tune.get_checkpoint()
+    return None if stored is None else read_checkpoint(stored)
