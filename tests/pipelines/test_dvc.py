@@ -7,7 +7,7 @@ from dataclasses import replace
 import mlflow
 import pytest
 
-STAGES = ["manifest", "features", "fit", "evaluate", "register"]
+STAGES = ["manifest", "features", "search", "fit", "evaluate", "register"]
 
 
 def ran(output):

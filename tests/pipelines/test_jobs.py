@@ -9,11 +9,13 @@ import mlflow
 import pytest
 import s3fs
 
-STAGES = ("manifest", "features", "fit", "evaluate", "register")
+STAGES = ("manifest", "features", "search", "fit", "evaluate", "register")
 CLASS_NAME = "brick"
+LEARNING_RATES = {"low": 0.0001, "high": 0.01, "log": True}
 OUTPUTS = {
     "manifest": {"manifest"},
     "features": {"features"},
+    "search": {"search"},
     "fit": {"fits"},
     "evaluate": {"detectors", "evaluation", "metrics", "plots"},
 }
@@ -40,12 +42,12 @@ class Jobs:
         assert (done.returncode == 0) == (job.json()["status"] == "SUCCEEDED"), said
         return job.json()["status"], said
 
-    def run(self, stages, data, store):
+    def run(self, stages, data, store, params="params.yaml"):
         """Stages in their order; what each said."""
         said = {}
         for stage in stages:
             status, said[stage] = self.submit(
-                "python", f"pipelines/{stage}.py", "--data", str(data), "--store", str(store)
+                "python", f"pipelines/{stage}.py", "--params", params, "--data", str(data), "--store", str(store)
             )
             assert status == "SUCCEEDED", said[stage]
         return said
@@ -79,6 +81,26 @@ def champion(tracking_uri):
     return mlflow.MlflowClient(tracking_uri, tracking_uri).get_model_version_by_alias(CLASS_NAME, "champion")
 
 
+def check_search(said, version, tracking_uri, artifacts):
+    """The champion is the search's best trial, with its curves, below the search's run."""
+    assert "trial  3 of 3" in said["search"]
+    assert "finds drawn defects with an AUROC of" in said["search"]
+    assert "is kept as the search fitted it" in said["fit"]
+    assert "0 of 1 classes are to be fitted" in said["fit"]
+    client = mlflow.MlflowClient(tracking_uri, tracking_uri)
+    run = client.get_run(version.run_id)
+    parent = client.get_run(run.data.tags["mlflow.parentRunId"])
+    assert parent.info.run_name == f"search-{CLASS_NAME}"
+    assert any(path.endswith(f"{parent.info.run_id}/artifacts/search/trials.png") for path in artifacts)
+    children = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    assert len(children) == 3
+    for child in children:
+        epochs = [each.step for each in client.get_metric_history(child.info.run_id, "objective")]
+        assert epochs in ([1], [1, 2])
+        assert child.info.status == ("FINISHED" if epochs == [1, 2] else "KILLED")
+    assert float(run.data.metrics["objective"]) == parent.data.metrics["objective"]
+
+
 def test_stages_run_as_jobs_on_a_shared_folder(checkout, ray_head, one_class, tmp_path):
     store = tmp_path / "store"
     said = Jobs(checkout, ray_head).run(("manifest", "features"), one_class, store)
@@ -87,7 +109,10 @@ def test_stages_run_as_jobs_on_a_shared_folder(checkout, ray_head, one_class, tm
     assert receipts["features"]["inputs"]["manifest"] == receipts["manifest"]["outputs"]["manifest"]
 
 
-def test_stages_run_as_jobs_on_an_object_store(checkout, ray_head, object_store, bucket, tmp_path):
+def test_stages_run_as_jobs_on_an_object_store(checkout, ray_head, object_store, bucket, parameters, tmp_path):
+    parameters(
+        checkout.folder / "searched.yaml", {"search": {"trials": 3, "space": {"fit.learning_rate": LEARNING_RATES}}}
+    )
     commit = checkout.git("rev-parse", "HEAD")
     remote = s3fs.S3FileSystem(
         endpoint_url=object_store["AWS_ENDPOINT_URL"],
@@ -98,11 +123,12 @@ def test_stages_run_as_jobs_on_an_object_store(checkout, ray_head, object_store,
     remote.put(str(checkout.folder / "data/tiny" / CLASS_NAME), f"{bucket}/pictures/", recursive=True)
     tracking_uri = f"sqlite:///{tmp_path}/mlflow.db"
     jobs = Jobs(checkout, ray_head, SPRUE_COMMIT=commit, MLFLOW_TRACKING_URI=tracking_uri)
-    said = jobs.run(STAGES, f"s3://{bucket}/pictures", f"s3://{bucket}/store")
+    said = jobs.run(STAGES, f"s3://{bucket}/pictures", f"s3://{bucket}/store", "searched.yaml")
     assert "38 extracted, 0 were there" in said["features"]
     check_store(lambda name: remote.cat_file(f"{bucket}/store/tiny/{name}"), commit)
-    assert champion(tracking_uri).tags["sprue.commit"] == commit
-    assert remote.find(f"{bucket}/store/mlflow/artifacts")
+    version = champion(tracking_uri)
+    assert version.tags["sprue.commit"] == commit
+    check_search(said, version, tracking_uri, remote.find(f"{bucket}/store/mlflow/artifacts"))
 
 
 def test_a_job_that_fails_says_why(checkout, ray_head, tmp_path):

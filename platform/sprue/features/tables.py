@@ -176,7 +176,10 @@ class FeatureTable:
         for group in range(len(file.row_groups)):
             count = file.row_groups[group].num_rows
             if not rows.isdisjoint(range(start, start + count)):
-                frame = file[group].to_pandas(columns=columns)
+                try:
+                    frame = file[group].to_pandas(columns=columns)
+                except OSError as error:
+                    raise SprueError(f"{path} can't be read: {error}") from error
                 for offset, values in enumerate(frame.itertuples(index=False, name=None)):
                     if start + offset in rows:
                         yield start + offset, values

@@ -209,7 +209,7 @@ def _outcome(request: FitRequest, config: SearchConfig, key: str, results: tune.
         history, failure = _history(result)
         whole = not failure and is_done(history, fit.settings)
         trials.append(TrialOutcome(number, point, fit_key(fit), history, whole, failure))
-        checkpoints.append(result.get_best_checkpoint("validation_nll", "min"))
+        checkpoints.append(result.get_best_checkpoint("validation_nll", "min") if whole else None)
     finished = [trial for trial in trials if trial.whole]
     if not finished:
         reasons = {trial.failure for trial in trials if trial.failure}
@@ -218,7 +218,10 @@ def _outcome(request: FitRequest, config: SearchConfig, key: str, results: tune.
             f"{'; '.join(sorted(reasons)) or 'give search.minutes more time, or search.epochs fewer'}"
         )
     best = max(finished, key=lambda trial: trial.objective)
-    return SearchOutcome(request.class_name, key, trials, best, read_checkpoint(checkpoints[best.number - 1]))
+    checkpoint = checkpoints[best.number - 1]
+    if checkpoint is None:
+        raise SprueError(f"class {request.class_name}: trial {best.number} left no checkpoint; search again")
+    return SearchOutcome(request.class_name, key, trials, best, read_checkpoint(checkpoint))
 
 
 def _history(result: tune.Result) -> tuple[list[dict[str, Any]], str]:

@@ -95,12 +95,18 @@ def search_space(request: FitRequest, config: SearchConfig) -> dict[str, BaseDis
     point = current_point(request, config.space or [*searchable, "fit.learning_rate"])
     space = {name: _distribution(name, domain) for name, domain in (config.space or default_space(point)).items()}
     for name, value in point.items():
-        distribution = space[name]
-        if not distribution._contains(distribution.to_internal_repr(value)):
+        if not _contains(space[name], value):
             raise SprueError(
                 f"search.space.{name}: the recipe's own value {value} is not in it; add it, to compare with"
             )
     return space
+
+
+def _contains(distribution: BaseDistribution, value: Any) -> bool:
+    if isinstance(distribution, CategoricalDistribution):
+        return value in distribution.choices
+    assert isinstance(distribution, IntDistribution | FloatDistribution)
+    return bool(distribution.low <= value <= distribution.high)
 
 
 def _distribution(name: str, domain: Any) -> BaseDistribution:

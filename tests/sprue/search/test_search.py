@@ -1,11 +1,18 @@
 """A search tries points on Ray Tune, judges them by drawn defects, and hands the best trial's fit on."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 
+from sprue.errors import SprueError
 from sprue.inference.detector import Scoring
-from sprue.search.search import search_class
-from sprue.search.space import SearchConfig, at_point
-from sprue.training.record import fit_key
+from sprue.search.record import SearchRecord, with_winners
+from sprue.search.report import importances, parallel_coordinates, trials_table
+from sprue.search.search import SearchOutcome, TrialOutcome, search_class, search_key
+from sprue.search.space import SearchConfig, at_point, search_space
+from sprue.training.checkpoint import Checkpoint
+from sprue.training.record import FitRecord, fit_key
 from sprue.training.worker import fit_flow
 
 CONFIG = SearchConfig(
@@ -14,7 +21,14 @@ CONFIG = SearchConfig(
 SCORING = Scoring(top=0.1)
 
 
-def test_the_best_trial_is_the_fit_of_its_settings(cluster, case):
+def fitted_here(request):
+    """The best epoch of the same fit without Ray, and its checkpoint."""
+    reports = []
+    fit_flow(request, torch.device("cpu"), lambda *report: reports.append(report))
+    return min(reports, key=lambda report: report[0].validation_nll)
+
+
+def test_the_best_trial_is_the_fit_of_its_settings(cluster, case, tmp_path):
     found = search_class(case.request, CONFIG, SCORING, case.drawn, case.runs)
 
     assert found.trials[0].point == {"flow.steps": 1, "fit.learning_rate": 0.01}
@@ -22,18 +36,69 @@ def test_the_best_trial_is_the_fit_of_its_settings(cluster, case):
     assert all(trial.history for trial in found.trials)
     assert found.best.whole
     assert found.best.objective == max(trial.objective for trial in found.trials if trial.whole)
-    assert any(len(trial.history) < 4 for trial in found.trials), "ASHA stopped no trial"
+    assert any(len(trial.history) < 4 for trial in found.trials), "no trial was stopped"
 
     torch.set_num_threads(1)
-    reports = []
     request = at_point(case.request, found.best.point)
     assert fit_key(request) == found.best.key
-    fit_flow(request, torch.device("cpu"), lambda *report: reports.append(report))
-    best = min(reports, key=lambda report: report[0].validation_nll)
-    assert best[0].epoch == found.checkpoint.epoch
-    assert best[1].flow.keys() == found.checkpoint.flow.keys()
-    assert all(torch.equal(value, best[1].flow[name]) for name, value in found.checkpoint.flow.items())
+    epoch, checkpoint = fitted_here(request)
+    assert epoch.epoch == found.checkpoint.epoch
+    assert checkpoint.flow.keys() == found.checkpoint.flow.keys()
+    assert all(torch.equal(value, checkpoint.flow[name]) for name, value in found.checkpoint.flow.items())
 
     again = search_class(case.request, CONFIG, SCORING, case.drawn, case.runs)
-    assert [trial.point for trial in again.trials] == [trial.point for trial in found.trials]
-    assert [trial.history for trial in again.trials] == [trial.history for trial in found.trials]
+    assert again.trials == found.trials
+
+    folder = case.runs / "record"
+    record = SearchRecord.of(found)
+    record.write(folder / "brick", FitRecord.of(request, found.checkpoint, found.best.history, "abc"))
+    assert SearchRecord.read(folder / "brick") == record
+    assert with_winners([case.request], folder, CONFIG, SCORING) == [request]
+    assert with_winners([case.request], folder, SearchConfig(), SCORING) == [case.request]
+    with pytest.raises(SprueError, match="searched on other pictures or with other parameters than there are now"):
+        with_winners([case.request], folder, replace(CONFIG, seed=1), SCORING)
+
+
+def test_a_trial_that_can_not_be_fitted_finds_nothing(cluster, case):
+    space = {"fit.learning_rate": [0.01, 1e20], "fit.gradient_norm": [1.0, 1e30]}
+    config = SearchConfig(trials=6, epochs=2, space=space)
+    found = search_class(case.request, config, SCORING, case.drawn, case.runs)
+    failed = [trial for trial in found.trials if trial.failure]
+    assert failed, "no point with an endless gradient was tried"
+    assert all("the likelihood stopped being finite" in trial.failure for trial in failed)
+    assert all(not trial.whole for trial in failed)
+    assert found.best not in failed
+
+
+def outcome_of(objectives, request):
+    """A search whose trials found so much; all but the last ran to their ends."""
+    trials = [
+        TrialOutcome(
+            number,
+            {"flow.steps": 1 + 2 * (number % 2), "fit.learning_rate": 0.001 * number},
+            f"key{number}",
+            [
+                {"epoch": 1, "validation_nll": 2.0, "objective": 0.1},
+                {"epoch": 2, "validation_nll": 1.0, "objective": found},
+            ],
+            number < len(objectives),
+        )
+        for number, found in enumerate(objectives, 1)
+    ]
+    best = max(trials[:-1], key=lambda trial: trial.objective)
+    return SearchOutcome("brick", search_key(request, CONFIG, SCORING), trials, best, Checkpoint(2, [], {}, {}))
+
+
+def test_the_report_tells_what_mattered(case):
+    # The objective follows the number of steps alone.
+    record = SearchRecord.of(outcome_of([0.5, 0.9, 0.52, 0.91, 0.5, 0.92, 0.51, 0.93, 0.95], case.request))
+    table = trials_table(record)
+    assert record.best == 8
+    assert table["end"].tolist() == ["whole"] * 7 + ["best", "stopped"]
+    assert table["objective"].tolist()[:2] == [0.5, 0.9]
+    space = search_space(case.request, CONFIG)
+    shares = importances(record, space)
+    assert list(shares) == ["flow.steps", "fit.learning_rate"], "the more important comes first"
+    assert sum(shares.values()) == pytest.approx(1)
+    assert parallel_coordinates(record, space).startswith(b"\x89PNG")
+    assert importances(SearchRecord.of(outcome_of([0.5, 0.5, 0.5], case.request)), space) == {}

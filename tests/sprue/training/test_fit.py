@@ -115,3 +115,26 @@ def test_samples_of_several_views_are_fitted_together(cluster, tmp_path):
         request_of_views(tmp_path / "again").check()
     with pytest.raises(SprueError, match="class box: its samples have 2 pictures each, and patchflow reads 1; choose"):
         replace(request, flow_name="patchflow", flow_config=FLOW).check()
+
+
+def test_two_workers_learn_what_one_does(cluster, tmp_path):
+    # Noise, a stride and batches of odd sizes: what each worker draws must be its part of what one would.
+    flow = {**FLOW, "noise": 0.2, "noise_scheme": "uniform", "stride": 2}
+    alone = request_of(tmp_path / "tables", "brick", flow_config=flow)
+    shared = replace(alone, settings=replace(alone.settings, workers=2))
+    (found,) = fit_classes([shared], UPath(tmp_path / "runs"), lambda name, epoch: None)
+    assert found.failure == ""
+    expected = fitted_here(alone)
+    for figure in ("train_nll", "validation_nll", "learning_rate"):
+        assert [row[figure] for row in found.history] == pytest.approx(
+            [getattr(epoch, figure) for epoch, _ in expected], rel=1e-5
+        )
+    best = expected[found.best.epoch - 1][1]
+    for key, value in best.flow.items():
+        torch.testing.assert_close(found.best.flow[key], value, rtol=1e-3, atol=1e-5)
+
+
+def test_more_workers_than_the_cluster_has_room_for_are_refused(cluster, tmp_path):
+    request = request_of(tmp_path / "tables", "brick", settings=FitSettings(workers=64))
+    with pytest.raises(SprueError, match=r"fit\.workers: 64 workers of a fit need a .PU each; the Ray cluster has"):
+        fit_classes([request], UPath(tmp_path / "runs"), lambda name, epoch: None)
