@@ -6,6 +6,7 @@ DATA :=
 NAME :=
 RECIPE :=
 LAYOUT :=
+TRIALS :=
 HOST := 127.0.0.1
 
 .PHONY: help setup demo run serve mlflow test lint
@@ -26,10 +27,10 @@ setup: .venv/installed ## make the virtual environment from the pinned versions
 demo: setup ## run the main job on the embedded dataset (minutes)
 	$(BIN)/python pipelines/demo.py
 
-run: setup ## run the pipeline on your own folder: make run DATA=/path/to/folder [NAME=...] [RECIPE=...] [LAYOUT=...]
+run: setup ## run the pipeline on your own folder: make run DATA=/path/to/folder [NAME=...] [RECIPE=...] [LAYOUT=...] [TRIALS=...]
 	@test -n "$(DATA)" || { echo 'name a folder: make run DATA=/path/to/folder'; exit 2; }
 	$(BIN)/python pipelines/run.py --data "$(DATA)" $(if $(NAME),--name "$(NAME)") $(if $(RECIPE),--recipe "$(RECIPE)") \
-		$(if $(LAYOUT),--layout "$(LAYOUT)")
+		$(if $(LAYOUT),--layout "$(LAYOUT)") $(if $(TRIALS),--trials "$(TRIALS)")
 
 serve: setup ## keep the scoring service up on the registered champions [PORT=8000 HOST=127.0.0.1]
 	$(BIN)/python pipelines/serve.py --host $(HOST) --port $(or $(PORT),8000)

@@ -2,7 +2,7 @@
 
 A cluster of a head and two machines (processes of ``ray start``), a tracking server, and the stages fit and search on
 one class. Each time something is killed with SIGKILL: a worker of Ray Train, a process of a trial, all processes of a
-machine, or the stage itself, which is then started again. Prints for each kill the epochs that were fitted again
+machine, or the stage itself, which is then started again; or the stage is interrupted as by Ctrl-C. Prints for each kill the epochs that were fitted again
 although they had been reported, the epochs whose figures the server lacks or has twice, and whether the weights are
 bit for bit those of an undisturbed fit.
 """
@@ -33,7 +33,7 @@ from rich.table import Table
 
 from sprue.data.manifest import Manifest
 from sprue.data.textures import write_textures
-from sprue.pipeline import Context
+from sprue.pipeline import INTERRUPTED, Context
 from sprue.planning import recipe_requests
 from sprue.search.record import SearchRecord
 from sprue.search.space import at_point
@@ -42,8 +42,8 @@ from sprue.training.record import FitRecord, fit_key
 from sprue.training.worker import FitRequest, fit_flow
 
 ROOT = Path(__file__).parents[1]
-KINDS = ("worker", "node", "driver", "trial")
-PROCESS = {"worker": "RayTrainWorker", "node": "RayTrainWorker", "trial": "ImplicitFunc"}
+KINDS = ("worker", "node", "driver", "interrupt", "trial")
+PROCESS = {"worker": "RayTrainWorker", "node": "RayTrainWorker", "trial": "ray::search-"}
 """Part of the title of the process that does the work."""
 
 CLASS_NAME, EPOCHS, TRIALS = "brick", 12, 3
@@ -208,9 +208,10 @@ def strike(kind: str, site: Site, cluster: Cluster, number: int) -> tuple[str, .
     stage.read(moment)
     time.sleep(random.uniform(0, 0.5))
     said = list(stage.lines)
-    if kind == "driver":
-        stage.process.kill()
-        stage.process.wait()
+    if kind in ("driver", "interrupt"):
+        stage.process.send_signal(signal.SIGKILL if kind == "driver" else signal.SIGINT)
+        if stage.process.wait(timeout=60) != {"driver": -signal.SIGKILL, "interrupt": INTERRUPTED}[kind]:
+            raise RuntimeError(f"after {kind} the stage ended with {stage.process.returncode}")
         stage = site.start(stage_name, store, seed=number, trials=trials)
         stage.lines = said
     else:

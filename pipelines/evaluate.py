@@ -16,7 +16,7 @@ from sprue.inference.detector import Detector, Scoring
 from sprue.inference.memory import keep_freed_memory
 from sprue.inference.spec import FeatureSpec
 from sprue.pipeline import Context, run_stage
-from sprue.planning import final_requests
+from sprue.planning import final_requests, settings_found
 from sprue.store import location, replace_folder, write_bytes, write_json
 from sprue.training.record import FitRecord, fit_key
 
@@ -32,8 +32,8 @@ CURVES = {
 OUTPUTS = ("detectors", "evaluation", "metrics", "plots")
 
 
-def origin(context: Context, manifest: Manifest, detector: Detector, fit: FitRecord) -> dict[str, str]:
-    """What was fitted on what, in words."""
+def origin(context: Context, manifest: Manifest, detector: Detector, fit: FitRecord, settings: str) -> dict[str, str]:
+    """What was fitted on what, in words; `settings` says how they were found."""
     counts = {
         split: len(manifest.select(detector.class_name, split)) for split in ("train", "validation", "calibration")
     }
@@ -45,6 +45,7 @@ def origin(context: Context, manifest: Manifest, detector: Detector, fit: FitRec
         "features": f"{spec.backbone}, blocks {list(spec.blocks)} at scales {list(spec.scales)} of "
         f"{spec.input_size} x {spec.input_size} pixels ({fit.fingerprint})",
         "flow": f"{fit.flow_name}: " + ", ".join(f"{name} {value}" for name, value in fit.flow_config.items()),
+        "settings": settings,
         "fit": f"{fit.key}, epoch {fit.best_epoch} of {len(fit.history)}, seed {fit.settings['seed']}",
         "score": f"{detector.scoring.evidence}, mean of the top {detector.scoring.top or detector.flow.top:.3g} of "
         "the positions",
@@ -92,7 +93,8 @@ def main(context: Context) -> None:
         rows = manifest.select(class_name, "calibration")
         detector = calibrate(class_name, spec, fit.flow_name, fit.build_flow(), scoring, context.alpha, table, rows)
         evaluation = evaluate(detector, table, manifest.select(class_name, "test"), context.data)
-        reports.append(class_report(evaluation, detector, origin(context, manifest, detector, fit), context.data))
+        facts = origin(context, manifest, detector, fit, settings_found(context, class_name))
+        reports.append(class_report(evaluation, detector, facts, context.data))
         publish(context, detector, evaluation, fit, reports[-1])
         logger.info("%-20s %s", class_name, evaluation.headline)
     page = overview(context.dataset, reports, context.alpha)

@@ -7,12 +7,14 @@ from sprue.features.extraction import extract
 from sprue.inference.backbone import resolve
 from sprue.inference.spec import FeatureSpec
 from sprue.pipeline import Context, connect_ray, run_stage
+from sprue.planning import check_parameters
 
 logger = logging.getLogger(__name__)
 
 
 def main(context: Context) -> None:
     """Adds to the feature tables."""
+    check_parameters(context)
     path = context.folder / "manifest.parquet"
     manifest = Manifest.read(path)
     spec = resolve(context.settings(FeatureSpec, "features"))

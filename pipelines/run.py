@@ -16,14 +16,19 @@ FIRST_RECIPE = "csflow-cpu"
 
 
 def run(
-    source: Path, name: str, recipe: str | None = None, layout: str | None = None, first_recipe: str = FIRST_RECIPE
+    source: Path,
+    name: str,
+    recipe: str | None = None,
+    layout: str | None = None,
+    first_recipe: str = FIRST_RECIPE,
+    trials: int | None = None,
 ) -> None:
     """From pictures to registered detectors, and a table of figures; see `sprue.workspace.choose`."""
     if recipe is not None:
         find_recipe(recipe)
     connect(location("store"))
     track_dataset(source, name)
-    choose(name, recipe, layout, first_recipe)
+    choose(name, recipe, layout, first_recipe, trials)
     connect_ray()
     reproduce()
     print(f"\n{results(Path('store') / name)}\n")
@@ -43,9 +48,13 @@ if __name__ == "__main__":
         f"{FIRST_RECIPE} if it is about another)",
     )
     parser.add_argument("--layout", choices=sorted(LAYOUTS), help="of its folders (default likewise, or mvtec)")
+    parser.add_argument(
+        "--trials", type=int, help="settings that a search tries for each class (default likewise, or 0)"
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        run(arguments.data, arguments.name or arguments.data.resolve().name, arguments.recipe, arguments.layout)
+        name = arguments.name or arguments.data.resolve().name
+        run(arguments.data, name, arguments.recipe, arguments.layout, trials=arguments.trials)
     except SprueError as error:
         sys.exit(f"sprue: {error}")

@@ -17,12 +17,13 @@ from sprue.inference.spec import FeatureSpec
 from sprue.pipeline import Context, commit, connect_ray, run_stage
 from sprue.planning import recipe_requests
 from sprue.search.drawn import extract_drawn
-from sprue.search.progress import Progress, open_trial_run
+from sprue.search.progress import Place, Progress, open_trial_run
 from sprue.search.record import SearchRecord
 from sprue.search.report import importances, parallel_coordinates, trials_table
-from sprue.search.search import search_class, search_key
+from sprue.search.search import search_class, search_key, search_name
 from sprue.search.space import SearchConfig, at_point, search_space
-from sprue.store import write_bytes, write_json
+from sprue.store import digest, remove_folder, write_bytes, write_json
+from sprue.tracking.provenance import provenance
 from sprue.tracking.runs import FitRun
 from sprue.tracking.server import connect, experiment_id
 from sprue.training.record import FitRecord
@@ -38,14 +39,18 @@ def search(context: Context, request: FitRequest, rows: pd.DataFrame, config: Se
     space = search_space(request, config)
     experiment = experiment_id(context.dataset, context.store)
     key = search_key(request, config, scoring)
-    parent = FitRun.open(experiment, f"search-{name}", key, {f"search.{each}": at for each, at in space.items()})
+    varied = {f"search.{each}": distribution for each, distribution in space.items()}
+    tags = provenance(commit(), digest(context.folder / "manifest.parquet"), request.fingerprint)
+    parent = FitRun.open(experiment, f"search-{name}", key, varied, tags)
+    place = Place(experiment, parent.run_id, tags)
     drawn = folder / "drawn" / spec.fingerprint
     count = ray.get(ray.remote(num_cpus=1)(extract_drawn).remote(spec, rows, context.data, drawn))
     logger.info("%-20s %d trials, judged by %d drawn defects", name, config.trials, count)
-    progress = Progress(request, config.epochs, config.trials, experiment, parent.run_id)
-    outcome = search_class(request, config, scoring, drawn, context.folder / "runs", [progress])
+    progress = Progress(request, config.epochs, config.trials, place)
+    runs = context.folder / "runs"
+    outcome = search_class(request, config, scoring, drawn, runs, [progress])
     for trial in outcome.trials:
-        run = open_trial_run(request, trial.point, config.epochs, experiment, parent.run_id)
+        run = open_trial_run(request, trial.point, config.epochs, place)
         run.log_epochs(trial.history)
         if trial is not outcome.best:
             run.end("FAILED" if trial.failure else "FINISHED" if trial.whole else "KILLED")
@@ -58,9 +63,10 @@ def search(context: Context, request: FitRequest, rows: pd.DataFrame, config: Se
             write_bytes(folder / file.name, file.read_bytes())
         figures = {f"importance.{each}": share for each, share in shares.items()}
         figures["objective"] = outcome.best.objective
-        parent.finish(figures, Path(files), "search", {"sprue.commit": commit()})
+        parent.finish(figures, Path(files), "search", {})
     fit = at_point(request, outcome.best.point, config.epochs)
-    record.write(folder, FitRecord.of(fit, outcome.checkpoint, outcome.best.history, commit()))
+    record.write(folder, FitRecord.of(fit, outcome.checkpoint(outcome.best.number), outcome.best.history, commit()))
+    remove_folder(runs / search_name(request, config, scoring))
     logger.info("\n%s\n\n%s\n", table.to_string(index=False), _in_words(record, shares))
 
 

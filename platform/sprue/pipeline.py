@@ -25,6 +25,9 @@ from sprue.store import digest, location, write_json
 
 Settings = TypeVar("Settings")
 
+INTERRUPTED = 130
+"""The exit status of a command that was ended with Ctrl-C."""
+
 
 @dataclass(frozen=True)
 class Context:
@@ -172,6 +175,9 @@ def run_stage(stage: str, main: Callable[[Context], None]) -> None:
         main(Context(stage, params, data, location(arguments.store or "store")))
     except SprueError as error:
         sys.exit(f"sprue {stage}: {error}")
+    except KeyboardInterrupt:
+        print(f"sprue {stage}: interrupted; the same command goes on from what is stored", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def read_params(path: Path) -> dict[str, Any]:

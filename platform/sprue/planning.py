@@ -1,15 +1,36 @@
 """What a parameter file asks for: the fits of a dataset's classes, as the recipe or as a search says."""
 
+from defectflow import fitting_config
 from sprue.data.manifest import Manifest
+from sprue.errors import SprueError
 from sprue.inference.backbone import resolve
 from sprue.inference.detector import Scoring
 from sprue.inference.spec import FeatureSpec
 from sprue.pipeline import Context
-from sprue.search.record import with_winners
+from sprue.search.record import SearchRecord, with_winners
 from sprue.search.space import SearchConfig
 from sprue.training.loop import FitSettings
 from sprue.training.requests import fit_requests
 from sprue.training.worker import FitRequest
+
+
+def check_parameters(context: Context) -> None:
+    """Checks the sections that the later stages read, before the first expensive one.
+
+    Raises:
+        SprueError: If a setting is unknown or out of range.
+    """
+    spec = context.settings(FeatureSpec, "features")
+    context.settings(FitSettings, "fit")
+    context.settings(Scoring, "scoring")
+    context.settings(SearchConfig, "search")
+    settings = context.section("flow")
+    # What a backbone's maps are like is known later; these suit every setting that any suit.
+    scales = [[(4096, 64 >> scale, 64 >> scale)] * len(spec.blocks) for scale in range(len(spec.scales))]
+    try:
+        fitting_config(str(settings.pop("name", None)), scales, pictures=1_000_000, settings=settings)
+    except (TypeError, ValueError) as error:
+        raise SprueError(f"flow: {error}") from error
 
 
 def recipe_requests(context: Context, manifest: Manifest) -> list[FitRequest]:
@@ -21,6 +42,18 @@ def recipe_requests(context: Context, manifest: Manifest) -> list[FitRequest]:
     spec = resolve(context.settings(FeatureSpec, "features"))
     settings = context.settings(FitSettings, "fit")
     return fit_requests(manifest, spec, context.folder / "features", context.section("flow"), settings)
+
+
+def settings_found(context: Context, class_name: str) -> str:
+    """How a class's settings were found, in words."""
+    if not context.settings(SearchConfig, "search").trials:
+        return "the recipe's own"
+    record = SearchRecord.read(context.folder / "search" / class_name)
+    best, recipe = record.trials[record.best - 1], record.trials[0]
+    return (
+        f"the best of {len(record.trials)} that were tried, by drawn defects on good validation pictures "
+        f"(AUROC {best.objective:.1%}; the recipe's own {recipe.objective:.1%})"
+    )
 
 
 def final_requests(context: Context, manifest: Manifest) -> list[FitRequest]:

@@ -95,6 +95,12 @@ def replace_folder(source: Path, target: UPath) -> None:
     staged.rename(target)
 
 
+def remove_folder(path: UPath) -> None:
+    """Deletes a folder with everything in it, if it is there."""
+    if path.exists():
+        path.fs.rm(path.path, recursive=True)
+
+
 @contextmanager
 def local_copy(path: UPath) -> Iterator[Path]:
     """A folder of the store as a local folder, for libraries that read no URLs."""

@@ -75,7 +75,7 @@ def _require_unchanged(target: Path, source: Path) -> None:
         )
 
 
-def choose(dataset: str, recipe: str | None, layout: str | None, first_recipe: str) -> None:
+def choose(dataset: str, recipe: str | None, layout: str | None, first_recipe: str, trials: int | None = None) -> None:
     """Writes the dataset's name and layout, and a recipe's sections, to the parameter file; leaves the rest as it is.
 
     A dataset that the file is not about yet begins with the layout `FIRST_LAYOUT` and the recipe `first_recipe`, unless
@@ -86,6 +86,7 @@ def choose(dataset: str, recipe: str | None, layout: str | None, first_recipe: s
         recipe: A file, or a name in `RECIPES`; its sections take the place of those of the parameter file.
         layout: A key of `sprue.data.layouts.LAYOUTS`.
         first_recipe: As `recipe`, for a dataset that is new.
+        trials: How many settings a search tries for each class.
 
     Raises:
         SprueError: If there is no such recipe, or it has other sections than `RECIPE_SECTIONS`.
@@ -102,6 +103,8 @@ def choose(dataset: str, recipe: str | None, layout: str | None, first_recipe: s
         params["manifest"]["layout"] = layout
     if recipe is not None:
         params.update(yaml.load(find_recipe(recipe)))
+    if trials is not None:
+        params["search"]["trials"] = trials
     after = dumped(yaml, params)
     if after != before:
         write_bytes(location(str(PARAMS)), after)

@@ -94,8 +94,11 @@ def test_damaged_pictures_are_listed_and_left_out(bench):
         ("features", "features", {"block": [1]}, ["features: there is no setting 'block'"]),
         ("features", "features", {"backbone": "efficientnet_lite9"}, ["no model 'efficientnet_lite9'"]),
         ("features", "features", {"weights": "file:/nowhere/w.pth"}, ["features.weights", "/nowhere/w.pth"]),
-        ("fit", "fit", {"epoch": 3}, ["fit: there is no setting 'epoch'"]),
-        ("evaluate", "scoring", {"tip": 0.1}, ["scoring: there is no setting 'tip'"]),
+        ("features", "fit", {"epoch": 3}, ["fit: there is no setting 'epoch'"]),
+        ("features", "scoring", {"tip": 0.1}, ["scoring: there is no setting 'tip'"]),
+        ("features", "flow", {"depth": 2}, ["flow: patchflow has no setting 'depth'"]),
+        ("features", "search", {"trials": -1}, ["search: trials is not below 0"]),
+        ("search", "search", {"trials": 1, "space": {"flow.depth": [1, 2]}}, ["tiny/features", "features stage first"]),
     ],
 )
 def test_wrong_parameters(with_manifest, stage, section, changes, culprits):

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from mlflow.exceptions import MlflowException
@@ -22,6 +22,21 @@ logger = logging.getLogger(__name__)
 EPOCH_FIELDS = tuple(field.name for field in fields(Epoch))
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where the runs of a search's trials are on the tracking server.
+
+    Attributes:
+        experiment_id: The experiment.
+        parent: The search's run.
+        tags: Where the trials come from.
+    """
+
+    experiment_id: str
+    parent: str
+    tags: Mapping[str, str]
+
+
 class Progress(tune.Callback):
     """Prints each epoch of each trial, and logs it to a run of the trial below the search's.
 
@@ -29,18 +44,16 @@ class Progress(tune.Callback):
     search: the thread and the runs that it has opened are made anew when the search goes on.
     """
 
-    def __init__(self, request: FitRequest, epochs: int | None, trials: int, experiment_id: str, parent: str) -> None:
+    def __init__(self, request: FitRequest, epochs: int | None, trials: int, place: Place) -> None:
         """Takes what names the trials.
 
         Args:
             request: The recipe's fit.
             epochs: Of a whole trial; as in the request if None.
             trials: How many there will be.
-            experiment_id: MLflow's experiment.
-            parent: The search's run.
+            place: Where their runs are.
         """
-        self.request, self.epochs, self.trials = request, epochs, trials
-        self.experiment_id, self.parent = experiment_id, parent
+        self.request, self.epochs, self.trials, self.place = request, epochs, trials, place
         self.best = 0.0
         self._forget()
 
@@ -81,15 +94,13 @@ class Progress(tune.Callback):
     def _log(self, trial_id: str, point: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         try:
             if trial_id not in self.runs:
-                self.runs[trial_id] = open_trial_run(self.request, point, self.epochs, self.experiment_id, self.parent)
+                self.runs[trial_id] = open_trial_run(self.request, point, self.epochs, self.place)
             self.runs[trial_id].log_epochs(rows)
         except MlflowException as error:
             logger.warning("the tracking server took no figures (%s); they are offered again", error)
 
 
-def open_trial_run(
-    request: FitRequest, point: Mapping[str, Any], epochs: int | None, experiment_id: str, parent: str
-) -> FitRun:
+def open_trial_run(request: FitRequest, point: Mapping[str, Any], epochs: int | None, place: Place) -> FitRun:
     """The run of a trial, below the search's; the run of the fit at that point, should there be one already."""
     fit = at_point(request, point, epochs)
-    return FitRun.open(experiment_id, request.class_name, fit_key(fit), fit.params(), parent)
+    return FitRun.open(place.experiment_id, request.class_name, fit_key(fit), fit.params(), place.tags, place.parent)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -15,6 +15,7 @@ from optuna.samplers import TPESampler
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
+from ray.tune.trainable import wrap_function
 from upath import UPath
 
 from sprue.errors import SprueError
@@ -90,20 +91,29 @@ class SearchOutcome:
         key: Names the search by everything it depends on; see `search_key`.
         trials: In the order in which they were proposed.
         best: The whole trial with the highest objective.
-        checkpoint: That trial's best.
+        stored: Where the best checkpoints of the trials are, by their numbers; a trial that failed at once has none.
     """
 
     class_name: str
     key: str
     trials: list[TrialOutcome]
     best: TrialOutcome
-    checkpoint: Checkpoint
+    stored: Mapping[int, tune.Checkpoint]
+
+    def checkpoint(self, number: int) -> Checkpoint:
+        """A trial's best checkpoint, by the validation likelihood."""
+        return read_checkpoint(self.stored[number])
 
 
 def search_key(request: FitRequest, config: SearchConfig, scoring: Scoring) -> str:
     """12 hexadecimal digits that name a search by the recipe's fit, what is varied, and how points are judged."""
     facts = [fit_key(request), asdict(config), asdict(scoring)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def search_name(request: FitRequest, config: SearchConfig, scoring: Scoring) -> str:
+    """A search's name in its storage, where an interrupted one is found again."""
+    return f"search-{request.class_name}-{search_key(request, config, scoring)}"
 
 
 def search_class(
@@ -139,9 +149,9 @@ def search_class(
     alone = slots.workers == 1
     # Where a trial starts a run of Ray Train, the run's workers take the resources.
     resources = {"cpu": slots.cpus, "gpu": slots.gpus} if alone else {"cpu": 0}
-    trainable = tune.with_resources(_named(trial, request.class_name), resources)
+    trainable = _trainable(trial, request.class_name, resources)
     key = search_key(request, config, scoring)
-    name = f"search-{request.class_name}-{key}"
+    name = search_name(request, config, scoring)
     filesystem = storage_filesystem(runs)
     stored = (runs / name).path
     if tune.Tuner.can_restore(stored, storage_filesystem=filesystem):
@@ -186,13 +196,14 @@ def search_class(
     return _outcome(request, config, key, tuner.fit())
 
 
-def _named(trial: Trial, class_name: str) -> Callable[[dict[str, Any]], None]:
-    """The trial as a function, which Ray Tune wants, with the name under which Ray's dashboard shows its processes."""
+def _trainable(trial: Trial, class_name: str, resources: Mapping[str, float]) -> type[tune.Trainable]:
+    """The trial as Ray Tune wants it, with the name under which Ray's dashboard and ``ray list actors`` show it."""
 
-    def trainable(config: dict[str, Any]) -> None:
+    def run(config: dict[str, Any]) -> None:
         trial(point_of(config))
 
-    trainable.__name__ = f"search-{class_name}"
+    trainable = wrap_function(tune.with_resources(run, dict(resources)))
+    trainable.__name__ = trainable.__qualname__ = f"search-{class_name}"
     return trainable
 
 
@@ -202,15 +213,18 @@ def point_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _outcome(request: FitRequest, config: SearchConfig, key: str, results: tune.ResultGrid) -> SearchOutcome:
-    trials, checkpoints = [], []
+    trials: list[TrialOutcome] = []
+    stored: dict[int, tune.Checkpoint] = {}
     for number, result in enumerate(sorted(results, key=lambda result: result.config[NUMBER]), 1):
         point = point_of(result.config)
         fit = at_point(request, point, config.epochs)
         history, failure = _history(result)
         whole = not failure and is_done(history, fit.settings)
         trials.append(TrialOutcome(number, point, fit_key(fit), history, whole, failure))
-        checkpoints.append(result.get_best_checkpoint("validation_nll", "min") if whole else None)
-    finished = [trial for trial in trials if trial.whole]
+        best_checkpoint = result.get_best_checkpoint("validation_nll", "min") if result.best_checkpoints else None
+        if best_checkpoint is not None:
+            stored[number] = best_checkpoint
+    finished = [trial for trial in trials if trial.whole and trial.number in stored]
     if not finished:
         reasons = {trial.failure for trial in trials if trial.failure}
         raise SprueError(
@@ -218,10 +232,7 @@ def _outcome(request: FitRequest, config: SearchConfig, key: str, results: tune.
             f"{'; '.join(sorted(reasons)) or 'give search.minutes more time, or search.epochs fewer'}"
         )
     best = max(finished, key=lambda trial: trial.objective)
-    checkpoint = checkpoints[best.number - 1]
-    if checkpoint is None:
-        raise SprueError(f"class {request.class_name}: trial {best.number} left no checkpoint; search again")
-    return SearchOutcome(request.class_name, key, trials, best, read_checkpoint(checkpoint))
+    return SearchOutcome(request.class_name, key, trials, best, stored)
 
 
 def _history(result: tune.Result) -> tuple[list[dict[str, Any]], str]:

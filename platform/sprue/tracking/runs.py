@@ -35,7 +35,13 @@ class FitRun:
 
     @classmethod
     def open(
-        cls, experiment_id: str, class_name: str, key: str, params: Mapping[str, Any], parent: str | None = None
+        cls,
+        experiment_id: str,
+        class_name: str,
+        key: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str] | None = None,
+        parent: str | None = None,
     ) -> Self:
         """Finds the run of a fit, or makes one, running.
 
@@ -44,6 +50,7 @@ class FitRun:
             class_name: The product class, the run's name.
             key: The fit's.
             params: What is shown of it.
+            tags: Where it comes from; see `sprue.tracking.provenance`.
             parent: The run below which a new one is shown.
         """
         client = mlflow.MlflowClient()
@@ -53,8 +60,8 @@ class FitRun:
         if found:
             run_id = found[0].info.run_id
             return cls(run_id, {metric.step for metric in client.get_metric_history(run_id, CURVES[0])})
-        tags = {KEY_TAG: f"{class_name}-{key}"} | ({PARENT_TAG: parent} if parent else {})
-        run = client.create_run(experiment_id, run_name=class_name, tags=tags)
+        own = {KEY_TAG: f"{class_name}-{key}"} | ({PARENT_TAG: parent} if parent else {})
+        run = client.create_run(experiment_id, run_name=class_name, tags={**(tags or {}), **own})
         client.log_batch(run.info.run_id, params=[Param(name, str(value)[:6000]) for name, value in params.items()])
         return cls(run.info.run_id)
 

@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from sprue.training.worker import FitRequest, Judge, fit_worker
 logger = logging.getLogger(__name__)
 
 OnEpoch = Callable[[str, Epoch], None]
+OnOutcome = Callable[[FitRequest, "FitOutcome"], None]
 
 ATTEMPTS = 3
 """How often a fit goes on from its last checkpoint after one of its processes or machines has died."""
@@ -82,7 +83,9 @@ def place_fits(fits: int, workers: int = 1) -> Slots:
     return Slots(min(fits, sum(node // cpus for node in cores) // workers), workers, cpus, gpus=0)
 
 
-def fit_classes(requests: Sequence[FitRequest], runs: UPath, on_epoch: OnEpoch) -> list[FitOutcome]:
+def fit_classes(
+    requests: Sequence[FitRequest], runs: UPath, on_epoch: OnEpoch, on_outcome: OnOutcome | None = None
+) -> list[FitOutcome]:
     """Runs one Ray Train run for each class; a class that fails does not stop the others.
 
     A fit that was interrupted goes on from its last checkpoint, for its run is named by its inputs.
@@ -91,6 +94,7 @@ def fit_classes(requests: Sequence[FitRequest], runs: UPath, on_epoch: OnEpoch) 
         requests: One for each class.
         runs: Folder or s3 URL of Ray Train's runs, as every node sees it.
         on_epoch: Called in this process after each epoch of each class.
+        on_outcome: Called in this thread as soon as a class is finished or has failed.
 
     Returns:
         An outcome for each request, in their order.
@@ -106,7 +110,16 @@ def fit_classes(requests: Sequence[FitRequest], runs: UPath, on_epoch: OnEpoch) 
     listener.start()
     with ThreadPoolExecutor(slots.count) as pool:
         futures = [pool.submit(_fit_class, request, runs, slots, epochs) for request in requests]
-        wait(futures)
+        requested = dict(zip(futures, requests, strict=True))
+        try:
+            for future in as_completed(futures):
+                if on_outcome is not None:
+                    on_outcome(requested[future], _outcome(requested[future], future))
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            # Ends the waiting of the fits that run; what they have stored is gone on from.
+            ray.shutdown()
+            raise
     finished.set()
     listener.join()
     epochs.shutdown()

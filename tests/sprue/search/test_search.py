@@ -11,7 +11,6 @@ from sprue.search.record import SearchRecord, with_winners
 from sprue.search.report import importances, parallel_coordinates, trials_table
 from sprue.search.search import SearchOutcome, TrialOutcome, search_class, search_key
 from sprue.search.space import SearchConfig, at_point, search_space
-from sprue.training.checkpoint import Checkpoint
 from sprue.training.record import FitRecord, fit_key
 from sprue.training.worker import fit_flow
 
@@ -42,21 +41,34 @@ def test_the_best_trial_is_the_fit_of_its_settings(cluster, case, tmp_path):
     request = at_point(case.request, found.best.point)
     assert fit_key(request) == found.best.key
     epoch, checkpoint = fitted_here(request)
-    assert epoch.epoch == found.checkpoint.epoch
-    assert checkpoint.flow.keys() == found.checkpoint.flow.keys()
-    assert all(torch.equal(value, checkpoint.flow[name]) for name, value in found.checkpoint.flow.items())
+    kept = found.checkpoint(found.best.number)
+    assert epoch.epoch == kept.epoch
+    assert checkpoint.flow.keys() == kept.flow.keys()
+    assert all(torch.equal(value, checkpoint.flow[name]) for name, value in kept.flow.items())
 
     again = search_class(case.request, CONFIG, SCORING, case.drawn, case.runs)
     assert again.trials == found.trials
 
     folder = case.runs / "record"
     record = SearchRecord.of(found)
-    record.write(folder / "brick", FitRecord.of(request, found.checkpoint, found.best.history, "abc"))
+    record.write(folder / "brick", FitRecord.of(request, kept, found.best.history, "abc"))
     assert SearchRecord.read(folder / "brick") == record
     assert with_winners([case.request], folder, CONFIG, SCORING) == [request]
     assert with_winners([case.request], folder, SearchConfig(), SCORING) == [case.request]
     with pytest.raises(SprueError, match="searched on other pictures or with other parameters than there are now"):
         with_winners([case.request], folder, replace(CONFIG, seed=1), SCORING)
+
+
+def test_trials_of_several_workers_are_runs_of_ray_train(cluster, case):
+    request = replace(case.request, settings=replace(case.request.settings, workers=2))
+    config = SearchConfig(trials=2, epochs=2, space={"flow.steps": [1, 2]})
+    found = search_class(request, config, SCORING, case.drawn, case.runs)
+    assert all(trial.whole and not trial.failure for trial in found.trials)
+    alone = at_point(case.request, found.best.point, epochs=2)
+    epoch, checkpoint = fitted_here(alone)
+    assert found.best.best["validation_nll"] == pytest.approx(epoch.validation_nll, rel=1e-5)
+    for name, value in checkpoint.flow.items():
+        torch.testing.assert_close(found.checkpoint(found.best.number).flow[name], value, rtol=1e-3, atol=1e-5)
 
 
 def test_a_trial_that_can_not_be_fitted_finds_nothing(cluster, case):
@@ -86,7 +98,7 @@ def outcome_of(objectives, request):
         for number, found in enumerate(objectives, 1)
     ]
     best = max(trials[:-1], key=lambda trial: trial.objective)
-    return SearchOutcome("brick", search_key(request, CONFIG, SCORING), trials, best, Checkpoint(2, [], {}, {}))
+    return SearchOutcome("brick", search_key(request, CONFIG, SCORING), trials, best, {})
 
 
 def test_the_report_tells_what_mattered(case):

@@ -1,0 +1,37 @@
+"""Where a run's weights come from: code, data, packages and machine, as the tags of its run."""
+
+import os
+import platform
+from importlib.metadata import version
+
+import ray
+
+PACKAGES = ("torch", "FrEIA", "timm", "openvino", "ray", "numpy")
+"""What the weights depend on, besides the code and the data."""
+
+
+def provenance(commit: str, data: str, fingerprint: str) -> dict[str, str]:
+    """Tags of a run.
+
+    Args:
+        commit: The code's.
+        data: Digest of the manifest, which names each picture by its digest.
+        fingerprint: Of the feature spec.
+    """
+    return {
+        "sprue.commit": commit,
+        "sprue.data": data,
+        "sprue.features": fingerprint,
+        "sprue.packages": " ".join(f"{name}=={version(name)}" for name in PACKAGES),
+        "sprue.machine": f"Python {platform.python_version()}, {platform.platform()}, {os.cpu_count()} cores",
+        "sprue.cluster": ", ".join(f"{count:g} {name}" for name, count in _resources().items()) or "none",
+    }
+
+
+def _resources() -> dict[str, float]:
+    """CPUs and GPUs of the cluster that this process is connected to, and how many machines there are."""
+    if not ray.is_initialized():
+        return {}
+    found = ray.cluster_resources()
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    return {"nodes": nodes} | {name: found[name] for name in ("CPU", "GPU") if name in found}
