@@ -2,9 +2,9 @@
 
 A cluster of a head and two machines (processes of ``ray start``), a tracking server, and the stages fit and search on
 one class. Each time something is killed with SIGKILL: a worker of Ray Train, a process of a trial, all processes of a
-machine, or the stage itself, which is then started again; or the stage is interrupted as by Ctrl-C. Prints for each kill the epochs that were fitted again
-although they had been reported, the epochs whose figures the server lacks or has twice, and whether the weights are
-bit for bit those of an undisturbed fit.
+machine, or the stage itself, which is then started again; or the stage is interrupted as by Ctrl-C. Prints for each
+kill the epochs that were fitted again although they had been reported, the epochs whose figures the server lacks or
+has twice, and whether the weights are bit for bit those of an undisturbed fit.
 """
 
 import argparse

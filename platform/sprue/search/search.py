@@ -11,6 +11,7 @@ from typing import Any
 import optuna
 import pandas as pd
 import ray
+from optuna.distributions import BaseDistribution
 from optuna.samplers import TPESampler
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
@@ -23,7 +24,7 @@ from sprue.inference.detector import Scoring
 from sprue.search.space import SearchConfig, at_point, current_point, search_space
 from sprue.search.trial import Trial, read_trial_data
 from sprue.training.checkpoint import Checkpoint
-from sprue.training.fit import ATTEMPTS, place_fits, read_checkpoint, storage_filesystem
+from sprue.training.fit import ATTEMPTS, Slots, place_fits, read_checkpoint, storage_filesystem
 from sprue.training.loop import Epoch, is_done
 from sprue.training.record import fit_key
 from sprue.training.worker import FitRequest
@@ -33,6 +34,9 @@ logger = logging.getLogger(__name__)
 REDUCTION = 3
 """ASHA lets this share of the trials pass each of its rungs; the epochs of the rungs are its powers."""
 
+
+STARTUP_TRIALS = 5
+"""Points that are drawn at random, before Optuna learns from what was found."""
 
 NUMBER = "number"
 """A trial's number in Ray Tune's config, beside its point."""
@@ -146,63 +150,67 @@ def search_class(
     slots = place_fits(config.trials, request.settings.workers)
     data = ray.remote(num_cpus=0)(read_trial_data).remote(request, str(drawn))
     trial = Trial(request, config.epochs, data, scoring, slots, runs)
-    alone = slots.workers == 1
-    # Where a trial starts a run of Ray Train, the run's workers take the resources.
-    resources = {"cpu": slots.cpus, "gpu": slots.gpus} if alone else {"cpu": 0}
-    trainable = _trainable(trial, request.class_name, resources)
-    key = search_key(request, config, scoring)
-    name = search_name(request, config, scoring)
-    filesystem = storage_filesystem(runs)
+    trainable = _trainable(trial, request.class_name)
+    name, filesystem = search_name(request, config, scoring), storage_filesystem(runs)
     stored = (runs / name).path
     if tune.Tuner.can_restore(stored, storage_filesystem=filesystem):
         logger.info("%s: an interrupted search goes on", request.class_name)
         tuner = tune.Tuner.restore(stored, trainable, restart_errored=True, storage_filesystem=filesystem)
     else:
-        epochs = config.epochs or request.settings.epochs
-        tuner = tune.Tuner(
-            trainable,
-            tune_config=tune.TuneConfig(
-                metric="objective",
-                mode="max",
-                search_alg=_NumberedSearch(
-                    space,
-                    metric="objective",
-                    mode="max",
-                    points_to_evaluate=[current_point(request, space)],
-                    sampler=TPESampler(seed=config.seed, n_startup_trials=5, multivariate=True),
-                ),
-                scheduler=ASHAScheduler(
-                    time_attr="epoch", max_t=epochs, grace_period=min(epochs, REDUCTION), reduction_factor=REDUCTION
-                ),
-                num_samples=config.trials,
-                max_concurrent_trials=slots.count,
-                time_budget_s=None if config.minutes is None else 60 * config.minutes,
-                reuse_actors=alone,
-                trial_name_creator=lambda trial: f"{request.class_name}-{trial.trial_id}",
-                trial_dirname_creator=lambda trial: trial.trial_id,
+        run_config = tune.RunConfig(
+            name=name,
+            storage_path=runs.path,
+            storage_filesystem=filesystem,
+            failure_config=tune.FailureConfig(max_failures=ATTEMPTS),
+            checkpoint_config=tune.CheckpointConfig(
+                num_to_keep=1, checkpoint_score_attribute="validation_nll", checkpoint_score_order="min"
             ),
-            run_config=tune.RunConfig(
-                name=name,
-                storage_path=runs.path,
-                storage_filesystem=filesystem,
-                failure_config=tune.FailureConfig(max_failures=ATTEMPTS),
-                checkpoint_config=tune.CheckpointConfig(
-                    num_to_keep=1, checkpoint_score_attribute="validation_nll", checkpoint_score_order="min"
-                ),
-                callbacks=list(callbacks),
-                verbose=0,
-            ),
+            callbacks=list(callbacks),
+            verbose=0,
         )
-    return _outcome(request, config, key, tuner.fit())
+        tuner = tune.Tuner(trainable, tune_config=_tune_config(request, config, space, slots), run_config=run_config)
+    return _outcome(request, config, search_key(request, config, scoring), tuner.fit())
 
 
-def _trainable(trial: Trial, class_name: str, resources: Mapping[str, float]) -> type[tune.Trainable]:
+def _tune_config(
+    request: FitRequest, config: SearchConfig, space: Mapping[str, BaseDistribution], slots: Slots
+) -> tune.TuneConfig:
+    epochs = config.epochs or request.settings.epochs
+    search = _NumberedSearch(
+        dict(space),
+        metric="objective",
+        mode="max",
+        points_to_evaluate=[current_point(request, space)],
+        sampler=TPESampler(seed=config.seed, n_startup_trials=STARTUP_TRIALS, multivariate=True),
+    )
+    halving = ASHAScheduler(
+        time_attr="epoch", max_t=epochs, grace_period=min(epochs, REDUCTION), reduction_factor=REDUCTION
+    )
+    return tune.TuneConfig(
+        metric="objective",
+        mode="max",
+        search_alg=search,
+        scheduler=halving,
+        num_samples=config.trials,
+        max_concurrent_trials=slots.count,
+        time_budget_s=None if config.minutes is None else 60 * config.minutes,
+        # A new process imports for seconds what the last trial's has imported.
+        reuse_actors=slots.workers == 1,
+        trial_name_creator=lambda trial: f"{request.class_name}-{trial.trial_id}",
+        trial_dirname_creator=lambda trial: trial.trial_id,
+    )
+
+
+def _trainable(trial: Trial, class_name: str) -> type[tune.Trainable]:
     """The trial as Ray Tune wants it, with the name under which Ray's dashboard and ``ray list actors`` show it."""
+    # Where a trial starts a run of Ray Train, the run's workers take the resources.
+    alone = trial.slots.workers == 1
+    resources = {"cpu": trial.slots.cpus, "gpu": trial.slots.gpus} if alone else {"cpu": 0}
 
     def run(config: dict[str, Any]) -> None:
         trial(point_of(config))
 
-    trainable = wrap_function(tune.with_resources(run, dict(resources)))
+    trainable = wrap_function(tune.with_resources(run, resources))
     trainable.__name__ = trainable.__qualname__ = f"search-{class_name}"
     return trainable
 
