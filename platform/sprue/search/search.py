@@ -13,7 +13,9 @@ import pandas as pd
 import ray
 from optuna.distributions import BaseDistribution
 from optuna.samplers import TPESampler
+from pyarrow.fs import PyFileSystem
 from ray import tune
+from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 from ray.tune.trainable import wrap_function
@@ -169,7 +171,7 @@ def search_class(
             verbose=0,
         )
         tuner = tune.Tuner(trainable, tune_config=_tune_config(request, config, space, slots), run_config=run_config)
-    return _outcome(request, config, search_key(request, config, scoring), tuner.fit())
+    return _outcome(request, config, search_key(request, config, scoring), tuner.fit(), filesystem)
 
 
 def _tune_config(
@@ -203,9 +205,10 @@ def _tune_config(
 
 def _trainable(trial: Trial, class_name: str) -> type[tune.Trainable]:
     """The trial as Ray Tune wants it, with the name under which Ray's dashboard and ``ray list actors`` show it."""
-    # Where a trial starts a run of Ray Train, the run's workers take the resources.
-    alone = trial.slots.workers == 1
-    resources = {"cpu": trial.slots.cpus, "gpu": trial.slots.gpus} if alone else {"cpu": 0}
+    resources: dict[str, float] = {"cpu": trial.slots.cpus, "gpu": trial.slots.gpus}
+    if trial.slots.workers > 1:
+        # The workers of the run that a trial starts take the cores. Ray Tune wants each trial to book something.
+        resources = {"memory": 2**20}
 
     def run(config: dict[str, Any]) -> None:
         trial(point_of(config))
@@ -220,7 +223,9 @@ def point_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name != NUMBER}
 
 
-def _outcome(request: FitRequest, config: SearchConfig, key: str, results: tune.ResultGrid) -> SearchOutcome:
+def _outcome(
+    request: FitRequest, config: SearchConfig, key: str, results: tune.ResultGrid, filesystem: PyFileSystem | None
+) -> SearchOutcome:
     trials: list[TrialOutcome] = []
     stored: dict[int, tune.Checkpoint] = {}
     for number, result in enumerate(sorted(results, key=lambda result: result.config[NUMBER]), 1):
@@ -229,9 +234,9 @@ def _outcome(request: FitRequest, config: SearchConfig, key: str, results: tune.
         history, failure = _history(result)
         whole = not failure and is_done(history, fit.settings)
         trials.append(TrialOutcome(number, point, fit_key(fit), history, whole, failure))
-        best_checkpoint = result.get_best_checkpoint("validation_nll", "min") if result.best_checkpoints else None
-        if best_checkpoint is not None:
-            stored[number] = best_checkpoint
+        checkpoint = _best_checkpoint(result, filesystem)
+        if checkpoint is not None:
+            stored[number] = checkpoint
     finished = [trial for trial in trials if trial.whole and trial.number in stored]
     if not finished:
         reasons = {trial.failure for trial in trials if trial.failure}
@@ -241,6 +246,15 @@ def _outcome(request: FitRequest, config: SearchConfig, key: str, results: tune.
         )
     best = max(finished, key=lambda trial: trial.objective)
     return SearchOutcome(request.class_name, key, trials, best, stored)
+
+
+def _best_checkpoint(result: tune.Result, filesystem: PyFileSystem | None) -> tune.Checkpoint | None:
+    """The checkpoint of a trial's best epoch by the validation likelihood; None if it has not come so far."""
+    rows = result.metrics_dataframe
+    if rows is None or CHECKPOINT_PATH_KEY not in rows:
+        return result.get_best_checkpoint("validation_nll", "min") if result.best_checkpoints else None
+    # The trial's run of Ray Train has kept the same one.
+    return tune.Checkpoint(rows.loc[rows["validation_nll"].idxmin(), CHECKPOINT_PATH_KEY], filesystem)
 
 
 def _history(result: tune.Result) -> tuple[list[dict[str, Any]], str]:

@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 import textwrap
+from importlib.metadata import version
 from pathlib import Path
 
 import mlflow
@@ -23,6 +24,7 @@ from sprue.inference.engines import build_engine
 from sprue.inference.images import model_input
 from sprue.inference.spec import FeatureSpec
 from sprue.tracking.packaging import log_detector
+from sprue.tracking.provenance import provenance
 from sprue.tracking.registry import Champion, champions, find_version, load_detector, make_champion, register
 from sprue.tracking.runs import CURVES, FitRun
 from sprue.tracking.server import experiment_id
@@ -102,7 +104,7 @@ def test_a_finished_run_has_figures_and_pictures_and_a_failed_one_says_so(store,
     experiment = experiment_id("textures", store)
     run = FitRun.open(experiment, "finished", "k", {})
     (tmp_path / "scores.csv").write_text("picture,score\n")
-    run.finish({"image_auroc": 0.98}, tmp_path, {"sprue.dataset": "textures"})
+    run.finish({"image_auroc": 0.98}, tmp_path, "evaluation", {"sprue.dataset": "textures"})
     client = mlflow.MlflowClient()
     logged = client.get_run(run.run_id)
     assert (logged.info.status, logged.data.metrics["image_auroc"]) == ("FINISHED", 0.98)
@@ -110,9 +112,25 @@ def test_a_finished_run_has_figures_and_pictures_and_a_failed_one_says_so(store,
     assert [file.path for file in client.list_artifacts(run.run_id, "evaluation")] == ["evaluation/scores.csv"]
     assert list(Path((store / "mlflow" / "artifacts").path).rglob("scores.csv"))
     failed = FitRun.open(experiment, "failed", "k", {})
-    failed.fail()
+    failed.end("FAILED")
     assert client.get_run(failed.run_id).info.status == "FAILED"
     assert FitRun.open(experiment, "failed", "k", {}).run_id == failed.run_id
+
+
+def test_a_trial_is_a_run_below_its_search_and_says_where_it_comes_from(store):
+    experiment = experiment_id("textures", store)
+    search = FitRun.open(experiment, "search-brick", "s", {"search.flow.steps": [1, 2]})
+    tags = provenance("abc", "d" * 64, "f" * 16)
+    trial = FitRun.open(experiment, "brick", "t1", {"flow.steps": 1}, tags, search.run_id)
+    rows = [{name: value for name, value in row.items() if name != "objective"} for row in epochs(2)]
+    trial.log_epochs(rows)
+    assert steps(trial.run_id, "objective") == []
+    found = mlflow.MlflowClient().get_run(trial.run_id).data.tags
+    assert found["mlflow.parentRunId"] == search.run_id
+    assert {name: found[name] for name in tags} == tags
+    assert found["sprue.commit"] == "abc"
+    assert f"torch=={version('torch')}" in found["sprue.packages"].split()
+    assert FitRun.open(experiment, "brick", "t1", {}).run_id == trial.run_id
 
 
 @pytest.fixture(scope="module")

@@ -118,6 +118,17 @@ def test_an_interrupted_fit_ends_with_the_weights_of_an_undisturbed_one(tmp_path
     assert timeless[0] == timeless[1]
 
 
+def test_patience_ends_a_fit_that_gets_no_better():
+    # A rate that only falls apart: validation is best early, and no epoch improves on it.
+    settings = replace(SETTINGS, epochs=40, learning_rate=0.3, schedule="constant", warmup=0.0, patience=3)
+    reports = fit(settings)
+    figures = [epoch.validation_nll for epoch, _ in reports]
+    assert len(reports) < 40
+    assert len(figures) - 1 - figures.index(min(figures)) == 3
+    assert fit(settings, start=reports[-1][1]) == []
+    assert len(fit(settings, start=reports[0][1])) == len(reports) - 1
+
+
 def test_a_finished_fit_is_left_as_it_is():
     finished = fit()[-1][1]
     assert fit(start=finished) == []
