@@ -11,6 +11,7 @@ import ray
 import torch
 
 from sprue.data.manifest import Manifest
+from sprue.errors import SprueError
 from sprue.inference.backbone import resolve
 from sprue.inference.detector import Scoring
 from sprue.inference.spec import FeatureSpec
@@ -44,7 +45,11 @@ def search(context: Context, request: FitRequest, rows: pd.DataFrame, config: Se
     parent = FitRun.open(experiment, f"search-{name}", key, varied, tags)
     place = Place(experiment, parent.run_id, tags)
     drawn = folder / "drawn" / spec.fingerprint
-    count = ray.get(ray.remote(num_cpus=1)(extract_drawn).remote(spec, rows, context.data, drawn))
+    try:
+        count = ray.get(ray.remote(num_cpus=1)(extract_drawn).remote(spec, rows, context.data, drawn))
+    except ray.exceptions.RayTaskError as error:
+        # Ray adds the traceback to the message.
+        raise (error.cause if isinstance(error.cause, SprueError) else error) from error
     logger.info("%-20s %d trials, judged by %d drawn defects", name, config.trials, count)
     progress = Progress(request, config.epochs, config.trials, place)
     runs = context.folder / "runs"

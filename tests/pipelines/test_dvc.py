@@ -83,7 +83,7 @@ def test_another_alpha_changes_the_evaluation_alone(version):
 def test_more_epochs_fit_again_on_the_same_features(version):
     version.set_params({"fit": {"epochs": 3}})
     # A dry run takes the fits to be unchanged, and register runs always.
-    assert ran(version.dvc("repro", "--dry")) == ["fit", "evaluate", "register"]
+    assert ran(version.dvc("repro", "--dry")) == ["search", "fit", "evaluate", "register"]
     done = version.run("python", "pipelines/evaluate.py", check=False)
     assert done.returncode == 1
     assert "class brick: what is in" in done.stderr

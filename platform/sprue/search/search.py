@@ -13,9 +13,7 @@ import pandas as pd
 import ray
 from optuna.distributions import BaseDistribution
 from optuna.samplers import TPESampler
-from pyarrow.fs import PyFileSystem
 from ray import tune
-from ray.tune.integration.ray_train import CHECKPOINT_PATH_KEY
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 from ray.tune.trainable import wrap_function
@@ -149,9 +147,9 @@ def search_class(
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     space = search_space(request, config)
-    slots = place_fits(config.trials, request.settings.workers)
+    slots = place_fits(config.trials)
     data = ray.remote(num_cpus=0)(read_trial_data).remote(request, str(drawn))
-    trial = Trial(request, config.epochs, data, scoring, slots, runs)
+    trial = Trial(request, config.epochs, data, scoring, slots)
     trainable = _trainable(trial, request.class_name)
     name, filesystem = search_name(request, config, scoring), storage_filesystem(runs)
     stored = (runs / name).path
@@ -171,7 +169,7 @@ def search_class(
             verbose=0,
         )
         tuner = tune.Tuner(trainable, tune_config=_tune_config(request, config, space, slots), run_config=run_config)
-    return _outcome(request, config, search_key(request, config, scoring), tuner.fit(), filesystem)
+    return _outcome(request, config, search_key(request, config, scoring), tuner.fit())
 
 
 def _tune_config(
@@ -197,7 +195,7 @@ def _tune_config(
         max_concurrent_trials=slots.count,
         time_budget_s=None if config.minutes is None else 60 * config.minutes,
         # A new process imports for seconds what the last trial's has imported.
-        reuse_actors=slots.workers == 1,
+        reuse_actors=True,
         trial_name_creator=lambda trial: f"{request.class_name}-{trial.trial_id}",
         trial_dirname_creator=lambda trial: trial.trial_id,
     )
@@ -205,10 +203,7 @@ def _tune_config(
 
 def _trainable(trial: Trial, class_name: str) -> type[tune.Trainable]:
     """The trial as Ray Tune wants it, with the name under which Ray's dashboard and ``ray list actors`` show it."""
-    resources: dict[str, float] = {"cpu": trial.slots.cpus, "gpu": trial.slots.gpus}
-    if trial.slots.workers > 1:
-        # The workers of the run that a trial starts take the cores. Ray Tune wants each trial to book something.
-        resources = {"memory": 2**20}
+    resources = {"cpu": trial.slots.cpus, "gpu": trial.slots.gpus}
 
     def run(config: dict[str, Any]) -> None:
         trial(point_of(config))
@@ -223,9 +218,7 @@ def point_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name != NUMBER}
 
 
-def _outcome(
-    request: FitRequest, config: SearchConfig, key: str, results: tune.ResultGrid, filesystem: PyFileSystem | None
-) -> SearchOutcome:
+def _outcome(request: FitRequest, config: SearchConfig, key: str, results: tune.ResultGrid) -> SearchOutcome:
     trials: list[TrialOutcome] = []
     stored: dict[int, tune.Checkpoint] = {}
     for number, result in enumerate(sorted(results, key=lambda result: result.config[NUMBER]), 1):
@@ -234,9 +227,8 @@ def _outcome(
         history, failure = _history(result)
         whole = not failure and is_done(history, fit.settings)
         trials.append(TrialOutcome(number, point, fit_key(fit), history, whole, failure))
-        checkpoint = _best_checkpoint(result, filesystem)
-        if checkpoint is not None:
-            stored[number] = checkpoint
+        if result.best_checkpoints:
+            stored[number] = result.get_best_checkpoint("validation_nll", "min")
     finished = [trial for trial in trials if trial.whole and trial.number in stored]
     if not finished:
         reasons = {trial.failure for trial in trials if trial.failure}
@@ -246,15 +238,6 @@ def _outcome(
         )
     best = max(finished, key=lambda trial: trial.objective)
     return SearchOutcome(request.class_name, key, trials, best, stored)
-
-
-def _best_checkpoint(result: tune.Result, filesystem: PyFileSystem | None) -> tune.Checkpoint | None:
-    """The checkpoint of a trial's best epoch by the validation likelihood; None if it has not come so far."""
-    rows = result.metrics_dataframe
-    if rows is None or CHECKPOINT_PATH_KEY not in rows:
-        return result.get_best_checkpoint("validation_nll", "min") if result.best_checkpoints else None
-    # The trial's run of Ray Train has kept the same one.
-    return tune.Checkpoint(rows.loc[rows["validation_nll"].idxmin(), CHECKPOINT_PATH_KEY], filesystem)
 
 
 def _history(result: tune.Result) -> tuple[list[dict[str, Any]], str]:

@@ -2,16 +2,16 @@
 
 import tempfile
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
 import ray.tune
 import torch
 from numpy.typing import NDArray
-from ray.tune.integration.ray_train import TuneReportCallback
-from upath import UPath
 
 from sprue.errors import SprueError
 from sprue.features.tables import FeatureTable
@@ -23,7 +23,7 @@ from sprue.search.space import Point, at_point
 from sprue.store import location
 from sprue.training.checkpoint import Checkpoint
 from sprue.training.feed import MemoryFeed, sample_size
-from sprue.training.fit import Slots, build_trainer, read_checkpoint
+from sprue.training.fit import Slots, read_checkpoint
 from sprue.training.loop import Epoch, train
 from sprue.training.worker import FitRequest
 
@@ -66,26 +66,27 @@ def read_trial_data(request: FitRequest, drawn: str) -> TrialData:
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class DrawnJudge:
-    """The objective of a checkpoint, for a process that reads the shared data when it is first asked.
+    """The objective of a checkpoint, for a process that has the shared data within reach.
 
     Attributes:
-        request: The trial's fit.
+        flow_name: A key of `defectflow.FLOWS`.
+        flow_config: All of the flow's settings.
         data: Ray's reference to the `TrialData`.
         scoring: How a score is made.
     """
 
-    request: FitRequest
+    flow_name: str
+    flow_config: Mapping[str, Any]
     data: "ray.ObjectRef[TrialData]"
     scoring: Scoring
 
     def __call__(self, checkpoint: Checkpoint) -> dict[str, float]:
         """How well drawn defects are found, under the name ``objective``."""
         data = ray.get(self.data)
-        config = self.request.whole_config(FeatureTable(location(self.request.table)))
         objective = Objective(data.validation, data.drawn, self.scoring)
-        return {"objective": objective(self.request.flow_name, config, checkpoint.flow)}
+        return {"objective": objective(self.flow_name, self.flow_config, checkpoint.flow)}
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,7 @@ class Trial:
         epochs: Of a whole trial; as in the request if None.
         data: Ray's reference to the `TrialData`, of which each machine has one copy.
         scoring: How a score is made.
-        slots: What a trial's workers get.
-        runs: Folder or s3 URL of Ray Train's runs.
+        slots: What a trial gets.
     """
 
     request: FitRequest
@@ -106,15 +106,12 @@ class Trial:
     data: "ray.ObjectRef[TrialData]"
     scoring: Scoring
     slots: Slots
-    runs: UPath
 
     def __call__(self, point: Point) -> None:
-        """Fits at a point: in this process if one worker does it, else by a run of Ray Train."""
+        """Fits at a point, in this process."""
         request = at_point(self.request, point, self.epochs)
-        judge = DrawnJudge(request, self.data, self.scoring)
-        if self.slots.workers > 1:
-            build_trainer(request, self.runs, self.slots, judge=judge, callbacks=[TuneReportCallback()]).fit()
-            return
+        table = FeatureTable(location(request.table))
+        judge = DrawnJudge(request.flow_name, request.whole_config(table), self.data, self.scoring)
         keep_freed_memory()
         torch.set_num_threads(self.slots.cpus)
         done = 0
@@ -127,20 +124,12 @@ class Trial:
                 stored = ray.tune.Checkpoint.from_directory(folder)
                 ray.tune.report(asdict(epoch) | judge(checkpoint), checkpoint=stored)
 
-        table = FeatureTable(location(request.table))
         flow = request.build_flow(table)
         data: TrialData = ray.get(self.data)
         training = data.feed(data.train) if data.train else request.feed(table, request.train)
         try:
-            train(
-                flow,
-                training,
-                data.feed(data.validation),
-                request.settings,
-                best_device(),
-                report,
-                _latest_checkpoint(),
-            )
+            start = _latest_checkpoint()
+            train(flow, training, data.feed(data.validation), request.settings, best_device(), report, start)
         except SprueError as error:
             # A flow that can't be fitted finds nothing. Another attempt would give the same answer.
             ray.tune.report({"epoch": done + 1, "objective": 0.0, "failure": str(error)})

@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 from pyarrow.fs import FSSpecHandler, PyFileSystem
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
 from upath import UPath
@@ -19,7 +19,7 @@ from sprue.errors import SprueError
 from sprue.training.checkpoint import Checkpoint
 from sprue.training.loop import Epoch
 from sprue.training.record import fit_key
-from sprue.training.worker import FitRequest, Judge, fit_worker
+from sprue.training.worker import FitRequest, fit_worker
 
 logger = logging.getLogger(__name__)
 
@@ -131,27 +131,15 @@ def run_name(request: FitRequest) -> str:
     return f"{request.class_name}-{fit_key(request)}"
 
 
-def build_trainer(
-    request: FitRequest,
-    runs: UPath,
-    slots: Slots,
-    epochs: Queue | None = None,
-    judge: Judge | None = None,
-    callbacks: Sequence[UserCallback] = (),
-) -> TorchTrainer:
-    """Ray Train's run of a class's fit.
+def storage_filesystem(folder: UPath) -> PyFileSystem | None:
+    """The store's own way to reach a remote folder, so that Ray needs no endpoint and no keys of its own."""
+    return None if folder.protocol in ("", "file") else PyFileSystem(FSSpecHandler(folder.fs))
 
-    Args:
-        request: What is fitted.
-        runs: Folder or s3 URL of Ray Train's runs, as every node sees it.
-        slots: What each worker gets.
-        epochs: Gets (class name, `Epoch`) after each epoch.
-        judge: Makes more figures of each epoch's checkpoint.
-        callbacks: Called by Ray Train's controller.
-    """
-    return TorchTrainer(
+
+def _fit_class(request: FitRequest, runs: UPath, slots: Slots, epochs: Queue) -> FitOutcome:
+    trainer = TorchTrainer(
         fit_worker,
-        train_loop_config={"request": request, "epochs": epochs, "judge": judge},
+        train_loop_config={"request": request, "epochs": epochs},
         scaling_config=ScalingConfig(
             num_workers=slots.workers,
             use_gpu=slots.gpus > 0,
@@ -166,18 +154,9 @@ def build_trainer(
             ),
             failure_config=FailureConfig(max_failures=ATTEMPTS),
             logging_config=LoggingConfig(log_level="WARNING"),
-            callbacks=list(callbacks),
         ),
     )
-
-
-def storage_filesystem(folder: UPath) -> PyFileSystem | None:
-    """The store's own way to reach a remote folder, so that Ray needs no endpoint and no keys of its own."""
-    return None if folder.protocol in ("", "file") else PyFileSystem(FSSpecHandler(folder.fs))
-
-
-def _fit_class(request: FitRequest, runs: UPath, slots: Slots, epochs: Queue) -> FitOutcome:
-    result = build_trainer(request, runs, slots, epochs).fit()
+    result = trainer.fit()
     if result.return_value is not None:
         raise SprueError(result.return_value)
     best = result.get_best_checkpoint("validation_nll", "min")

@@ -22,9 +22,6 @@ from sprue.training.feed import Feed, open_feed
 from sprue.training.loop import Epoch, FitSettings, train
 from sprue.training.share import ALONE, Share
 
-Judge = Callable[[Checkpoint], dict[str, float]]
-"""More figures of an epoch, by name."""
-
 
 def run_params(
     flow_name: str, flow_config: Mapping[str, Any], settings: Mapping[str, Any], fingerprint: str, pictures: int
@@ -123,8 +120,7 @@ def fit_worker(config: dict[str, Any]) -> str | None:
     """Ray Train's entry point in each worker.
 
     Args:
-        config: ``request``, a `FitRequest`; ``epochs``, a queue that gets (class name, `Epoch`) after each epoch, or
-            None; ``judge``, which makes more figures of a `Checkpoint` for Ray, or None.
+        config: ``request``, a `FitRequest`; ``epochs``, a queue that gets (class name, `Epoch`) after each epoch.
 
     Returns:
         Why the class can't be fitted, where another attempt would end in the same way; None if it was fitted.
@@ -133,8 +129,7 @@ def fit_worker(config: dict[str, Any]) -> str | None:
         SprueError: The same, where other workers wait for this one.
     """
     request: FitRequest = config["request"]
-    epochs: Queue | None = config["epochs"]
-    judge: Judge | None = config["judge"]
+    epochs: Queue = config["epochs"]
     context = ray.train.get_context()
     share = Share(context.get_world_rank(), context.get_world_size())
 
@@ -144,10 +139,8 @@ def fit_worker(config: dict[str, Any]) -> str | None:
             return
         with tempfile.TemporaryDirectory() as folder:
             checkpoint.write(Path(folder))
-            metrics = asdict(epoch) | (judge(checkpoint) if judge else {})
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-        if epochs is not None:
-            epochs.put((request.class_name, epoch))
+            ray.train.report(asdict(epoch), checkpoint=ray.train.Checkpoint.from_directory(folder))
+        epochs.put((request.class_name, epoch))
 
     try:
         fit_flow(request, ray.train.torch.get_device(), report, _latest_checkpoint(), share)
