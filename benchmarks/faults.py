@@ -11,6 +11,7 @@ import argparse
 import os
 import random
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -57,7 +58,7 @@ PARAMS = {
         "scales": [1.0],
         "input_size": 256,
     },
-    "flow": {"name": "patchflow", "adapted": 64, "bottleneck": 32, "steps": 4, "noise": 0.1},
+    "flow": {"name": "patchflow", "adapted": 80, "bottleneck": 128, "steps": 4, "noise": 0.1},
     "fit": {"epochs": EPOCHS, "batch_size": 4},
     "scoring": {"top": 0.03},
     "search": {"trials": 0, "space": {"fit.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}}},
@@ -186,7 +187,7 @@ class Stage:
             self.lines.append(line.rstrip())
             if epochs is not None and len(self.epochs()) >= epochs:
                 return
-        if self.process.wait() and epochs is None:
+        if self.process.wait() or epochs is not None:
             raise RuntimeError("the stage failed:\n" + "\n".join(self.lines[-20:]))
 
     def epochs(self) -> list[str]:
@@ -290,7 +291,14 @@ def main() -> None:
         (folder / "data").mkdir()
         (folder / "all" / CLASS_NAME).rename(folder / "data" / CLASS_NAME)
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        environment = {**os.environ, "PATH": path, "MLFLOW_TRACKING_URI": uri, "OMP_NUM_THREADS": "1"}
+        environment = {
+            **os.environ,
+            "PATH": path,
+            "MLFLOW_TRACKING_URI": uri,
+            "OMP_NUM_THREADS": "1",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        }
         site = Site(folder, environment)
         for stage in ("manifest", "features"):
             site.start(stage, folder / "store", seed=0, trials=0).read()
