@@ -13,6 +13,7 @@ from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from upath import UPath
 
 from sprue.errors import SprueError
@@ -104,7 +105,10 @@ def fit_classes(
         "%d classes, %d at a time, each on %d workers with %d CPUs and %d GPUs",
         len(requests), slots.count, slots.workers, slots.cpus, slots.gpus,
     )  # fmt: skip
-    epochs = Queue(actor_options={"num_cpus": 0, "name": f"sprue-epochs-{id(requests):x}"})
+    # Beside this process, so that it outlives any other machine.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    name = f"sprue-epochs-{id(requests):x}"
+    epochs = Queue(actor_options={"num_cpus": 0, "name": name, "scheduling_strategy": here})
     finished = threading.Event()
     listener = threading.Thread(target=_forward, args=(epochs, on_epoch, finished), daemon=True)
     listener.start()
