@@ -17,7 +17,7 @@ from sprue.inference.detector import Scoring
 from sprue.inference.spec import FeatureSpec
 from sprue.pipeline import Context, commit, connect_ray, run_stage
 from sprue.planning import recipe_requests
-from sprue.search.drawn import extract_drawn
+from sprue.search.drawn import code_digest, extract_drawn
 from sprue.search.progress import Place, Progress, open_trial_run
 from sprue.search.record import SearchRecord
 from sprue.search.report import importances, parallel_coordinates, trials_table
@@ -44,7 +44,7 @@ def search(context: Context, request: FitRequest, rows: pd.DataFrame, config: Se
     tags = provenance(commit(), digest(context.folder / "manifest.parquet"), request.fingerprint)
     parent = FitRun.open(experiment, f"search-{name}", key, varied, tags)
     place = Place(experiment, parent.run_id, tags)
-    drawn = folder / "drawn" / spec.fingerprint
+    drawn = folder / "drawn" / f"{spec.fingerprint}-{code_digest()}"
     try:
         count = ray.get(ray.remote(num_cpus=1)(extract_drawn).remote(spec, rows, context.data, drawn))
     except ray.exceptions.RayTaskError as error:
@@ -105,8 +105,16 @@ def main(context: Context) -> None:
         logger.info("%d of %d classes are to be searched", len(waiting), len(requests))
         if waiting:
             connect_ray()
+        failures = []
         for request in waiting:
-            search(context, request, manifest.select(request.class_name, "validation"), config, scoring)
+            try:
+                search(context, request, manifest.select(request.class_name, "validation"), config, scoring)
+            except SprueError as error:
+                failures.append(f"{request.class_name}: {error}")
+        if failures:
+            raise SprueError(
+                f"{len(failures)} of {len(waiting)} searches failed, the others are kept\n" + "\n".join(failures)
+            )
     write_json(folder / "config.json", asdict(config))
     context.leave_receipt(inputs={"manifest": path}, outputs={"search": folder})
 

@@ -176,8 +176,9 @@ def run_stage(stage: str, main: Callable[[Context], None]) -> None:
     except SprueError as error:
         sys.exit(f"sprue {stage}: {error}")
     except KeyboardInterrupt:
-        print(f"sprue {stage}: interrupted; the same command goes on from what is stored", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        print(f"sprue {stage}: interrupted; the same command goes on from what is stored", file=sys.stderr, flush=True)
+        # Threads that wait for Ray would keep the process; its end is what ends their work on the cluster.
+        os._exit(INTERRUPTED)
 
 
 def read_params(path: Path) -> dict[str, Any]:

@@ -8,6 +8,8 @@ Shapes: N drawn samples, S side of the backbone's input, C channels, H rows, W c
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from upath import UPath
 
+from sprue.data import defects
 from sprue.data.defects import KINDS, draw_defect
 from sprue.data.samples import Sample, samples_of
 from sprue.errors import SprueError
@@ -23,6 +26,15 @@ from sprue.inference.detector import BATCH
 from sprue.inference.engines import build_engine
 from sprue.inference.images import model_input, open_image
 from sprue.inference.spec import FeatureSpec
+
+
+@cache
+def code_digest() -> str:
+    """8 hexadecimal digits that name how defects are drawn and where."""
+    sha = hashlib.sha256()
+    for path in (Path(defects.__file__), Path(__file__)):
+        sha.update(path.read_bytes())
+    return sha.hexdigest()[:8]
 
 
 @dataclass(frozen=True)
@@ -81,9 +93,9 @@ def extract_drawn(spec: FeatureSpec, rows: pd.DataFrame, root: UPath, folder: UP
     Raises:
         SprueError: If a picture can't be read or has no room for a defect, or the backbone can't be loaded.
     """
-    defects = plan_defects(samples_of(rows))
+    planned = plan_defects(samples_of(rows))
     table = FeatureTable(folder)
-    missing = [defect for defect in defects if defect.digest not in table]
+    missing = [defect for defect in planned if defect.digest not in table]
     paths = dict(zip(rows["sha256"], rows["path"], strict=True))
     if missing:
         engine = build_engine(spec, threads=threads)
@@ -91,7 +103,7 @@ def extract_drawn(spec: FeatureSpec, rows: pd.DataFrame, root: UPath, folder: UP
             batch = missing[start : start + BATCH]
             inputs_BSS3 = np.stack([_input(defect, root / paths[defect.picture], spec.input_size) for defect in batch])
             write_part(folder, [defect.digest for defect in batch], engine(inputs_BSS3))
-    return len(defects)
+    return len(planned)
 
 
 def _input(defect: DrawnDefect, path: UPath, side: int) -> NDArray[np.uint8]:
@@ -117,11 +129,11 @@ def drawn_maps(
     Raises:
         SprueError: If a drawn picture is not in its table.
     """
-    defects = plan_defects(samples)
+    planned = plan_defects(samples)
     views = len(samples[0])
-    maps = table.read_samples([samples[defect.sample] for defect in defects], views, places)
-    altered = drawn.read([defect.digest for defect in defects], places)
-    view_N = np.array([defect.view for defect in defects])
+    maps = table.read_samples([samples[defect.sample] for defect in planned], views, places)
+    altered = drawn.read([defect.digest for defect in planned], places)
+    view_N = np.array([defect.view for defect in planned])
     for view in range(views):
         for place in places:
             rows = view_N == view

@@ -21,6 +21,7 @@ from upath import UPath
 
 from sprue.errors import SprueError
 from sprue.inference.detector import Scoring
+from sprue.search.drawn import code_digest
 from sprue.search.space import SearchConfig, at_point, current_point, search_space
 from sprue.search.trial import Trial, read_trial_data
 from sprue.training.checkpoint import Checkpoint
@@ -32,8 +33,7 @@ from sprue.training.worker import FitRequest
 logger = logging.getLogger(__name__)
 
 REDUCTION = 3
-"""ASHA lets this share of the trials pass each of its rungs; the epochs of the rungs are its powers."""
-
+"""ASHA lets one of so many trials pass each of its rungs; the epochs of the rungs are its powers."""
 
 STARTUP_TRIALS = 5
 """Points that are drawn at random, before Optuna learns from what was found."""
@@ -111,7 +111,7 @@ class SearchOutcome:
 
 def search_key(request: FitRequest, config: SearchConfig, scoring: Scoring) -> str:
     """12 hexadecimal digits that name a search by the recipe's fit, what is varied, and how points are judged."""
-    facts = [fit_key(request), asdict(config), asdict(scoring)]
+    facts = [fit_key(request), asdict(config), asdict(scoring), code_digest()]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -143,6 +143,8 @@ def search_class(
     Raises:
         SprueError: If the space can't be searched, or no trial ran to its end.
     """
+    # Ray Tune would take Ctrl-C for the search's end, and what it has found so far for its result.
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     # Ray Tune and Optuna would talk between the lines of the callbacks.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -112,18 +112,16 @@ def fit_classes(
     finished = threading.Event()
     listener = threading.Thread(target=_forward, args=(epochs, on_epoch, finished), daemon=True)
     listener.start()
-    with ThreadPoolExecutor(slots.count) as pool:
-        futures = [pool.submit(_fit_class, request, runs, slots, epochs) for request in requests]
-        requested = dict(zip(futures, requests, strict=True))
-        try:
-            for future in as_completed(futures):
-                if on_outcome is not None:
-                    on_outcome(requested[future], _outcome(requested[future], future))
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            # Ends the waiting of the fits that run; what they have stored is gone on from.
-            ray.shutdown()
-            raise
+    pool = ThreadPoolExecutor(slots.count)
+    futures = [pool.submit(_fit_class, request, runs, slots, epochs) for request in requests]
+    requested = dict(zip(futures, requests, strict=True))
+    try:
+        for future in as_completed(futures):
+            if on_outcome is not None:
+                on_outcome(requested[future], _outcome(requested[future], future))
+    finally:
+        # Who is interrupted does not wait for the fits that run; what they have stored is gone on from.
+        pool.shutdown(wait=False, cancel_futures=True)
     finished.set()
     listener.join()
     epochs.shutdown()
