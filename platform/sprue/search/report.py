@@ -1,6 +1,7 @@
 """What a search found, as a table and as a picture: which trials there were, and which parameters mattered."""
 
 import io
+import warnings
 from collections.abc import Mapping
 
 import matplotlib
@@ -12,6 +13,9 @@ from optuna.distributions import BaseDistribution
 from sprue.search.record import SearchRecord
 
 matplotlib.use("agg")
+ENOUGH_TRIALS = 8
+"""With fewer, what seems to matter is chance."""
+
 OBJECTIVE = "drawn defects found (AUROC)"
 
 
@@ -42,12 +46,12 @@ def study_of(record: SearchRecord, space: Mapping[str, BaseDistribution]) -> opt
 
 
 def importances(record: SearchRecord, space: Mapping[str, BaseDistribution]) -> dict[str, float]:
-    """The share of the objective's variance that each parameter explains, by Optuna's fANOVA; none with few trials.
+    """The share of the objective's variance that each parameter explains, by Optuna's fANOVA; none with too few trials.
 
     Source: Hutter, Hoos, Leyton-Brown, "An Efficient Approach for Assessing Hyperparameter Importance" (2014).
     """
     study = study_of(record, space)
-    if len({trial.value for trial in study.trials}) < 3:
+    if len(study.trials) < ENOUGH_TRIALS or len({trial.value for trial in study.trials}) < 2:
         return {}
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
@@ -55,7 +59,11 @@ def importances(record: SearchRecord, space: Mapping[str, BaseDistribution]) -> 
 
 def parallel_coordinates(record: SearchRecord, space: Mapping[str, BaseDistribution]) -> bytes:
     """A PNG with a line for each trial, through its values to what it found."""
-    axes = optuna.visualization.matplotlib.plot_parallel_coordinate(study_of(record, space), target_name=OBJECTIVE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        axes = optuna.visualization.matplotlib.plot_parallel_coordinate(study_of(record, space), target_name=OBJECTIVE)
+    for lines in axes.collections:
+        lines.set_cmap("plasma_r")  # Optuna's own fades to white
     axes.set_title(f"{record.class_name}: {len(record.trials)} trials, the best is trial {record.best}")
     buffer = io.BytesIO()
     figure = pyplot.gcf()

@@ -101,4 +101,5 @@ def test_the_report_tells_what_mattered(case):
     assert shares["flow.steps"] > 0.8
     assert sum(shares.values()) == pytest.approx(1)
     assert parallel_coordinates(record, space).startswith(b"\x89PNG")
-    assert importances(SearchRecord.of(outcome_of([0.5, 0.5, 0.5], case.request)), space) == {}
+    assert importances(SearchRecord.of(outcome_of([0.5] * 9, case.request)), space) == {}
+    assert importances(SearchRecord.of(outcome_of([0.5, 0.9, 0.6], case.request)), space) == {}

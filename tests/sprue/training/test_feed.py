@@ -3,6 +3,7 @@
 Shapes: N samples, B samples of a batch.
 """
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -132,7 +133,7 @@ def test_training_on_four_times_the_memory_stays_within_it(tmp_path):
         assert fit(feed) == [1, 2]
         print(count * sample_size(table, 1, (0,)) / LIMIT, (peak() - before) / LIMIT)
     """
-    environment = {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)], capture_output=True, text=True, env=environment
     )
