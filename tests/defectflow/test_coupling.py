@@ -31,7 +31,7 @@ def bottleneck(c_in, c_out):
 
 def randomised(block, seed=0):
     """A block with weights, biases and gammas drawn so that log-scales are well away from zero."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.5, generator=generator)
     return block
@@ -53,7 +53,7 @@ CASES = [
 
 
 def inputs(case, size, dtype, pictures=2):
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     shape = (pictures, case.get("channels", 6), *size)
     maps = [torch.randn(shape, generator=generator, dtype=dtype) for _ in range(case.get("nodes", 1))]
     extra = case.get("condition", 0)

@@ -40,7 +40,7 @@ CASES = {
 
 def inputs(case, size=(8, 4), pictures=2, dtype=torch.float64, seed=1):
     """A flow's maps: views of one size, or maps each half the one before."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     name, config = case.split("-")[0], CASES[case]
     if name == "multiflow":
         shapes = [(channels, *size) for _ in range(config["views"]) for channels in config["channels"]]
@@ -130,7 +130,7 @@ def test_bfloat16_differs_by_its_rounding_alone(case):
     flow, maps = random_flow(case), inputs(case, dtype=torch.float32)
     with torch.no_grad():
         exact_B = flow.nll(maps)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             rough_B = flow.nll(maps)
             latents, _ = flow(maps)
             restored = flow.inverse(latents)

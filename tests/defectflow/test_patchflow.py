@@ -18,7 +18,7 @@ CHANNELS = (4, 6)
 
 def feature_maps(pictures=6, size=(8, 6), seed=0):
     """Correlated, shifted maps of two sizes, the second at half of the first's."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     maps = []
     for channels, (rows, columns) in zip(CHANNELS, (size, (size[0] // 2, size[1] // 2)), strict=True):
         mixing = torch.randn(channels, channels, generator=generator)
@@ -67,7 +67,7 @@ def test_the_adaptor_whitens_what_it_is_fitted_on(adapted):
 
 
 def test_the_adaptor_keeps_the_directions_with_the_largest_variance():
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     scale = torch.tensor([1.0, 9.0, 0.1, 4.0])[:, None, None]
     maps = [torch.randn(8, 4, 8, 8, generator=generator) * scale]
     flow = build_flow("patchflow", channels=(4,), adapted=2, neighbourhood=1).fit_adaptor([maps])

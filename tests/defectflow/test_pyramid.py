@@ -25,7 +25,7 @@ def test_the_neighbourhood_mean_counts_what_lies_inside():
 )
 @pytest.mark.parametrize(("stride", "offset"), [(1, (0, 0)), (2, (1, 0)), (3, (2, 1))])
 def test_fusion_is_pooling_then_bilinear_upsampling_then_concatenation(sizes, stride, offset):
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     maps = [torch.randn(2, 3 + index, *size, generator=generator) for index, size in enumerate(sizes)]
     pooled = [F.avg_pool2d(each, 3, stride=1, padding=1, count_include_pad=False) for each in maps]
     expected_BDHW = torch.cat(
