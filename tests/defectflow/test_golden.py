@@ -8,6 +8,12 @@ import pytest
 
 from defectflow.golden import TOLERANCE, compare, main
 
+
+@pytest.fixture(autouse=True)
+def device():
+    """The files are compared on the CPU."""
+
+
 FILES = sorted((Path(__file__).parent / "golden").glob("*.npz"))
 
 

@@ -16,7 +16,7 @@ def test_the_neighbourhood_mean_counts_what_lies_inside():
     for row in range(3):
         for column in range(4):
             inside = map_BCHW[0, 0, max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2]
-            assert mean_HW[row, column] == pytest.approx(inside.mean().item())
+            assert mean_HW[row, column].item() == pytest.approx(inside.mean().item())
     assert neighbourhood_mean(map_BCHW, 1) is map_BCHW
 
 

@@ -26,6 +26,7 @@ from sprue.inference.backbone import load_backbone
 from sprue.inference.calibration import Calibration
 from sprue.inference.engines import Engine, EngineName, build_engine
 from sprue.inference.images import model_input
+from sprue.inference.precision import full_precision
 from sprue.inference.spec import FeatureSpec
 
 BATCH = 16
@@ -258,7 +259,7 @@ def score_features(
     device = next(flow.buffers()).device
     parts = []
     for batch in _batches(maps):
-        with torch.inference_mode():
+        with torch.inference_mode(), full_precision():
             maps_on_device = [map_BCHW.to(device).float() for map_BCHW in batch]
             assessed = flow.assess_pictures(maps_on_device, scoring.evidence, scoring.top)
             parts.append([each.cpu().numpy() for each in assessed])

@@ -68,7 +68,7 @@ class ConversionError(SprueError):
 
 
 class TorchEngine:
-    """Runs the backbone on torch: in bfloat16 on a GPU, in float32 on a CPU, with channels last on both."""
+    """Runs the backbone on torch in float32, with channels last; see `sprue.inference.precision`."""
 
     name = "torch"
 
@@ -87,8 +87,9 @@ class TorchEngine:
         """See `Engine`."""
         import torch
 
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
-        with torch.inference_mode(), autocast:
+        from sprue.inference.precision import full_precision
+
+        with torch.inference_mode(), full_precision():
             maps = self.backbone(torch.from_numpy(images_BSS3).to(self.device, non_blocking=True))
         return [map_BCHW.to(torch.float16).cpu().contiguous().numpy() for map_BCHW in maps]
 

@@ -15,6 +15,7 @@ from mlflow.types import ColSpec, DataType, Schema
 import defectflow
 import sprue
 from sprue.inference.detector import Detector
+from sprue.tracking.provenance import pinned
 
 REQUIREMENTS = ("FrEIA", "numpy", "openvino", "pandas", "pillow", "safetensors", "timm", "torch")
 
@@ -61,10 +62,7 @@ def log_detector(detector: Detector, run_id: str, example: Sequence[bytes], meta
                 code_paths=_portable_code(folder / "code"),
                 signature=signature(detector.views),
                 input_example=pd.DataFrame([example], columns=[view or "image" for view in detector.views]),
-                pip_requirements=[
-                    "mlflow-skinny==" + version("mlflow"),
-                    *(f"{each}=={version(each)}" for each in REQUIREMENTS),
-                ],
+                pip_requirements=["mlflow-skinny==" + version("mlflow"), *pinned(REQUIREMENTS)],
                 metadata=metadata,
             )
     return info.model_uri

@@ -2,7 +2,8 @@
 
 import os
 import platform
-from importlib.metadata import version
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
 
 import ray
 
@@ -22,10 +23,25 @@ def provenance(commit: str, data: str, fingerprint: str) -> dict[str, str]:
         "sprue.commit": commit,
         "sprue.data": data,
         "sprue.features": fingerprint,
-        "sprue.packages": " ".join(f"{name}=={version(name)}" for name in PACKAGES),
+        "sprue.packages": " ".join(pinned(PACKAGES)),
         "sprue.machine": f"Python {platform.python_version()}, {platform.platform()}, {os.cpu_count()} cores",
         "sprue.cluster": ", ".join(f"{count:g} {name}" for name, count in _resources().items()) or "none",
     }
+
+
+def pinned(packages: Iterable[str]) -> list[str]:
+    """``name==version`` of those that are installed; OpenVINO is not made for every machine.
+
+    >>> pinned(["numpy", "no-such-package"]) == [f"numpy=={version('numpy')}"]
+    True
+    """
+    found = []
+    for name in packages:
+        try:
+            found.append(f"{name}=={version(name)}")
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def _resources() -> dict[str, float]:
