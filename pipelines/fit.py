@@ -13,7 +13,7 @@ from sprue.store import digest, remove_folder
 from sprue.tracking.provenance import provenance
 from sprue.tracking.runs import FitRun
 from sprue.tracking.server import connect, experiment_id
-from sprue.training.fit import FitOutcome, fit_classes, run_name
+from sprue.training.fit import FitOutcome, fit_classes, place_fits, run_name
 from sprue.training.loop import Epoch
 from sprue.training.record import FitRecord, fit_key
 from sprue.training.worker import FitRequest
@@ -34,6 +34,7 @@ def fit(context: Context, requests: list[FitRequest]) -> list[str]:
     connect_ray()
     tags = provenance(commit(), digest(context.folder / "manifest.parquet"), requests[0].fingerprint)
     experiment = experiment_id(context.dataset, context.store)
+    cpus = place_fits(len(requests), max(request.settings.workers for request in requests)).cpus
     runs = {
         request.class_name: FitRun.open(experiment, request.class_name, fit_key(request), request.params(), tags)
         for request in requests
@@ -51,7 +52,7 @@ def fit(context: Context, requests: list[FitRequest]) -> list[str]:
             failures.append(f"{outcome.class_name}: {outcome.failure}")
             runs[outcome.class_name].end("FAILED")
             return
-        FitRecord.of(request, outcome.best, outcome.history, commit()).write(
+        FitRecord.of(request, outcome.best, outcome.history, commit(), cpus).write(
             context.folder / "fits" / outcome.class_name
         )
         remove_folder(context.folder / "runs" / run_name(request))

@@ -1,19 +1,24 @@
-"""Registers every evaluated detector that the registry does not hold yet, and makes it its class's champion."""
+"""Registers every evaluated detector that the registry does not hold; a class's first is champion, others challenge."""
 
 import logging
 
+import yaml
 from upath import UPath
 
 from sprue.data.manifest import Manifest
 from sprue.data.samples import views_of
 from sprue.inference.detector import Detector
 from sprue.pipeline import Context, run_stage
+from sprue.planning import final_requests, settings_found
 from sprue.store import digest, local_copy, read_json
+from sprue.tracking.aliases import enter
+from sprue.tracking.lineage import Lineage
 from sprue.tracking.packaging import log_detector
-from sprue.tracking.registry import find_version, make_champion, register
+from sprue.tracking.registry import CHALLENGER, find_version, register
 from sprue.tracking.runs import FitRun
 from sprue.tracking.server import connect, experiment_id
 from sprue.training.record import FitRecord
+from sprue.training.worker import FitRequest
 
 logger = logging.getLogger(__name__)
 
@@ -28,16 +33,37 @@ def describe(figures: dict[str, float], fit: FitRecord) -> str:
     )
 
 
-def register_class(context: Context, class_name: str, example: list[UPath]) -> tuple[int, bool]:
-    """The version of a class's detector, and whether it has become champion."""
-    key = digest(context.folder / "detectors" / class_name)[:12]
-    found = find_version(class_name, key)
-    version = int(found.version) if found else log_version(context, class_name, key, example)
-    return version, make_champion(class_name, version, key)
+def tracked_digest(data: UPath) -> str:
+    """DVC's digest of the dataset's folder; empty if DVC does not track it here."""
+    file = data.with_name(f"{data.name}.dvc")
+    return str(yaml.safe_load(file.read_text())["outs"][0]["md5"]) if file.is_file() else ""
 
 
-def log_version(context: Context, class_name: str, key: str, example: list[UPath]) -> int:
-    """Logs a class's detector with its run, and registers it."""
+def lineage_of(
+    context: Context, manifest: Manifest, request: FitRequest, fit: FitRecord, detector: Detector
+) -> Lineage:
+    """Where a class's detector comes from."""
+    facts = {
+        "dataset": context.dataset,
+        "dvc": tracked_digest(context.data),
+        "manifest": digest(context.folder / "manifest.parquet"),
+        "fingerprint": fit.fingerprint,
+        "spec": detector.spec.to_mapping() | {"weights": context.section("features").get("weights")},
+        "flow_name": fit.flow_name,
+        "flow_config": request.flow_config,
+        "settings": fit.settings,
+        "found": settings_found(context, fit.class_name),
+        "fit": fit.key,
+        "commit": fit.commit,
+        "cpus": fit.cpus,
+    }
+    frame = manifest.frame
+    return Lineage(facts, frame[frame["class_name"] == fit.class_name])
+
+
+def log_version(context: Context, manifest: Manifest, request: FitRequest, key: str) -> int:
+    """Logs a class's detector and its lineage with its run, and registers it."""
+    class_name = request.class_name
     fit = FitRecord.read(context.folder / "fits" / class_name)
     figures = read_json(context.folder / "metrics" / f"{class_name}.json", made_by="evaluate")
     tags = {
@@ -46,10 +72,14 @@ def log_version(context: Context, class_name: str, key: str, example: list[UPath
         "sprue.features": fit.fingerprint,
         "sprue.commit": fit.commit,
     }
+    rows = manifest.select(class_name, "calibration")
+    example = [(context.data / path).read_bytes() for path in rows["path"][: len(views_of(rows))]]
     run = FitRun.open(experiment_id(context.dataset, context.store), class_name, fit.key, fit.params())
     run.log_epochs(fit.history)
     with local_copy(context.folder / "detectors" / class_name) as folder:
-        uri = log_detector(Detector.load(folder), run.run_id, [path.read_bytes() for path in example], tags)
+        detector = Detector.load(folder)
+        lineage_of(context, manifest, request, fit, detector).log(run.run_id, key)
+        uri = log_detector(detector, run.run_id, example, tags)
     with local_copy(context.folder / "evaluation" / class_name) as folder:
         run.finish(figures, folder, "evaluation", tags)
     return register(class_name, uri, run.run_id, key, tags, describe(figures, fit))
@@ -59,13 +89,16 @@ def main(context: Context) -> None:
     """Adds versions to the registry."""
     uri = connect(context.store)
     manifest = Manifest.read(context.folder / "manifest.parquet")
-    for class_name in manifest.classes:
-        rows = manifest.select(class_name, "calibration")
-        example = [context.data / path for path in rows["path"][: len(views_of(rows))]]
-        version, is_champion = register_class(context, class_name, example)
-        logger.info(
-            "%-20s version %d %s", class_name, version, "is champion" if is_champion else "was registered already"
-        )
+    for request in final_requests(context, manifest):
+        class_name = request.class_name
+        key = digest(context.folder / "detectors" / class_name)[:12]
+        found = find_version(class_name, key)
+        version = int(found.version) if found else log_version(context, manifest, request, key)
+        alias = enter(class_name, version)
+        known = "registered already, " if found else ""
+        logger.info("%-20s version %d %sis %s", class_name, version, known, alias)
+        if alias == CHALLENGER:
+            logger.info("%-20s to make it champion: sprue promote %s --pictures FOLDER", "", class_name)
     logger.info("the registry is at %s", uri)
 
 

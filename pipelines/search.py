@@ -27,6 +27,7 @@ from sprue.store import digest, remove_folder, write_bytes, write_json
 from sprue.tracking.provenance import provenance
 from sprue.tracking.runs import FitRun
 from sprue.tracking.server import connect, experiment_id
+from sprue.training.fit import place_fits
 from sprue.training.record import FitRecord
 from sprue.training.worker import FitRequest
 
@@ -70,7 +71,8 @@ def search(context: Context, request: FitRequest, rows: pd.DataFrame, config: Se
         figures["objective"] = outcome.best.objective
         parent.finish(figures, Path(files), "search", {})
     fit = at_point(request, outcome.best.point, config.epochs)
-    record.write(folder, FitRecord.of(fit, outcome.checkpoint(outcome.best.number), outcome.best.history, commit()))
+    kept, cpus = outcome.checkpoint(outcome.best.number), place_fits(config.trials).cpus
+    record.write(folder, FitRecord.of(fit, kept, outcome.best.history, commit(), cpus))
     remove_folder(runs / search_name(request, config, scoring))
     logger.info("\n%s\n\n%s\n", table.to_string(index=False), _in_words(record, shares))
 

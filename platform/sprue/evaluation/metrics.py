@@ -80,6 +80,37 @@ def image_figures(
     return {name: _figure(float(measure(exact)), draws[name]) for name, measure in measures.items()}
 
 
+def auroc_difference(
+    one_N: NDArray[np.floating[Any]],
+    other_N: NDArray[np.floating[Any]],
+    labels_N: NDArray[np.integer[Any]],
+    seed: int = 0,
+) -> Figure:
+    """How much higher one detector's AUROC is than another's on the same samples, each draw being of the same for both.
+
+    Args:
+        one_N: Scores of the one; higher is more anomalous.
+        other_N: Scores of the other.
+        labels_N: 1 for a defective sample, 0 for a good one.
+        seed: Of the bootstrap.
+
+    Raises:
+        SprueError: If a score is NaN or a label neither 0 nor 1.
+
+    >>> auroc_difference(np.array([0.1, 0.9]), np.array([0.8, 0.2]), np.array([0, 1])).value
+    1.0
+    """
+    for scores_N in (one_N, other_N):
+        _check(scores_N, labels_N)
+
+    def difference(weights_DN: Counts | None = None) -> Counts:
+        one, other = (Curve.of_scores(scores_N, labels_N, weights_DN).area() for scores_N in (one_N, other_N))
+        return one - other
+
+    draws = [difference(weights_DN) for weights_DN in _weights(labels_N, len(one_N), seed)]
+    return _figure(float(difference()), draws)
+
+
 def pixel_figures(counts: PixelCounts, seed: int = 0) -> dict[str, Figure]:
     """Figures of pixels by the evidence for them: AUROC, AUPRO, average precision, best F1.
 

@@ -18,7 +18,7 @@ from sprue.errors import SprueError
 from sprue.inference.detector import BATCH, Detector, Predictions
 from sprue.inference.engines import Engine
 from sprue.tracking import registry
-from sprue.tracking.registry import Champion
+from sprue.tracking.registry import RegisteredDetector
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class SharedEngine:
 class Served:
     """A champion that is ready to score."""
 
-    champion: Champion
+    champion: RegisteredDetector
     detector: Detector
     engine: SharedEngine
 
@@ -67,7 +67,7 @@ class Lineup:
         return {each.detector.spec.fingerprint: each.engine for each in self.served.values()}
 
 
-def require_champions() -> list[Champion]:
+def require_champions() -> list[RegisteredDetector]:
     """The registry's champions.
 
     Raises:
@@ -116,7 +116,7 @@ def load_lineup(threads: int, previous: Lineup | None = None) -> Lineup:
     return Lineup(served, failures)
 
 
-def _load(champion: Champion, engines: dict[str, SharedEngine], threads: int) -> Served:
+def _load(champion: RegisteredDetector, engines: dict[str, SharedEngine], threads: int) -> Served:
     """Loads a champion and scores a blank sample with it, so that the first request is neither slow nor a surprise."""
     detector = registry.load_detector(champion)
     fingerprint = detector.spec.fingerprint

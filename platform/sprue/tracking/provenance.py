@@ -1,11 +1,13 @@
 """Where a run's weights come from: code, data, packages and machine, as the tags of its run."""
 
+import json
 import os
 import platform
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 
 import ray
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
 PACKAGES = ("torch", "FrEIA", "timm", "openvino", "ray", "numpy")
 """What the weights depend on, besides the code and the data."""
@@ -25,8 +27,15 @@ def provenance(commit: str, data: str, fingerprint: str) -> dict[str, str]:
         "sprue.features": fingerprint,
         "sprue.packages": " ".join(pinned(PACKAGES)),
         "sprue.machine": f"Python {platform.python_version()}, {platform.platform()}, {os.cpu_count()} cores",
+        "sprue.job": job(),
         "sprue.cluster": ", ".join(f"{count:g} {name}" for name, count in _resources().items()) or "none",
     }
+
+
+def job() -> str:
+    """The Ray job that this process is part of, by the name under which it was submitted; ``none`` outside of one."""
+    config = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}"))
+    return str(config.get("metadata", {}).get("job_submission_id", "none"))
 
 
 def pinned(packages: Iterable[str]) -> list[str]:

@@ -11,7 +11,12 @@ from pathlib import Path
 import mlflow
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
+from mlflow.protos.databricks_pb2 import (
+    INVALID_PARAMETER_VALUE,
+    RESOURCE_ALREADY_EXISTS,
+    RESOURCE_DOES_NOT_EXIST,
+    ErrorCode,
+)
 
 from sprue.errors import SprueError
 from sprue.inference.detector import Detector
@@ -20,14 +25,18 @@ from sprue.inference.engines import cache_folder, keep
 logger = logging.getLogger(__name__)
 
 CHAMPION = "champion"
+"""Alias of the version that is served."""
+CHALLENGER = "challenger"
+"""Alias of the version that the pipeline has made last, if it is another."""
 CLASS_TAG = "sprue.class"
 DETECTOR_TAG = "sprue.detector"
-CURRENT_TAG = "sprue.current"
+NOT_FOUND = {ErrorCode.Name(RESOURCE_DOES_NOT_EXIST), ErrorCode.Name(INVALID_PARAMETER_VALUE)}
+"""How the registry says that there is no such version or alias."""
 
 
 @dataclass(frozen=True)
-class Champion:
-    """The version of a class's model that is served."""
+class RegisteredDetector:
+    """A version of a class's model."""
 
     class_name: str
     model_name: str
@@ -73,23 +82,7 @@ def register(
     return int(version.version)
 
 
-def make_champion(class_name: str, version: int, detector_key: str) -> bool:
-    """Gives a version the alias that the scoring service follows, once for each time that its detector becomes current.
-
-    So a promotion by hand stays until the pipeline has another detector.
-
-    Returns:
-        Whether the alias was given; not if this detector was the last that this function gave it to.
-    """
-    client = mlflow.MlflowClient()
-    if client.get_registered_model(class_name).tags.get(CURRENT_TAG) == detector_key:
-        return False
-    client.set_registered_model_alias(class_name, CHAMPION, str(version))
-    client.set_registered_model_tag(class_name, CURRENT_TAG, detector_key)
-    return True
-
-
-def champions() -> list[Champion]:
+def champions() -> list[RegisteredDetector]:
     """The champions of all classes on the tracking server, by class name."""
     client = mlflow.MlflowClient()
     found = []
@@ -98,30 +91,54 @@ def champions() -> list[Champion]:
         for model in page:
             if CHAMPION in model.aliases:
                 version = client.get_model_version_by_alias(model.name, CHAMPION)
-                found.append(Champion(model.tags[CLASS_TAG], model.name, int(version.version), version.run_id or ""))
+                found.append(
+                    RegisteredDetector(model.tags[CLASS_TAG], model.name, int(version.version), version.run_id or "")
+                )
         if not page.token:
             return sorted(found, key=lambda champion: champion.class_name)
         page = client.search_registered_models(f"tags.`{CLASS_TAG}` != ''", page_token=page.token)
 
 
-def load_detector(champion: Champion) -> Detector:
+def find_registered(class_name: str, version: str) -> RegisteredDetector:
+    """A version by its number or its alias.
+
+    Raises:
+        SprueError: If there is none.
+    """
+    client = mlflow.MlflowClient()
+    try:
+        if version.isdecimal():
+            found = client.get_model_version(class_name, version)
+        else:
+            found = client.get_model_version_by_alias(class_name, version)
+    except MlflowException as error:
+        if error.error_code not in NOT_FOUND:
+            raise
+        known = sorted(model.name for model in client.search_registered_models(f"tags.`{CLASS_TAG}` != ''"))
+        raise SprueError(
+            f"there is no version {version} of class {class_name!r}; registered are {', '.join(known) or 'none'}"
+        ) from error
+    return RegisteredDetector(class_name, class_name, int(found.version), found.run_id or "")
+
+
+def load_detector(registered: RegisteredDetector) -> Detector:
     """Fetches a registered detector into the user's cache folder and loads it.
 
     Raises:
         SprueError: If its files can't be had.
     """
-    key = f"{mlflow.get_registry_uri()} {champion.model_name} {champion.version} {champion.run_id}"
+    key = f"{mlflow.get_registry_uri()} {registered.model_name} {registered.version} {registered.run_id}"
     folder = cache_folder() / "models" / hashlib.sha256(key.encode()).hexdigest()[:16]
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent))
         try:
-            fetched = mlflow.artifacts.download_artifacts(f"models:/{champion.model_name}/{champion.version}")
+            fetched = mlflow.artifacts.download_artifacts(f"models:/{registered.model_name}/{registered.version}")
             shutil.copytree(Path(fetched) / "artifacts" / "detector", temporary, dirs_exist_ok=True)
             keep(temporary, folder)
         except (MlflowException, OSError) as error:
             raise SprueError(
-                f"the files of {champion.model_name} version {champion.version} can't be had: {error}"
+                f"the files of {registered.model_name} version {registered.version} can't be had: {error}"
             ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

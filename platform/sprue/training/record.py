@@ -55,6 +55,7 @@ class FitRecord:
         best_epoch: The epoch that the weights are of.
         history: The figures of all epochs.
         commit: The code's.
+        cpus: Threads that computed the weights, on a CPU; another number adds in another order.
         state: The flow's weights.
     """
 
@@ -68,10 +69,11 @@ class FitRecord:
     best_epoch: int
     history: list[dict[str, Any]]
     commit: str
+    cpus: int
     state: dict[str, Tensor]
 
     @classmethod
-    def of(cls, request: FitRequest, best: Checkpoint, history: list[dict[str, Any]], commit: str) -> Self:
+    def of(cls, request: FitRequest, best: Checkpoint, history: list[dict[str, Any]], commit: str, cpus: int) -> Self:
         """What is kept of a fit.
 
         Args:
@@ -79,6 +81,7 @@ class FitRecord:
             best: The checkpoint that is kept.
             history: The figures of all epochs.
             commit: The code's.
+            cpus: Threads that computed the weights.
         """
         return cls(
             class_name=request.class_name,
@@ -91,6 +94,7 @@ class FitRecord:
             best_epoch=best.epoch,
             history=history,
             commit=commit,
+            cpus=cpus,
             state=best.flow,
         )
 

@@ -16,7 +16,7 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 from sprue.errors import SprueError
 from sprue.evaluation import pixels
 from sprue.evaluation.curves import Curve
-from sprue.evaluation.metrics import OF_CURVE, image_figures, pixel_figures, share
+from sprue.evaluation.metrics import OF_CURVE, auroc_difference, image_figures, pixel_figures, share
 from sprue.evaluation.pixels import count_pixels
 
 
@@ -273,3 +273,20 @@ def test_the_command_says_what_is_wrong_with_a_file(tmp_path, arrays, culprit):
     assert done.stderr.startswith("sprue.evaluation: ")
     assert culprit in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_difference_of_two_detectors_is_drawn_for_both_alike():
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 60)
+    one = rng.normal(size=120) + labels
+    figure = auroc_difference(one, one + 1e-9 * rng.normal(size=120), labels)
+    assert figure.value == pytest.approx(0, abs=1e-3)
+    assert figure.high - figure.low < 0.01  # not that of two detectors that were judged on different pictures
+    other = rng.normal(size=120)
+    figure = auroc_difference(one, other, labels)
+    assert figure.value == pytest.approx(roc_auc_score(labels, one) - roc_auc_score(labels, other))
+    assert 0 < figure.low < figure.value < figure.high
+    reverse = auroc_difference(other, one, labels)
+    assert (reverse.value, reverse.low) == (pytest.approx(-figure.value), pytest.approx(-figure.high, abs=0.01))
+    with pytest.raises(SprueError, match="no numbers"):
+        auroc_difference(one, np.full(120, np.nan), labels)

@@ -51,7 +51,7 @@ def test_the_best_trial_is_the_fit_of_its_settings(cluster, case, tmp_path):
 
     folder = case.runs / "record"
     record = SearchRecord.of(found)
-    record.write(folder / "brick", FitRecord.of(request, kept, found.best.history, "abc"))
+    record.write(folder / "brick", FitRecord.of(request, kept, found.best.history, "abc", 1))
     assert SearchRecord.read(folder / "brick") == record
     assert with_winners([case.request], folder, CONFIG, SCORING) == [request]
     assert with_winners([case.request], folder, SearchConfig(), SCORING) == [case.request]

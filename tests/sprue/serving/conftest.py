@@ -96,7 +96,7 @@ class Plant:
         return self.client.post(f"/v1/classes/{class_name}/score", content=buffer.getvalue(), **arguments)
 
     def release(self, class_name: str, detector: Detector, damaged: bool = False) -> int:
-        """Registers a detector and makes it the champion, as the pipeline or a person at MLflow's UI would."""
+        """Registers a detector and makes it the champion, as a person at MLflow's UI would."""
         source = self.folder / "models" / str(time.monotonic_ns())
         detector.save(source / "artifacts" / "detector")
         if damaged:
@@ -105,7 +105,7 @@ class Plant:
         if class_name not in {model.name for model in client.search_registered_models()}:
             client.create_registered_model(class_name, tags={registry.CLASS_TAG: class_name})
         version = int(client.create_model_version(class_name, str(source), run_id=None).version)
-        registry.make_champion(class_name, version, str(version))
+        client.set_registered_model_alias(class_name, registry.CHAMPION, str(version))
         return version
 
     def wait(self, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:

@@ -23,9 +23,17 @@ from sprue.inference.detector import Detector, Scoring, score_features
 from sprue.inference.engines import build_engine
 from sprue.inference.images import model_input
 from sprue.inference.spec import FeatureSpec
+from sprue.tracking.aliases import enter
 from sprue.tracking.packaging import log_detector
 from sprue.tracking.provenance import provenance
-from sprue.tracking.registry import Champion, champions, find_version, load_detector, make_champion, register
+from sprue.tracking.registry import (
+    RegisteredDetector,
+    champions,
+    find_registered,
+    find_version,
+    load_detector,
+    register,
+)
 from sprue.tracking.runs import CURVES, FitRun
 from sprue.tracking.server import experiment_id
 
@@ -149,9 +157,11 @@ def test_a_registered_detector_is_found_and_comes_back_as_it_was(store, detector
     assert find_version("brick", "key-2") is None
     assert find_version("grass", "key-1") is None
     assert champions() == []
-    assert make_champion("brick", version, "key-1")
+    assert enter("brick", version) == "champion"
     (champion,) = champions()
-    assert champion == Champion("brick", "brick", 1, run_id)
+    assert champion == find_registered("brick", "1") == RegisteredDetector("brick", "brick", 1, run_id)
+    with pytest.raises(SprueError, match="there is no version 7 of class 'brick'; registered are brick"):
+        find_registered("brick", "7")
 
     engine = build_engine(detector.spec)
     images = crops(5, seed=1)
@@ -163,21 +173,11 @@ def test_a_registered_detector_is_found_and_comes_back_as_it_was(store, detector
         assert np.array_equal(predicted.p_value_B, expected.p_value_B)
         assert (loaded.class_name, loaded.spec.fingerprint) == ("brick", detector.spec.fingerprint)
 
-    assert register("brick", uri, run_id, "key-2", {}, "words") == 2
-    assert champions() == [champion]
-    assert make_champion("brick", 2, "key-2")
-    assert [each.version for each in champions()] == [2]
-    assert make_champion("brick", 1, "key-1")
-    assert champions() == [champion]
-    mlflow.MlflowClient().set_registered_model_alias("brick", "champion", "2")
-    assert not make_champion("brick", 1, "key-1")
-    assert [each.version for each in champions()] == [2]
-
 
 def test_a_version_without_its_files_is_named(store, tmp_path):
     (tmp_path / "model").mkdir()
     version = register("gone", str(tmp_path / "model"), "", "key", {}, "")
-    make_champion("gone", version, "key")
+    enter("gone", version)
     (champion,) = (each for each in champions() if each.class_name == "gone")
     with pytest.raises(SprueError, match="the files of gone version 1 can't be had"):
         load_detector(champion)

@@ -40,6 +40,7 @@ def record():
         best_epoch=7,
         history=[{"epoch": 1, "train_nll": 1.5}],
         commit="abc",
+        cpus=2,
         state=flow.state_dict(),
     )
 

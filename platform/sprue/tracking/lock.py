@@ -1,0 +1,56 @@
+"""One change of a class's aliases at a time, whoever makes it and on whatever machine.
+
+The registry has no transactions, but of two models of one name it lets only one be made: that model is the lock.
+"""
+
+import getpass
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import mlflow
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
+
+from sprue.errors import SprueError
+
+PATIENCE_S = 30.0
+"""How long another change is waited for; one takes a second."""
+
+
+@contextmanager
+def class_lock(class_name: str, patience_s: float = PATIENCE_S) -> Iterator[None]:
+    """Holds a class's aliases.
+
+    Raises:
+        SprueError: If another change does not end; it says who holds the lock, and how to break that of a dead process.
+    """
+    client, name = mlflow.MlflowClient(), f"sprue-lock-{class_name}"
+    holder = f"{getpass.getuser()}@{socket.gethostname()}, process {os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S')}"
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            client.create_registered_model(name, description=f"held by {holder}")
+            break
+        except MlflowException as error:
+            if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
+                raise
+            if time.monotonic() > deadline:
+                raise SprueError(
+                    f"the aliases of {class_name} are being changed: {_description(name)}. If that process is dead, "
+                    f"delete the registered model {name}"
+                ) from error
+        time.sleep(0.1)
+    try:
+        yield
+    finally:
+        client.delete_registered_model(name)
+
+
+def _description(name: str) -> str:
+    try:
+        return mlflow.MlflowClient().get_registered_model(name).description or "held by nobody known"
+    except MlflowException:  # given back in between
+        return "the lock was just given back; try again"
