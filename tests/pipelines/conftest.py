@@ -113,6 +113,15 @@ def crop(class_name: str, rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(photograph[top : top + SIDE, left : left + SIDE])
 
 
+def spotted(class_name: str, rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
+    """A random piece with a white spot, and where that is."""
+    image, mask = crop(class_name, rng), Image.new("L", (SIDE, SIDE))
+    left, top = rng.integers(0, SIDE - 24, 2).tolist()
+    for drawn in (image, mask):
+        ImageDraw.Draw(drawn).ellipse((left, top, left + 20, top + 20), fill=255)
+    return image, mask
+
+
 def write_pictures(folder: Path, classes: Sequence[str] = CLASSES, good: int = GOOD) -> Path:
     """A small dataset in MVTec AD's layout: crops, and in the test split crops with a white spot."""
     for seed, class_name in enumerate(classes):
@@ -123,10 +132,7 @@ def write_pictures(folder: Path, classes: Sequence[str] = CLASSES, good: int = G
             crop(class_name, rng).save(folder / class_name / "train/good" / f"{number:03}.png")
         for number in range(TESTED):
             crop(class_name, rng).save(folder / class_name / "test/good" / f"{number:03}.png")
-            image, mask = crop(class_name, rng), Image.new("L", (SIDE, SIDE))
-            left, top = rng.integers(0, SIDE - 24, 2).tolist()
-            for drawn in (image, mask):
-                ImageDraw.Draw(drawn).ellipse((left, top, left + 20, top + 20), fill=255)
+            image, mask = spotted(class_name, rng)
             image.save(folder / class_name / "test/spot" / f"{number:03}.png")
             mask.save(folder / class_name / "ground_truth/spot" / f"{number:03}_mask.png")
     return folder
@@ -200,6 +206,18 @@ def add_pictures() -> Callable[[Path, str, int], None]:
             crop(class_name, rng).save(folder / f"new{number}.png")
 
     return add
+
+
+@pytest.fixture
+def unseen_bricks(tmp_path: Path) -> Path:
+    """A folder of good and spotted bricks that are not in the dataset."""
+    rng, folder = np.random.default_rng(7), tmp_path / "unseen"
+    for name in ("good", "spot"):
+        (folder / name).mkdir(parents=True)
+    for number in range(16):
+        crop("brick", rng).save(folder / "good" / f"{number:03}.png")
+        spotted("brick", rng)[0].save(folder / "spot" / f"{number:03}.png")
+    return folder
 
 
 @pytest.fixture(scope="session")

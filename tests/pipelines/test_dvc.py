@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import mlflow
 import pytest
+import yaml
 
 STAGES = ["manifest", "features", "search", "fit", "evaluate", "register"]
 
@@ -133,3 +134,47 @@ def test_new_pictures_make_a_version_and_the_old_one_comes_back(version, add_pic
     said = version.dvc("repro")
     assert ran(said) == ["register"]
     assert said.count("version 1 was registered already") == 2
+
+
+def test_a_challenger_is_promoted_and_where_it_comes_from_is_known(version, unseen_bricks):
+    version.set_params({"fit": {"epochs": 3}})
+    said = version.dvc("repro")
+    assert "version 2 is challenger" in said
+    assert "sprue promote brick --pictures FOLDER" in said
+    assert champions(version.folder) == {"brick": 1, "grass": 1}
+
+    def sprue(*arguments, status=0):
+        done = version.run("python", "-m", "sprue.cli", *arguments, check=False)
+        assert done.returncode == status, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    seen = unseen_bricks / "good" / "seen.png"
+    shutil.copy(version.folder / "data/tiny/brick/train/good/000.png", seen)
+    assert "seen.png is a " in sprue("promote", "brick", "--pictures", str(unseen_bricks), status=1)
+    seen.unlink()
+    assert "version 2 is not promoted: it takes" in sprue(
+        "promote", "brick", "--pictures", str(unseen_bricks), "--margin", "1", "--latency", "0.001", status=1
+    )
+    assert champions(version.folder)["brick"] == 1
+    said = sprue("promote", "brick", "--pictures", str(unseen_bricks), "--margin", "0.5", "--latency", "60000")
+    assert "16 good and 16 defective samples" in said
+    assert "version 2 is champion" in said
+    assert champions(version.folder) == {"brick": 2, "grass": 1}
+
+    tracked = yaml.safe_load((version.folder / "data/tiny.dvc").read_text())["outs"][0]["md5"]
+    told = sprue("lineage", "brick")
+    assert f"DVC {tracked}" in told
+    assert f"commit {version.git('rev-parse', 'HEAD')}" in told
+    assert "torch==" in told and "epochs 3" in told
+    uses = sprue("lineage", "--picture", str(version.folder / "data/tiny/brick/train/good/000.png")).splitlines()
+    assert [line.split()[:3] for line in uses] == [["brick", "version", "1"], ["brick", "version", "2"]]
+    assert "the weights are equal, bit for bit" in sprue("retrain", "brick")
+
+    assert "version 1 is champion again" in sprue("rollback", "brick", "--reason", "the line stands still")
+    assert champions(version.folder)["brick"] == 1
+    trail = [line for line in sprue("audit", "brick").splitlines() if line]
+    kinds = ["first", "refused", "promoted", "rolled back"]
+    assert len(trail) == len(kinds) and all(f" {kind} " in line for kind, line in zip(kinds, trail, strict=True))
+    assert "the line stands still" in trail[-1]
+    assert "there is no champion before version 1" in sprue("rollback", "brick", "--reason", "again", status=1)
+    assert "there is no version 9 of class 'brick'" in sprue("lineage", "brick", "--version", "9", status=1)

@@ -67,8 +67,8 @@ class Evidence:
             figure = self.difference
             found.append(
                 f"its AUROC may be {-figure.low:.2%} lower than the champion's (found {figure.value:+.2%}, 95 % "
-                f"interval {figure.low:+.2%} to {figure.high:+.2%}); {rules.margin:.2%} are allowed: fit a better one, or name "
-                "more pictures"
+                f"interval {figure.low:+.2%} to {figure.high:+.2%}); {rules.margin:.2%} are allowed: fit a better one, "
+                "or name more pictures"
             )
         if self.chance < rules.significance:
             found.append(
