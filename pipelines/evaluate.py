@@ -46,6 +46,7 @@ def origin(context: Context, manifest: Manifest, detector: Detector, fit: FitRec
         f"{spec.input_size} x {spec.input_size} pixels ({fit.fingerprint})",
         "flow": f"{fit.flow_name}: " + ", ".join(f"{name} {value}" for name, value in fit.flow_config.items()),
         "settings": settings,
+        "published figure": str(context.params.get("published") or "no figure"),
         "fit": f"{fit.key}, epoch {fit.best_epoch} of {len(fit.history)}, seed {fit.settings['seed']}",
         "score": f"{detector.scoring.evidence}, mean of the top {detector.scoring.top or detector.flow.top:.3g} of "
         "the positions",

@@ -25,6 +25,9 @@ RECIPES = Path("models/recipes")
 RECIPE_SECTIONS = ("features", "flow", "fit", "scoring")
 """Sections of the parameter file that a recipe is made of."""
 
+PUBLISHED = "published"
+"""What a recipe may say besides: the figure of its paper, which the report shows beside its own."""
+
 
 def track_dataset(source: Path, name: str) -> None:
     """Puts a folder of pictures under DVC as ``data/<name>``; a second time takes what has changed.
@@ -102,7 +105,7 @@ def choose(dataset: str, recipe: str | None, layout: str | None, first_recipe: s
     if layout is not None:
         params["manifest"]["layout"] = layout
     if recipe is not None:
-        params.update(yaml.load(find_recipe(recipe)))
+        params.update({PUBLISHED: ""} | yaml.load(find_recipe(recipe)))
     if trials is not None:
         params["search"]["trials"] = trials
     after = dumped(yaml, params)
@@ -124,8 +127,10 @@ def find_recipe(recipe: str) -> Path:
         raise SprueError(
             f"there is no recipe {recipe!r} ({error}); give a file or one of {', '.join(known)}"
         ) from error
-    if not isinstance(sections, dict) or set(sections) != set(RECIPE_SECTIONS):
-        raise SprueError(f"the recipe {path} must have the sections {', '.join(RECIPE_SECTIONS)}, and no others")
+    if not isinstance(sections, dict) or set(sections) - {PUBLISHED} != set(RECIPE_SECTIONS):
+        raise SprueError(
+            f"the recipe {path} must have the sections {', '.join(RECIPE_SECTIONS)}, and no others but {PUBLISHED}"
+        )
     return path
 
 

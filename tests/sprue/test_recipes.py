@@ -11,7 +11,7 @@ from sprue.errors import SprueError
 from sprue.inference.detector import Scoring
 from sprue.inference.spec import FeatureSpec
 from sprue.training.loop import FitSettings
-from sprue.workspace import RECIPE_SECTIONS, choose, find_recipe
+from sprue.workspace import PUBLISHED, RECIPE_SECTIONS, choose, find_recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "models/recipes").glob("*.yaml"))
@@ -35,7 +35,8 @@ def test_every_setting_says_its_source(path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_settings_are_ones_that_there_are(path):
     recipe = sections(path)
-    assert tuple(recipe) == RECIPE_SECTIONS
+    assert tuple(recipe) == (PUBLISHED, *RECIPE_SECTIONS)
+    assert "AUROC on" in recipe[PUBLISHED]
     spec = FeatureSpec.from_mapping(recipe["features"])
     FitSettings(**recipe["fit"])
     Scoring(**recipe["scoring"])
@@ -79,7 +80,7 @@ def parameter_file(tmp_path, monkeypatch):
 
 def recipe_of(path):
     """The sections that a recipe is made of."""
-    return {name: sections(path)[name] for name in RECIPE_SECTIONS}
+    return {name: sections(path)[name] for name in (PUBLISHED, *RECIPE_SECTIONS)}
 
 
 def test_a_recipe_takes_the_place_of_its_sections_alone(parameter_file):
