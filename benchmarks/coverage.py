@@ -1,9 +1,10 @@
 """Whether the false-alarm rate is what is guaranteed: ``python benchmarks/coverage.py STORE --recipe NAME``.
 
 STORE is a dataset's part of the store, as `make run` leaves it. Each class is fitted several times, with calibration
-pictures drawn anew from its good training pictures, and the false alarms on the good test pictures are counted at several
-alphas: beside the interval in which the guarantee puts nine counts in ten. The same test pictures are judged each time, so
-the counts scatter with the calibrations alone; where all of them are high, the test pictures are not like the training ones.
+pictures drawn anew from its good training pictures, and the false alarms on the good test pictures are counted at
+several alphas: beside the interval in which the guarantee puts nine counts in ten. The same test pictures are judged
+each time, so the counts scatter with the calibrations alone; where all of them are high, the test pictures are not like
+the training ones.
 """
 
 import argparse
@@ -85,9 +86,7 @@ def main() -> None:
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--refits", type=int, default=10)
     parser.add_argument("--epochs", type=int, help="of each fit (default: the recipe's)")
-    parser.add_argument(
-        "--calibration", type=float, default=0.15, help="share of the good pictures (default: %(default)s)"
-    )
+    parser.add_argument("--calibration", type=float, default=0.15, help="share of good ones (default: %(default)s)")
     arguments = parser.parse_args()
     keep_freed_memory()
     recipe = yaml.safe_load(find_recipe(arguments.recipe).read_text())
