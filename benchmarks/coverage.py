@@ -99,15 +99,10 @@ def main() -> None:
             splits = SplitConfig(seed=seed, calibration=arguments.calibration, validation=0.05)
             rows += refit(context, redrawn(manifest, class_name, splits), arguments.epochs)
             print(pd.DataFrame(rows[-len(ALPHAS) :]).to_string(index=False, header=seed == 0), flush=True)
-    table = (
-        pd.DataFrame(rows)
-        .groupby("alpha")
-        .agg(alarms=("alarms", "mean"), good=("good", "first"), inside=("inside", "sum"))
-    )
+    by_alpha = pd.DataFrame(rows).groupby("alpha")
+    table = by_alpha.agg(alarms=("alarms", "mean"), good=("good", "first"), inside=("inside", "sum"))
     table["rate"] = table["alarms"] / table["good"]
-    print(
-        f"\nof {arguments.refits} fits a class, counts inside of the interval that holds nine in ten:\n\n{table.round(4)}"
-    )
+    print(f"\nof {arguments.refits} fits a class, counts in the interval of nine in ten:\n\n{table.round(4)}")
 
 
 if __name__ == "__main__":

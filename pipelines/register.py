@@ -79,7 +79,7 @@ def log_version(context: Context, manifest: Manifest, request: FitRequest, key: 
     with local_copy(context.folder / "detectors" / class_name) as folder:
         detector = Detector.load(folder)
         lineage_of(context, manifest, request, fit, detector).log(run.run_id, key)
-        uri = log_detector(detector, run.run_id, example, tags)
+        uri = log_detector(detector, run.run_id, key, example, tags)
     with local_copy(context.folder / "evaluation" / class_name) as folder:
         run.finish(figures, folder, "evaluation", tags)
     return register(class_name, uri, run.run_id, key, tags, describe(figures, fit))

@@ -7,6 +7,7 @@ import getpass
 import os
 import socket
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,18 +29,21 @@ def class_lock(class_name: str, patience_s: float = PATIENCE_S) -> Iterator[None
         SprueError: If another change does not end; it says who holds the lock, and how to break that of a dead process.
     """
     client, name = mlflow.MlflowClient(), f"sprue-lock-{class_name}"
-    holder = f"{getpass.getuser()}@{socket.gethostname()}, process {os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S')}"
+    holder = f"held by {getpass.getuser()}@{socket.gethostname()}, process {os.getpid()}, {uuid.uuid4().hex}"
     deadline = time.monotonic() + patience_s
     while True:
         try:
-            client.create_registered_model(name, description=f"held by {holder}")
+            client.create_registered_model(name, description=holder)
             break
         except MlflowException as error:
             if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
                 raise
+            found = _description(name)
+            if found == holder:  # the answer to the first request was lost, and MLflow's client asked again
+                break
             if time.monotonic() > deadline:
                 raise SprueError(
-                    f"the aliases of {class_name} are being changed: {_description(name)}. If that process is dead, "
+                    f"the aliases of {class_name} are being changed: {found}. If that process is dead, "
                     f"delete the registered model {name}"
                 ) from error
         time.sleep(0.1)

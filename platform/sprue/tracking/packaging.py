@@ -9,6 +9,7 @@ from typing import Any
 
 import mlflow
 import pandas as pd
+from mlflow.entities import LoggedModel, LoggedModelStatus
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 
@@ -16,6 +17,7 @@ import defectflow
 import sprue
 from sprue.inference.detector import Detector
 from sprue.tracking.provenance import pinned
+from sprue.tracking.registry import DETECTOR_TAG
 
 REQUIREMENTS = ("FrEIA", "numpy", "openvino", "pandas", "pillow", "safetensors", "timm", "torch")
 
@@ -36,8 +38,10 @@ def signature(views: Sequence[str]) -> ModelSignature:
     )
 
 
-def log_detector(detector: Detector, run_id: str, example: Sequence[bytes], metadata: dict[str, Any]) -> str:
-    """Packages a detector and logs it to a run.
+def log_detector(
+    detector: Detector, run_id: str, detector_key: str, example: Sequence[bytes], metadata: dict[str, Any]
+) -> str:
+    """Packages a detector and logs it to a run, unless the run has it; what an interrupted attempt left is deleted.
 
     Code (`defectflow` and `sprue.inference`), weights and pinned requirements travel with it; it is logged as code,
     not pickled.
@@ -45,12 +49,30 @@ def log_detector(detector: Detector, run_id: str, example: Sequence[bytes], meta
     Args:
         detector: A calibrated detector.
         run_id: The run that it belongs to.
+        detector_key: Names the detector by its inputs.
         example: A sample's encoded pictures, kept as the input example.
         metadata: Facts about the model, as JSON.
 
     Returns:
         The logged model's URI.
     """
+    whole = [model for model in logged_models(run_id, detector_key) if model.status == LoggedModelStatus.READY]
+    uri = whole[0].model_uri if whole else _log(detector, run_id, detector_key, example, metadata)
+    for model in logged_models(run_id, detector_key):
+        if model.model_uri != uri:
+            mlflow.MlflowClient().delete_logged_model(model.model_id)
+    return uri
+
+
+def logged_models(run_id: str, detector_key: str) -> list[LoggedModel]:
+    """A run's models of a detector, whole or not."""
+    client = mlflow.MlflowClient()
+    experiment = client.get_run(run_id).info.experiment_id
+    found = client.search_logged_models([experiment], f"source_run_id = '{run_id}'")
+    return [model for model in found if model.tags.get(DETECTOR_TAG) == detector_key]
+
+
+def _log(detector: Detector, run_id: str, detector_key: str, example: Sequence[bytes], metadata: dict[str, Any]) -> str:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         detector.save(folder / "detector")
@@ -64,6 +86,7 @@ def log_detector(detector: Detector, run_id: str, example: Sequence[bytes], meta
                 input_example=pd.DataFrame([example], columns=[view or "image" for view in detector.views]),
                 pip_requirements=["mlflow-skinny==" + version("mlflow"), *pinned(REQUIREMENTS)],
                 metadata=metadata,
+                tags={DETECTOR_TAG: detector_key},
             )
     return info.model_uri
 

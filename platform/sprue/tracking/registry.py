@@ -21,6 +21,7 @@ from mlflow.protos.databricks_pb2 import (
 from sprue.errors import SprueError
 from sprue.inference.detector import Detector
 from sprue.inference.engines import cache_folder, keep
+from sprue.tracking.lock import class_lock
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ CHALLENGER = "challenger"
 """Alias of the version that the pipeline has made last, if it is another."""
 CLASS_TAG = "sprue.class"
 DETECTOR_TAG = "sprue.detector"
+LOGGED_MODEL = "models:/"
 NOT_FOUND = {ErrorCode.Name(RESOURCE_DOES_NOT_EXIST), ErrorCode.Name(INVALID_PARAMETER_VALUE)}
 """How the registry says that there is no such version or alias."""
 
@@ -46,18 +48,14 @@ class RegisteredDetector:
 
 def find_version(class_name: str, detector_key: str) -> ModelVersion | None:
     """The registered version of a detector, if the registry has it and its run."""
-    client = mlflow.MlflowClient()
-    found = client.search_model_versions(f"name = '{class_name}' and tags.`{DETECTOR_TAG}` = '{detector_key}'")
-    for version in sorted(found, key=lambda each: -int(each.version)):
-        if version.status == "READY":
-            return version
-    return None
+    found = _versions_of(class_name, detector_key)
+    return found[-1] if found else None
 
 
 def register(
     class_name: str, model_uri: str, run_id: str, detector_key: str, tags: Mapping[str, str], words: str
 ) -> int:
-    """Registers a logged model as a new version of its class.
+    """Registers a logged model as a new version of its class, if its detector has none.
 
     Args:
         class_name: The class, whose name the registered model has.
@@ -76,10 +74,24 @@ def register(
     except MlflowException as error:
         if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
             raise
-    version = client.create_model_version(
-        class_name, model_uri, run_id, tags={**tags, DETECTOR_TAG: detector_key}, description=words
+    with class_lock(class_name):
+        if not _versions_of(class_name, detector_key):
+            tags = {**tags, DETECTOR_TAG: detector_key}
+            # A server wants to be told the model besides its URI.
+            model = model_uri.removeprefix(LOGGED_MODEL) if model_uri.startswith(LOGGED_MODEL) else None
+            client.create_model_version(class_name, model_uri, run_id, tags=tags, description=words, model_id=model)
+        first, *again = _versions_of(class_name, detector_key)
+        for version in again:  # of a request whose answer was lost, and that MLflow's client has sent again
+            client.delete_model_version(class_name, version.version)
+    return int(first.version)
+
+
+def _versions_of(class_name: str, detector_key: str) -> list[ModelVersion]:
+    """The whole versions of a detector, oldest first."""
+    found = mlflow.MlflowClient().search_model_versions(
+        f"name = '{class_name}' and tags.`{DETECTOR_TAG}` = '{detector_key}'"
     )
-    return int(version.version)
+    return sorted((version for version in found if version.status == "READY"), key=lambda each: int(each.version))
 
 
 def champions() -> list[RegisteredDetector]:

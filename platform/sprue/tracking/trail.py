@@ -7,6 +7,7 @@ and becomes an entry of its own.
 import getpass
 import json
 import socket
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -65,7 +66,14 @@ def record(
 ) -> None:
     """Adds an entry; `figures` are what the decision rests on."""
     client = mlflow.MlflowClient()
-    facts = {"class": class_name, "kind": kind, "before": before, "after": after, "challenger": challenger}
+    facts = {
+        "id": uuid.uuid4().hex,
+        "class": class_name,
+        "kind": kind,
+        "before": before,
+        "after": after,
+        "challenger": challenger,
+    }
     tags = {
         "sprue.audit": json.dumps(facts | {"reason": reason, "by": f"{getpass.getuser()}@{socket.gethostname()}"}),
         "sprue.class": class_name,
@@ -88,16 +96,18 @@ def entries(class_name: str | None = None) -> list[Entry]:
     if experiment is None:
         return []
     which = f"tags.`sprue.class` = '{class_name}'" if class_name else ""
-    found: list[Entry] = []
+    found: dict[str, Entry] = {}  # a request whose answer is lost is sent again, and makes a second run
     token = None
     while True:
         page = client.search_runs(
             [experiment.experiment_id], which, order_by=["attributes.start_time ASC"], page_token=token
         )
-        found += [_entry(json.loads(run.data.tags["sprue.audit"]), run.info.start_time) for run in page]
+        for run in page:
+            facts = json.loads(run.data.tags["sprue.audit"])
+            found.setdefault(facts.pop("id"), _entry(facts, run.info.start_time))
         token = page.token
         if not token:
-            return found
+            return list(found.values())
 
 
 def _entry(facts: dict[str, Any], milliseconds: int) -> Entry:

@@ -145,7 +145,9 @@ def test_a_trial_is_a_run_below_its_search_and_says_where_it_comes_from(store):
 def logged(store, detector):
     """The run and the URI of the packaged detector."""
     run = FitRun.open(experiment_id("models", store), "brick", "k", {})
-    return run.run_id, log_detector(detector, run.run_id, [png(crops(1, seed=9)[0])], {"sprue.dataset": "textures"})
+    return run.run_id, log_detector(
+        detector, run.run_id, "key-1", [png(crops(1, seed=9)[0])], {"sprue.dataset": "textures"}
+    )
 
 
 def test_a_registered_detector_is_found_and_comes_back_as_it_was(store, detector, logged):
@@ -249,7 +251,7 @@ def test_a_packaged_model_of_views_has_a_column_for_each(store, tmp_path):
     frame = pd.DataFrame([[png(image) for image in sample] for sample in samples], columns=list(views))
 
     run = FitRun.open(experiment_id("views", store), "box", "k", {})
-    model = mlflow.pyfunc.load_model(log_detector(detector, run.run_id, frame.iloc[0].tolist(), {}))
+    model = mlflow.pyfunc.load_model(log_detector(detector, run.run_id, "k", frame.iloc[0].tolist(), {}))
     answer, expected = model.predict(frame[["1-side", "0-top"]]), detector.predict(samples, engine)
     assert list(answer) == ["score", "p_value", "is_anomalous", "score_0-top", "score_1-side"]
     np.testing.assert_allclose(answer["score"], expected.score_B, rtol=1e-5)

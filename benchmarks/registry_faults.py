@@ -1,0 +1,178 @@
+"""What is lost when the tracking server dies: ``python benchmarks/registry_faults.py``.
+
+Starts `infra/local/tracking.py`, registers one detector after the other, and kills MLflow, its database or its object
+store with SIGKILL at random moments meanwhile; they are started again by themselves. Then every version is read back:
+one version, one logged model and one decision for each detector, all files there, aliases on versions that exist. Exits
+1 if that is not so.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+from upath import UPath
+
+from defectflow import build_flow
+from sprue.errors import SprueError
+from sprue.inference.backbone import resolve
+from sprue.inference.calibration import Calibration
+from sprue.inference.detector import Detector, Scoring, score_features
+from sprue.inference.engines import build_engine
+from sprue.inference.spec import FeatureSpec
+from sprue.tracking import trail
+from sprue.tracking.aliases import crown, enter, holder
+from sprue.tracking.packaging import log_detector, logged_models
+from sprue.tracking.registry import CHALLENGER, CHAMPION, find_registered, find_version, load_detector, register
+from sprue.tracking.runs import FitRun
+from sprue.tracking.server import connect, experiment_id
+
+os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
+
+ROOT = Path(__file__).parents[1]
+SERVICES = {"MLflow": "mlflow", "Postgres": "postgres", "SeaweedFS": "weed"}
+NAME = "bolt"
+
+
+def small_detector() -> Detector:
+    """A detector of noise."""
+    spec = resolve(FeatureSpec(input_size=64, blocks=(2,), scales=(1.0,)))
+    (maps,) = build_engine(spec)(np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3), dtype=np.uint8))
+    flow = build_flow("patchflow", channels=(40,), adapted=8, bottleneck=8)
+    flow.fit_adaptor([[torch.from_numpy(maps).float()]])
+    scores, _, evidence = score_features(flow.eval(), Scoring(), [maps])
+    return Detector(NAME, spec, "patchflow", flow, Scoring(), Calibration.fit(scores, evidence, alpha=0.1))
+
+
+def register_one(detector: Detector, number: int, example: bytes, store: UPath) -> None:
+    """Logs and registers the detector under a key of its own, as the stage does, and makes it champion."""
+    key = f"key-{number}"
+    run = FitRun.open(experiment_id("faults", store), NAME, key, {"number": number})
+    uri = log_detector(detector, run.run_id, key, [example], {})
+    run.finish({"number": number}, ROOT / "docs", "evaluation", {})
+    version = register(NAME, uri, run.run_id, key, {"sprue.number": str(number)}, "words")
+    before = holder(NAME, CHAMPION)
+    if enter(NAME, version) == CHALLENGER:
+        crown(NAME, version, before, "promoted", f"number {number}")
+
+
+def kill(server: subprocess.Popen[bytes], service: str) -> bool:
+    """Kills a service and what it has started; whether it ran."""
+    try:
+        for process in psutil.Process(server.pid).children():
+            if SERVICES[service] in " ".join(process.cmdline()[:2]):
+                for each in [*process.children(recursive=True), process]:
+                    each.kill()
+                return True
+    except psutil.Error:  # it has ended in between
+        pass
+    return False
+
+
+def lost(numbers: int) -> list[str]:
+    """What is missing or twice."""
+    found = []
+    for number in range(numbers):
+        key = f"key-{number}"
+        versions = mlflow.MlflowClient().search_model_versions(f"name = '{NAME}' and tags.`sprue.number` = '{number}'")
+        if len(versions) != 1:
+            found.append(f"detector {number} has {len(versions)} versions")
+        version = find_version(NAME, key)
+        if version is None:
+            continue
+        try:
+            load_detector(find_registered(NAME, version.version))
+        except SprueError as error:
+            found.append(str(error))
+        models = logged_models(version.run_id, key)
+        if [str(model.status) for model in models] != ["READY"]:
+            found.append(f"detector {number} was logged {len(models)} times: {[str(each.status) for each in models]}")
+    entries = Counter(entry.challenger for entry in trail.entries(NAME))
+    found += [f"version {version} was decided on {count} times" for version, count in entries.items() if count != 1]
+    if sum(entries.values()) != numbers:
+        found.append(f"{sum(entries.values())} decisions on {numbers} versions")
+    champion = holder(NAME, CHAMPION)
+    newest = find_version(NAME, f"key-{numbers - 1}")
+    if newest is None or champion != int(newest.version):
+        found.append(f"the champion is {champion}")
+    return found
+
+
+def kill_at_random(server: subprocess.Popen[bytes], kills: int, finished: threading.Event) -> None:
+    """Kills services in turn, each a random time after the last."""
+    rng = random.Random(0)
+    for number in range(kills):
+        time.sleep(rng.uniform(2, 15))
+        service = list(SERVICES)[number % len(SERVICES)]
+        print(f"{time.strftime('%H:%M:%S')}  kill {number + 1} of {kills}: {service}", flush=True)
+        while not kill(server, service):
+            time.sleep(0.5)
+    finished.set()
+
+
+def wait_for(server: subprocess.Popen[bytes], folder: Path) -> None:
+    """Waits until the tracking server answers; raises SprueError if it ends."""
+    while True:
+        try:
+            connect(UPath(folder))
+            return
+        except SprueError:
+            if server.poll() is not None:
+                raise
+            time.sleep(1)
+
+
+def main() -> int:
+    """Prints what was lost."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--port", type=int, default=5077)
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)  # Postgres runs as a user of its own, if this is root
+    os.environ["SPRUE_CACHE"] = str(folder / "cache")
+    os.environ["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{arguments.port}"
+    command = [
+        sys.executable,
+        ROOT / "infra/local/tracking.py",
+        "--folder",
+        folder / "t",
+        "--port",
+        str(arguments.port),
+    ]
+    with subprocess.Popen(command) as server:
+        try:
+            wait_for(server, folder)
+            detector, finished = small_detector(), threading.Event()
+            image = Path(folder, "a.png")
+            Image.new("RGB", (64, 64)).save(image)
+            killer = threading.Thread(target=kill_at_random, args=(server, arguments.kills, finished), daemon=True)
+            killer.start()
+            numbers = 0
+            while not finished.is_set():
+                register_one(detector, numbers, image.read_bytes(), UPath(folder))
+                numbers += 1
+                print(f"{time.strftime('%H:%M:%S')}  {numbers} registered", flush=True)
+            found = lost(numbers)
+        finally:
+            server.terminate()
+            server.wait(60)
+    shutil.rmtree(folder)
+    print(f"\n{arguments.kills} kills, {numbers} detectors registered; lost or twice: {'; '.join(found) or 'nothing'}")
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
