@@ -9,7 +9,7 @@ LAYOUT :=
 TRIALS :=
 HOST := 127.0.0.1
 
-.PHONY: help setup demo run serve mlflow test lint
+.PHONY: help setup demo run serve mlflow tracking test lint
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -38,6 +38,9 @@ serve: setup ## keep the scoring service up on the registered champions [PORT=80
 mlflow: setup ## open the tracking UI on the same store [PORT=5000]
 	$(BIN)/mlflow ui --host 127.0.0.1 --port $(or $(PORT),5000) \
 		--backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/store/mlflow/mlflow.db}"
+
+tracking: setup ## keep a tracking server up: MLflow on Postgres, files in an S3 store [PORT=5000]
+	$(BIN)/python infra/local/tracking.py --port $(or $(PORT),5000)
 
 lint: setup ## check style, types and the layers
 	$(BIN)/ruff check .
