@@ -30,8 +30,6 @@ LOOPBACK = "127.0.0.1"
 BUCKET = "mlflow"
 PATIENCE_S = 120
 """How long a service may take to start; after a crash it first recovers."""
-RESTARTS = 5
-"""How often a service that has died is started in vain."""
 USER = "postgres"
 """Postgres does not run as root; where this script does, it runs as this user."""
 
@@ -79,16 +77,20 @@ class Service:
     stop_signal: int = signal.SIGTERM
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def start(self) -> None:
-        """Starts it and waits until it answers; Ctrl-C reaches this script alone, which stops it in its turn.
-
-        Raises:
-            TrackingError: If it ends, or does not answer in time.
-        """
+    def launch(self) -> None:
+        """Starts the process; Ctrl-C reaches this script alone, which stops it in its turn."""
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
                 self.command, stdout=output, stderr=output, start_new_session=True, **self.options
             )
+
+    def start(self) -> None:
+        """Starts it and waits until it answers.
+
+        Raises:
+            TrackingError: If it ends, or does not answer in time.
+        """
+        self.launch()
         deadline = time.monotonic() + PATIENCE_S
         while not self.is_ready():
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -107,18 +109,12 @@ class Service:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def keep_running(self) -> None:
-        """Starts it again if it has died."""
+        """Starts it again if it has died, without waiting: what it needs may have died too."""
         if self.process.poll() is not None:
             print(f"{self.name} has ended with {self.process.returncode} and is started again", flush=True)
             with suppress(ProcessLookupError):  # its children may have outlived it
                 os.killpg(self.process.pid, signal.SIGKILL)
-            for _ in range(RESTARTS):
-                try:
-                    self.start()
-                    return
-                except TrackingError:  # what it held may not be free yet
-                    time.sleep(1)
-            raise TrackingError(f"{self.name} can't be started again; see {self.log}")
+            self.launch()
 
 
 def postgres_program(name: str) -> str:
@@ -235,7 +231,7 @@ def serve(folder: Path, port: int) -> None:
     """Keeps the three running until this process is interrupted.
 
     Raises:
-        TrackingError: If one can't be started.
+        TrackingError: If the port is taken, or one of them can't be started.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
@@ -254,7 +250,7 @@ def serve(folder: Path, port: int) -> None:
         while True:
             for service in (postgres, s3, mlflow):
                 service.keep_running()
-            time.sleep(0.5)
+            time.sleep(1)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from sprue.pipeline import Context
 from sprue.search.record import SearchRecord, with_winners
 from sprue.search.space import SearchConfig
 from sprue.training.loop import FitSettings
-from sprue.training.requests import fit_requests
+from sprue.training.requests import fit_requests, flow_name
 from sprue.training.worker import FitRequest
 
 
@@ -25,10 +25,11 @@ def check_parameters(context: Context) -> None:
     context.settings(Scoring, "scoring")
     context.settings(SearchConfig, "search")
     settings = context.section("flow")
+    name = flow_name(settings)
     # What a backbone's maps are like is known later; these suit every setting that any suit.
     scales = [[(4096, 64 >> scale, 64 >> scale)] * len(spec.blocks) for scale in range(len(spec.scales))]
     try:
-        fitting_config(str(settings.pop("name", None)), scales, pictures=1_000_000, settings=settings)
+        fitting_config(name, scales, pictures=1_000_000, settings=settings)
     except (TypeError, ValueError) as error:
         raise SprueError(f"flow: {error}") from error
 

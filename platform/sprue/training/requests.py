@@ -13,6 +13,18 @@ from sprue.training.loop import FitSettings
 from sprue.training.worker import FitRequest
 
 
+def flow_name(section: dict[str, Any]) -> str:
+    """Takes the flow's name out of the parameter file's section.
+
+    Raises:
+        SprueError: If it is missing.
+    """
+    name = section.pop("name", None)
+    if not isinstance(name, str):
+        raise SprueError("flow: the setting 'name' is missing; write the name of a flow, such as patchflow")
+    return name
+
+
 def fit_requests(
     manifest: Manifest, spec: FeatureSpec, features: UPath, flow: Mapping[str, Any], settings: FitSettings
 ) -> list[FitRequest]:
@@ -29,9 +41,7 @@ def fit_requests(
         SprueError: If the section names no flow.
     """
     config = dict(flow)
-    name = config.pop("name", None)
-    if name is None:
-        raise SprueError("flow: the setting 'name' is missing; write the name of a flow, such as patchflow")
+    name = flow_name(config)
     return [
         FitRequest(
             class_name,
