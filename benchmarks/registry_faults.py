@@ -110,11 +110,14 @@ def lost(numbers: int) -> list[str]:
     return found
 
 
-def kill_at_random(server: subprocess.Popen[bytes], kills: int, finished: threading.Event) -> None:
-    """Kills services in turn, each a random time after the last."""
+def kill_at_random(
+    server: subprocess.Popen[bytes], kills: int, registered: threading.Semaphore, finished: threading.Event
+) -> None:
+    """Kills services in turn, each at a random moment of a registration, when another was completed since the last."""
     rng = random.Random(0)
     for number in range(kills):
-        time.sleep(rng.uniform(2, 15))
+        registered.acquire()
+        time.sleep(rng.uniform(0, 4))
         service = list(SERVICES)[number % len(SERVICES)]
         print(f"{time.strftime('%H:%M:%S')}  kill {number + 1} of {kills}: {service}", flush=True)
         while not kill(server, service):
@@ -155,15 +158,18 @@ def main() -> int:
     with subprocess.Popen(command) as server:
         try:
             wait_for(server, folder)
-            detector, finished = small_detector(), threading.Event()
+            detector, registered, finished = small_detector(), threading.Semaphore(0), threading.Event()
             image = Path(folder, "a.png")
             Image.new("RGB", (64, 64)).save(image)
-            killer = threading.Thread(target=kill_at_random, args=(server, arguments.kills, finished), daemon=True)
+            killer = threading.Thread(
+                target=kill_at_random, args=(server, arguments.kills, registered, finished), daemon=True
+            )
             killer.start()
             numbers = 0
             while not finished.is_set():
                 register_one(detector, numbers, image.read_bytes(), UPath(folder))
                 numbers += 1
+                registered.release()
                 print(f"{time.strftime('%H:%M:%S')}  {numbers} registered", flush=True)
             found = lost(numbers)
         finally:

@@ -7,12 +7,14 @@ from upath import UPath
 
 from sprue.data.manifest import Manifest
 from sprue.data.samples import views_of
+from sprue.inference.backbone import resolve
 from sprue.inference.detector import Detector
+from sprue.inference.spec import FeatureSpec
 from sprue.pipeline import Context, run_stage
 from sprue.planning import final_requests, settings_found
 from sprue.store import digest, local_copy, read_json
 from sprue.tracking.aliases import enter
-from sprue.tracking.lineage import Lineage
+from sprue.tracking.lineage import Lineage, is_logged
 from sprue.tracking.packaging import log_detector
 from sprue.tracking.registry import CHALLENGER, find_version, register
 from sprue.tracking.runs import FitRun
@@ -39,16 +41,18 @@ def tracked_digest(data: UPath) -> str:
     return str(yaml.safe_load(file.read_text())["outs"][0]["md5"]) if file.is_file() else ""
 
 
-def lineage_of(
-    context: Context, manifest: Manifest, request: FitRequest, fit: FitRecord, detector: Detector
-) -> Lineage:
-    """Where a class's detector comes from."""
+def log_lineage(context: Context, manifest: Manifest, request: FitRequest, run_id: str, key: str) -> None:
+    """Logs where a class's current detector comes from, unless its run has it."""
+    if is_logged(run_id, key):
+        return
+    fit = FitRecord.read(context.folder / "fits" / request.class_name)
+    spec = resolve(context.settings(FeatureSpec, "features"))
     facts = {
         "dataset": context.dataset,
         "dvc": tracked_digest(context.data),
         "manifest": digest(context.folder / "manifest.parquet"),
         "fingerprint": fit.fingerprint,
-        "spec": detector.spec.to_mapping() | {"weights": context.section("features").get("weights")},
+        "spec": spec.to_mapping(),
         "flow_name": fit.flow_name,
         "flow_config": request.flow_config,
         "settings": fit.settings,
@@ -58,7 +62,7 @@ def lineage_of(
         "cpus": fit.cpus,
     }
     frame = manifest.frame
-    return Lineage(facts, frame[frame["class_name"] == fit.class_name])
+    Lineage(facts, frame[frame["class_name"] == fit.class_name]).log(run_id, key)
 
 
 def log_version(context: Context, manifest: Manifest, request: FitRequest, key: str) -> int:
@@ -76,9 +80,9 @@ def log_version(context: Context, manifest: Manifest, request: FitRequest, key: 
     example = [(context.data / path).read_bytes() for path in rows["path"][: len(views_of(rows))]]
     run = FitRun.open(experiment_id(context.dataset, context.store), class_name, fit.key, fit.params())
     run.log_epochs(fit.history)
+    log_lineage(context, manifest, request, run.run_id, key)
     with local_copy(context.folder / "detectors" / class_name) as folder:
         detector = Detector.load(folder)
-        lineage_of(context, manifest, request, fit, detector).log(run.run_id, key)
         uri = log_detector(detector, run.run_id, key, example, tags)
     with local_copy(context.folder / "evaluation" / class_name) as folder:
         run.finish(figures, folder, "evaluation", tags)
@@ -93,6 +97,8 @@ def main(context: Context) -> None:
         class_name = request.class_name
         key = digest(context.folder / "detectors" / class_name)[:12]
         found = find_version(class_name, key)
+        if found is not None and found.run_id:
+            log_lineage(context, manifest, request, found.run_id, key)  # for one that an earlier release has registered
         version = int(found.version) if found else log_version(context, manifest, request, key)
         alias = enter(class_name, version)
         known = "registered already, " if found else ""

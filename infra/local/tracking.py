@@ -91,10 +91,16 @@ class Service:
             TrackingError: If it ends, or does not answer in time.
         """
         self.launch()
+        try:
+            self._wait()
+        except BaseException:  # an interruption too
+            self.stop()
+            raise
+
+    def _wait(self) -> None:
         deadline = time.monotonic() + PATIENCE_S
         while not self.is_ready():
             if self.process.poll() is not None or time.monotonic() > deadline:
-                self.stop()
                 raise TrackingError(
                     f"{self.name} did not start; the end of {self.log}:\n{self.log.read_text()[-2000:]}"
                 )
@@ -259,7 +265,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("store/tracking"), help="(default: %(default)s)")
     parser.add_argument("--port", type=int, default=5000, help="MLflow's (default: %(default)s)")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, signal.default_int_handler)
     try:
         serve(arguments.folder.resolve(), arguments.port)
     except TrackingError as error:

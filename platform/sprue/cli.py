@@ -16,7 +16,14 @@ from sprue.tracking.aliases import crown, holder, reconcile, roll_back
 from sprue.tracking.lineage import Lineage, describe, uses
 from sprue.tracking.lock import class_lock
 from sprue.tracking.promotion import Rules, measure
-from sprue.tracking.registry import CHALLENGER, CHAMPION, RegisteredDetector, champions, find_registered, load_detector
+from sprue.tracking.registry import (
+    CHALLENGER,
+    CHAMPION,
+    RegisteredDetector,
+    class_names,
+    find_registered,
+    load_detector,
+)
 from sprue.tracking.server import connect
 from sprue.training.again import fit_again
 
@@ -28,7 +35,9 @@ def promote(arguments: argparse.Namespace) -> None:
     number = holder(class_name, CHAMPION)
     if number == challenger.version:
         raise SprueError(f"{class_name} version {challenger.version} is champion already")
-    if arguments.force:
+    if arguments.force is not None:
+        if not arguments.force.strip():
+            raise SprueError("--force wants a reason")
         crown(class_name, challenger.version, number, "forced", arguments.force)
         print(f"{class_name}: version {challenger.version} is champion, by force")
         return
@@ -80,7 +89,7 @@ def rollback(arguments: argparse.Namespace) -> None:
 
 def audit(arguments: argparse.Namespace) -> None:
     """Prints the trail, after looking for changes that were made elsewhere."""
-    names = [arguments.class_name] if arguments.class_name else [each.class_name for each in champions()]
+    names = [arguments.class_name] if arguments.class_name else class_names()
     for name in names:
         with class_lock(name):
             reconcile(name)
@@ -187,6 +196,10 @@ def main() -> None:
         sys.exit(f"sprue {arguments.command}: {error}")
     except MlflowException as error:
         sys.exit(f"sprue {arguments.command}: the registry answers: {error}")
+    except OSError as error:
+        sys.exit(f"sprue {arguments.command}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"sprue {arguments.command}: interrupted")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_a_kill_while_detectors_are_registered_loses_nothing(ports):
-    command = [sys.executable, "benchmarks/registry_faults.py", "--kills", "2", "--port", str(ports(1)[0])]
+    command = [sys.executable, "benchmarks/registry_faults.py", "--kills", "3", "--port", str(ports(1)[0])]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert "kill 2 of 2: Postgres" in done.stdout
+    assert "kill 3 of 3: SeaweedFS" in done.stdout
     assert "lost or twice: nothing" in done.stdout
     assert "http://127.0.0.1:" in done.stdout
 

@@ -214,7 +214,7 @@ def unseen_bricks(tmp_path: Path) -> Path:
     rng, folder = np.random.default_rng(7), tmp_path / "unseen"
     for name in ("good", "spot"):
         (folder / name).mkdir(parents=True)
-    for number in range(16):
+    for number in range(24):
         crop("brick", rng).save(folder / "good" / f"{number:03}.png")
         spotted("brick", rng)[0].save(folder / "spot" / f"{number:03}.png")
     return folder

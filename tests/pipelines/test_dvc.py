@@ -157,7 +157,7 @@ def test_a_challenger_is_promoted_and_where_it_comes_from_is_known(version, unse
     )
     assert champions(version.folder)["brick"] == 1
     said = sprue("promote", "brick", "--pictures", str(unseen_bricks), "--margin", "0.5", "--latency", "60000")
-    assert "16 good and 16 defective samples" in said
+    assert "24 good and 24 defective samples" in said
     assert "version 2 is champion" in said
     assert champions(version.folder) == {"brick": 2, "grass": 1}
 

@@ -20,11 +20,13 @@ class LabelledSample:
         paths: A file for each view.
         images: The pictures, RGB.
         defect_type: ``good``, or the defect's name.
+        group: Its number among the samples that were read; variants of one have the same.
     """
 
     paths: tuple[Path, ...]
     images: tuple[Image.Image, ...]
     defect_type: str
+    group: int
 
     @property
     def label(self) -> int:
@@ -44,13 +46,14 @@ def read_labelled(folder: Path, views: tuple[str, ...]) -> list[LabelledSample]:
     """
     if not (folder / GOOD).is_dir():
         raise SprueError(f"{folder} has no folder {GOOD}: put good pictures there, and those of each defect beside it")
-    samples = [
-        _read(sample, views, group.name)
-        for group in sorted(folder.iterdir())
-        if group.is_dir() and not group.name.startswith(".")
-        for sample in sorted(group.iterdir())
+    found = [
+        (sample, kind.name)
+        for kind in sorted(folder.iterdir())
+        if kind.is_dir() and not kind.name.startswith(".")
+        for sample in sorted(kind.iterdir())
         if not sample.name.startswith(".")
     ]
+    samples = [_read(sample, views, kind, number) for number, (sample, kind) in enumerate(found)]
     if not any(sample.defect_type == GOOD for sample in samples):
         raise SprueError(f"{folder / GOOD} is empty: at least one good picture is needed")
     return samples
@@ -59,17 +62,17 @@ def read_labelled(folder: Path, views: tuple[str, ...]) -> list[LabelledSample]:
 def with_drawn_defects(good: list[LabelledSample]) -> list[LabelledSample]:
     """The good samples, and each of them with a drawn defect of each kind, on its views in turn; always the same."""
     drawn = []
-    for number, sample in enumerate(good):
+    for sample in good:
         for place, kind in enumerate(KINDS):
-            view = (number + place) % len(sample.images)
-            rng = np.random.default_rng([number, place])
+            view = (sample.group + place) % len(sample.images)
+            rng = np.random.default_rng([sample.group, place])
             altered = Image.fromarray(draw_defect(np.asarray(sample.images[view]), kind, rng)[0])
             images = (*sample.images[:view], altered, *sample.images[view + 1 :])
-            drawn.append(LabelledSample(sample.paths, images, f"drawn {kind}"))
+            drawn.append(LabelledSample(sample.paths, images, f"drawn {kind}", sample.group))
     return good + drawn
 
 
-def _read(sample: Path, views: tuple[str, ...], defect_type: str) -> LabelledSample:
+def _read(sample: Path, views: tuple[str, ...], defect_type: str, group: int) -> LabelledSample:
     if len(views) == 1:
         if not sample.is_file():
             raise SprueError(f"{sample} is a folder: the class's samples have one picture each")
@@ -80,4 +83,8 @@ def _read(sample: Path, views: tuple[str, ...], defect_type: str) -> LabelledSam
         if missing:
             raise SprueError(f"{sample} has no picture of view {', '.join(missing)}")
         paths = tuple(found[view] for view in views)
-    return LabelledSample(paths, tuple(open_image(path.read_bytes(), str(path)) for path in paths), defect_type)
+    try:
+        images = tuple(open_image(path.read_bytes(), str(path)) for path in paths)
+    except OSError as error:
+        raise SprueError(f"{error.filename} can't be read: {error.strerror}") from error
+    return LabelledSample(paths, images, defect_type, group)

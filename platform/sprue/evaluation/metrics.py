@@ -84,6 +84,7 @@ def auroc_difference(
     one_N: NDArray[np.floating[Any]],
     other_N: NDArray[np.floating[Any]],
     labels_N: NDArray[np.integer[Any]],
+    groups_N: NDArray[np.integer[Any]] | None = None,
     seed: int = 0,
 ) -> Figure:
     """How much higher one detector's AUROC is than another's on the same samples, each draw being of the same for both.
@@ -92,6 +93,8 @@ def auroc_difference(
         one_N: Scores of the one; higher is more anomalous.
         other_N: Scores of the other.
         labels_N: 1 for a defective sample, 0 for a good one.
+        groups_N: Numbers, from 0, of what is drawn as a whole: samples that are variants of one picture are no
+            independent ones. Without, each sample stands for itself, and good and defective ones are drawn apart.
         seed: Of the bootstrap.
 
     Raises:
@@ -107,7 +110,11 @@ def auroc_difference(
         one, other = (Curve.of_scores(scores_N, labels_N, weights_DN).area() for scores_N in (one_N, other_N))
         return one - other
 
-    draws = [difference(weights_DN) for weights_DN in _weights(labels_N, len(one_N), seed)]
+    if groups_N is None:
+        draws = [difference(weights_DN) for weights_DN in _weights(labels_N, len(one_N), seed)]
+    else:
+        alike_G = np.zeros(groups_N.max() + 1, int)
+        draws = [difference(weights_DG[:, groups_N]) for weights_DG in _weights(alike_G, len(one_N), seed)]
     return _figure(float(difference()), draws)
 
 

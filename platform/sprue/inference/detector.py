@@ -26,7 +26,7 @@ from sprue.inference.backbone import load_backbone
 from sprue.inference.calibration import Calibration
 from sprue.inference.engines import Engine, EngineName, build_engine
 from sprue.inference.images import model_input
-from sprue.inference.precision import full_precision
+from sprue.inference.precision import use_full_precision
 from sprue.inference.spec import FeatureSpec
 
 BATCH = 16
@@ -256,10 +256,11 @@ def score_features(
         Scores [B] of the samples, scores [B, V] and evidence [B, V, H, W] of their pictures.
     """
     flow.eval()
+    use_full_precision()
     device = next(flow.buffers()).device
     parts = []
     for batch in _batches(maps):
-        with torch.inference_mode(), full_precision():
+        with torch.inference_mode():
             maps_on_device = [map_BCHW.to(device).float() for map_BCHW in batch]
             assessed = flow.assess_pictures(maps_on_device, scoring.evidence, scoring.top)
             parts.append([each.cpu().numpy() for each in assessed])

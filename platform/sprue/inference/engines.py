@@ -77,7 +77,9 @@ class TorchEngine:
         import torch
 
         from sprue.inference.backbone import load_backbone
+        from sprue.inference.precision import use_full_precision
 
+        use_full_precision()
         if threads:
             torch.set_num_threads(threads)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -87,9 +89,7 @@ class TorchEngine:
         """See `Engine`."""
         import torch
 
-        from sprue.inference.precision import full_precision
-
-        with torch.inference_mode(), full_precision():
+        with torch.inference_mode():
             maps = self.backbone(torch.from_numpy(images_BSS3).to(self.device, non_blocking=True))
         return [map_BCHW.to(torch.float16).cpu().contiguous().numpy() for map_BCHW in maps]
 

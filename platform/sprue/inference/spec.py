@@ -8,7 +8,7 @@ from typing import Any
 
 from sprue.errors import SprueError
 
-PREPROCESSING = "8-bit RGB; squashed to a square, bicubic; scales by mean pooling; float16 maps"
+PREPROCESSING = "8-bit RGB; squashed to a square, bicubic; scales by mean pooling; float32, rounded to float16 maps"
 """Changes with the code that decodes, resizes and rounds, so that stored features of older code are not mixed in."""
 
 

@@ -108,7 +108,7 @@ def previous(class_name: str, current: int | None) -> int | None:
     line: list[int | None] = [None]
     for entry in trail.entries(class_name):
         if entry.kind == "rolled back" and entry.after in line:
-            del line[line.index(entry.after) + 1 :]
+            del line[len(line) - line[::-1].index(entry.after) :]
         elif entry.kind != "refused":
             line.append(entry.after)
     registered = {

@@ -4,20 +4,27 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import mlflow
 import pandas as pd
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
 
 from sprue.errors import SprueError
-from sprue.tracking.registry import CLASS_TAG, DETECTOR_TAG, RegisteredDetector
+from sprue.tracking.registry import DETECTOR_TAG, RegisteredDetector, registered_models
 
 FOLDER = "lineage"
 COLUMNS = ["split", "sample_id", "view", "sha256", "path"]
 ENVIRONMENT = ("sprue.packages", "sprue.machine", "sprue.cluster", "sprue.job")
+
+
+class NoRecordError(SprueError):
+    """A version of an earlier release, which kept no record."""
+
+
+def is_logged(run_id: str, detector_key: str) -> bool:
+    """Whether a run has the record of a detector."""
+    return len(mlflow.MlflowClient().list_artifacts(run_id, f"{FOLDER}/{detector_key}")) == 2
 
 
 @dataclass(frozen=True)
@@ -50,17 +57,17 @@ class Lineage:
 
     @classmethod
     def _of(cls, version: ModelVersion) -> Self:
-        uri = f"runs:/{version.run_id}/{FOLDER}/{version.tags.get(DETECTOR_TAG)}"
-        try:
-            folder = Path(mlflow.artifacts.download_artifacts(uri))
-            facts = json.loads((folder / "facts.json").read_text())
-            pictures = pd.read_csv(io.BytesIO((folder / "pictures.csv").read_bytes()), dtype=str, keep_default_na=False)
-        except (MlflowException, OSError) as error:
-            raise SprueError(
-                f"{version.name} version {version.version} has no record of where it comes from; the register stage of "
-                "this release keeps one"
-            ) from error
-        return cls(facts, pictures)
+        if not (version.run_id and is_logged(version.run_id, version.tags.get(DETECTOR_TAG, ""))):
+            raise NoRecordError(
+                f"{version.name} version {version.version} has no record of where it comes from; the register stage "
+                "adds it while the version's detector is the current one"
+            )
+        folder = f"runs:/{version.run_id}/{FOLDER}/{version.tags[DETECTOR_TAG]}"
+        pictures = io.StringIO(mlflow.artifacts.load_text(f"{folder}/pictures.csv"))
+        return cls(
+            json.loads(mlflow.artifacts.load_text(f"{folder}/facts.json")),
+            pd.read_csv(pictures, dtype=str, keep_default_na=False),
+        )
 
     def digests(self, split: str) -> tuple[tuple[str, ...], ...]:
         """Digests of the samples of a split, each those of its views, as fits are given them."""
@@ -81,17 +88,9 @@ class Use:
 
 def versions() -> Iterator[ModelVersion]:
     """Every version of every class."""
-    client = mlflow.MlflowClient()
-    token = None
-    while True:
-        page = client.search_registered_models(f"tags.`{CLASS_TAG}` != ''", page_token=token)
-        for model in page:
-            yield from sorted(
-                client.search_model_versions(f"name = '{model.name}'"), key=lambda version: int(version.version)
-            )
-        token = page.token
-        if not token:
-            return
+    for model in registered_models():
+        found = mlflow.MlflowClient().search_model_versions(f"name = '{model.name}'")
+        yield from sorted(found, key=lambda version: int(version.version))
 
 
 def uses(sha256: str) -> tuple[list[Use], list[str]]:
@@ -100,7 +99,7 @@ def uses(sha256: str) -> tuple[list[Use], list[str]]:
     for version in versions():
         try:
             pictures = Lineage._of(version).pictures
-        except SprueError:
+        except NoRecordError:
             silent.append(f"{version.name} version {version.version}")
             continue
         for row in pictures[pictures["sha256"] == sha256].itertuples():
@@ -126,7 +125,7 @@ def describe(registered: RegisteredDetector) -> list[tuple[str, str]]:
             "flow",
             f"{facts['flow_name']}: " + ", ".join(f"{name} {value}" for name, value in facts["flow_config"].items()),
         ),
-        ("fit", f"{facts['fit']} on {facts['cpus']} CPUs: " + ", ".join(settings)),
+        ("fit", f"{facts['fit']} on {facts['cpus'] or 'an unknown number of'} CPUs: " + ", ".join(settings)),
         ("settings", facts["found"]),
         ("code", f"commit {facts['commit']}"),
         *((name.removeprefix("sprue."), run.data.tags.get(name, "not recorded")) for name in ENVIRONMENT),

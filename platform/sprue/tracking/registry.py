@@ -4,12 +4,12 @@ import hashlib
 import logging
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow
-from mlflow.entities.model_registry import ModelVersion
+from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import (
     INVALID_PARAMETER_VALUE,
@@ -49,7 +49,7 @@ class RegisteredDetector:
 def find_version(class_name: str, detector_key: str) -> ModelVersion | None:
     """The registered version of a detector, if the registry has it and its run."""
     found = _versions_of(class_name, detector_key)
-    return found[-1] if found else None
+    return found[0] if found else None
 
 
 def register(
@@ -94,21 +94,31 @@ def _versions_of(class_name: str, detector_key: str) -> list[ModelVersion]:
     return sorted((version for version in found if version.status == "READY"), key=lambda each: int(each.version))
 
 
-def champions() -> list[RegisteredDetector]:
-    """The champions of all classes on the tracking server, by class name."""
+def registered_models() -> Iterator[RegisteredModel]:
+    """The models of all classes."""
     client = mlflow.MlflowClient()
-    found = []
     page = client.search_registered_models(f"tags.`{CLASS_TAG}` != ''")
     while True:
-        for model in page:
-            if CHAMPION in model.aliases:
-                version = client.get_model_version_by_alias(model.name, CHAMPION)
-                found.append(
-                    RegisteredDetector(model.tags[CLASS_TAG], model.name, int(version.version), version.run_id or "")
-                )
+        yield from page
         if not page.token:
-            return sorted(found, key=lambda champion: champion.class_name)
+            return
         page = client.search_registered_models(f"tags.`{CLASS_TAG}` != ''", page_token=page.token)
+
+
+def class_names() -> list[str]:
+    """The classes that have a model, sorted."""
+    return sorted(model.tags[CLASS_TAG] for model in registered_models())
+
+
+def champions() -> list[RegisteredDetector]:
+    """The champions of all classes on the tracking server, by class name."""
+    client, found = mlflow.MlflowClient(), []
+    for model in registered_models():
+        if CHAMPION in model.aliases:
+            version = client.get_model_version_by_alias(model.name, CHAMPION)
+            champion = RegisteredDetector(model.tags[CLASS_TAG], model.name, int(version.version), version.run_id or "")
+            found.append(champion)
+    return sorted(found, key=lambda champion: champion.class_name)
 
 
 def find_registered(class_name: str, version: str) -> RegisteredDetector:
@@ -126,9 +136,9 @@ def find_registered(class_name: str, version: str) -> RegisteredDetector:
     except MlflowException as error:
         if error.error_code not in NOT_FOUND:
             raise
-        known = sorted(model.name for model in client.search_registered_models(f"tags.`{CLASS_TAG}` != ''"))
         raise SprueError(
-            f"there is no version {version} of class {class_name!r}; registered are {', '.join(known) or 'none'}"
+            f"there is no version {version} of class {class_name!r}; registered are "
+            f"{', '.join(class_names()) or 'none'}"
         ) from error
     return RegisteredDetector(class_name, class_name, int(found.version), found.run_id or "")
 

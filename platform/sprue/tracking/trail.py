@@ -4,9 +4,8 @@ A change that nobody decided here, as one made in MLflow's own UI, is found by c
 and becomes an entry of its own.
 """
 
-import getpass
 import json
-import socket
+import textwrap
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +14,14 @@ from typing import Any, Literal
 
 import mlflow
 from mlflow.entities import Metric, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
+
+from sprue.tracking.lock import whoami
 
 EXPERIMENT = "sprue-audit"
+LONGEST = 2000
+"""Characters of a reason that are kept."""
 
 Kind = Literal["first", "promoted", "forced", "refused", "rolled back", "external"]
 """What happened: ``first`` is a class's first version, ``external`` a change of the alias that was made elsewhere."""
@@ -27,6 +32,7 @@ class Entry:
     """A decision.
 
     Attributes:
+        number: Its place among the class's, from 1.
         class_name: The product class.
         kind: What happened.
         before: The champion's version until then; None if there was none.
@@ -37,6 +43,7 @@ class Entry:
         at: When, in UTC.
     """
 
+    number: int
     class_name: str
     kind: Kind
     before: int | None
@@ -64,10 +71,14 @@ def record(
     challenger: int | None = None,
     figures: Mapping[str, float] | None = None,
 ) -> None:
-    """Adds an entry; `figures` are what the decision rests on."""
+    """Adds an entry, by who holds the class's lock; `figures` are what the decision rests on."""
     client = mlflow.MlflowClient()
+    reason = textwrap.shorten(reason, LONGEST)
+    # Clocks of several machines do not tell the order.
+    number = len(entries(class_name)) + 1
     facts = {
         "id": uuid.uuid4().hex,
+        "number": number,
         "class": class_name,
         "kind": kind,
         "before": before,
@@ -75,12 +86,10 @@ def record(
         "challenger": challenger,
     }
     tags = {
-        "sprue.audit": json.dumps(facts | {"reason": reason, "by": f"{getpass.getuser()}@{socket.gethostname()}"}),
+        "sprue.audit": json.dumps(facts | {"reason": reason, "by": whoami()}),
         "sprue.class": class_name,
     }
-    found = client.get_experiment_by_name(EXPERIMENT)
-    experiment = found.experiment_id if found else client.create_experiment(EXPERIMENT)
-    run = client.create_run(experiment, run_name=f"{class_name} {kind}", tags=tags)
+    run = client.create_run(_experiment(), run_name=f"{class_name} {kind}", tags=tags)
     client.log_batch(
         run.info.run_id,
         metrics=[Metric(name, value, 0, 0) for name, value in (figures or {}).items()],
@@ -89,8 +98,22 @@ def record(
     client.set_terminated(run.info.run_id)
 
 
+def _experiment() -> str:
+    """The trail's experiment, made if there is none."""
+    client = mlflow.MlflowClient()
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is not None:
+        return str(found.experiment_id)
+    try:
+        return str(client.create_experiment(EXPERIMENT))
+    except MlflowException as error:
+        if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
+            raise
+        return _experiment()
+
+
 def entries(class_name: str | None = None) -> list[Entry]:
-    """The trail of a class, or of all, oldest first."""
+    """The trail of a class, or of all, oldest first; of one class, in the order of the decisions."""
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name(EXPERIMENT)
     if experiment is None:
@@ -107,7 +130,8 @@ def entries(class_name: str | None = None) -> list[Entry]:
             found.setdefault(facts.pop("id"), _entry(facts, run.info.start_time))
         token = page.token
         if not token:
-            return list(found.values())
+            ordered = found.values()
+            return sorted(ordered, key=lambda entry: entry.number) if class_name else list(ordered)
 
 
 def _entry(facts: dict[str, Any], milliseconds: int) -> Entry:

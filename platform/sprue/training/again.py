@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from upath import UPath
 
+from sprue.errors import SprueError
 from sprue.inference.detector import best_device, portable_state
 from sprue.tracking.lineage import Lineage
 from sprue.tracking.registry import RegisteredDetector, load_detector
@@ -61,10 +62,15 @@ def fit_again(registered: RegisteredDetector, store: UPath, on_epoch: Callable[[
         on_epoch: Called after each epoch.
 
     Raises:
-        SprueError: If the version has no record, or its features are not in the store.
+        SprueError: If the version has no record or was fitted by several workers, or its features are not in the store.
     """
     request = request_of(registered, store)
-    torch.set_num_threads(Lineage.read(registered).facts["cpus"])
+    if request.settings.workers > 1:
+        raise SprueError(
+            f"{registered.class_name} version {registered.version} was fitted by {request.settings.workers} workers, "
+            "whose sums one process does not repeat bit for bit"
+        )
+    torch.set_num_threads(Lineage.read(registered).facts["cpus"] or torch.get_num_threads())
     best: tuple[float, Checkpoint] | None = None
 
     def report(epoch: Epoch, checkpoint: Checkpoint) -> None:

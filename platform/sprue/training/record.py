@@ -55,7 +55,7 @@ class FitRecord:
         best_epoch: The epoch that the weights are of.
         history: The figures of all epochs.
         commit: The code's.
-        cpus: Threads that computed the weights, on a CPU; another number adds in another order.
+        cpus: Threads that computed the weights, on a CPU, for another number adds in another order; 0 if not recorded.
         state: The flow's weights.
     """
 
@@ -113,7 +113,8 @@ class FitRecord:
         """
         facts = read_json(folder / "fit.json", made_by="fit")
         try:
-            return cls(**facts, state=safetensors.torch.load((folder / "flow.safetensors").read_bytes()))
+            # Fits of earlier releases do not say how many threads there were.
+            return cls(**{"cpus": 0} | facts, state=safetensors.torch.load((folder / "flow.safetensors").read_bytes()))
         except (OSError, TypeError, safetensors.SafetensorError) as error:
             raise SprueError(
                 f"{folder} is not a finished fit: {error}; delete it and run the fit stage again"

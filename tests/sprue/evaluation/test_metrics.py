@@ -290,3 +290,14 @@ def test_the_difference_of_two_detectors_is_drawn_for_both_alike():
     assert (reverse.value, reverse.low) == (pytest.approx(-figure.value), pytest.approx(-figure.high, abs=0.01))
     with pytest.raises(SprueError, match="no numbers"):
         auroc_difference(one, np.full(120, np.nan), labels)
+
+
+def test_variants_of_one_picture_are_drawn_together():
+    # Five samples of each picture, of which all or none are judged better: there are as many opinions as pictures.
+    rng = np.random.default_rng(0)
+    groups, labels = np.repeat(np.arange(12), 5), np.tile([0, 1, 1, 1, 1], 12)
+    one = labels + 0.1 * rng.normal(size=60)
+    other = np.where((groups % 3 == 0) & (labels == 1), -1.0, one)
+    together, apart = (auroc_difference(one, other, labels, each) for each in (groups, None))
+    assert together.value == apart.value > 0.2
+    assert together.high - together.low > 1.5 * (apart.high - apart.low)

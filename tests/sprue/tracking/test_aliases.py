@@ -70,6 +70,14 @@ def test_rolling_back_goes_one_champion_back_each_time(versions):
     assert holder(versions, CHAMPION) == 3
 
 
+def test_a_champion_that_came_back_has_the_one_between_before_it(versions):
+    enter(versions, 1)
+    crown(versions, 2, 1, "promoted", "better")
+    crown(versions, 1, 2, "forced", "the old one after all")
+    crown(versions, 3, 1, "promoted", "better")
+    assert [roll_back(versions, "no") for _ in range(3)] == [1, 2, 1]
+
+
 def test_a_change_in_the_registry_s_own_page_is_found(versions):
     client = mlflow.MlflowClient()
     enter(versions, 1)

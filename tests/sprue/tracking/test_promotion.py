@@ -101,6 +101,10 @@ def test_each_rule_objects_in_words():
     assert len(unknown.objections(Rules())) == 1
     loud = replace(fair, alarms=20, chance=0.001)
     assert "it called 20 of 100 good samples anomalous" in loud.objections(Rules())[0]
+    few = replace(fair, good=19, defective=5)
+    assert few.objections(Rules()) == [
+        "19 good samples tell too little; name at least 20", "5 defective samples tell too little; name at least 20"
+    ]  # fmt: skip
     slow = replace(fair, latency_s=2.0)
     assert slow.objections(Rules()) == ["it takes 2.00 s a sample here; 1.00 s are allowed"]
     assert len(replace(loud, latency_s=2.0, difference=wide.difference).objections(Rules())) == 3
