@@ -101,7 +101,7 @@ def main(context: Context) -> None:
             log_lineage(context, manifest, request, found.run_id, key)  # for one that an earlier release has registered
         version = int(found.version) if found else log_version(context, manifest, request, key)
         alias = enter(class_name, version)
-        known = "registered already, " if found else ""
+        known = "was registered already, " if found else ""
         logger.info("%-20s version %d %sis %s", class_name, version, known, alias)
         if alias == CHALLENGER:
             logger.info("%-20s to make it champion: sprue promote %s --pictures FOLDER", "", class_name)

@@ -19,7 +19,7 @@ def false_alarms(calibration: int, alpha: float, good: int) -> rv_discrete:
         good: How many good pictures, exchangeable with these, are judged.
 
     >>> alarms = false_alarms(calibration=19, alpha=0.05, good=20)
-    >>> round(alarms.mean(), 6), round(alarms.sf(0), 3)
+    >>> round(float(alarms.mean()), 6), round(float(alarms.sf(0)), 3)
     (1.0, 0.513)
     """
     above = math.floor(alpha * (calibration + 1) + 1e-9)
