@@ -27,6 +27,7 @@ from defectflow import build_flow
 from sprue.data.manifest import Manifest
 from sprue.data.samples import samples_of
 from sprue.errors import SprueError
+from sprue.evaluation.metrics import auroc_difference
 from sprue.features.tables import FeatureTable
 from sprue.inference.backbone import resolve
 from sprue.inference.detector import Scoring, best_device, score_features
@@ -44,8 +45,6 @@ from sprue.store import location
 from sprue.tracking.server import connect, experiment_id
 from sprue.training.worker import FitRequest, fit_flow
 from sprue.workspace import find_recipe
-
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Judge:
     test: list[NDArray[np.float16]]
     label_N: NDArray[np.int64]
 
-    def test_scores(self, request: FitRequest, state: Mapping[str, Tensor]) -> NDArray[np.float32]:
+    def scores_on_test(self, request: FitRequest, state: Mapping[str, Tensor]) -> NDArray[np.float32]:
         """Scores of the test samples."""
         config = request.whole_config(FeatureTable(location(request.table)))
         flow = build_flow(request.flow_name, **config).to(best_device())
@@ -78,19 +77,6 @@ class Judge:
         config = request.whole_config(FeatureTable(location(request.table)))
         return Objective(self.data.validation, self.data.drawn, self.scoring)(request.flow_name, config, state)
 
-    def difference(self, one_N: NDArray[np.float32], other_N: NDArray[np.float32]) -> tuple[float, float, float]:
-        """The difference of two flows' AUROC, and its interval, over pictures that are drawn for both alike."""
-        rng = np.random.default_rng(0)
-        groups = [np.flatnonzero(self.label_N == label) for label in (0, 1)]
-        found = []
-        for _ in range(RESAMPLES):
-            rows = np.concatenate([rng.choice(group, len(group)) for group in groups])
-            found.append(
-                roc_auc_score(self.label_N[rows], one_N[rows]) - roc_auc_score(self.label_N[rows], other_N[rows])
-            )
-        whole = roc_auc_score(self.label_N, one_N) - roc_auc_score(self.label_N, other_N)
-        return float(whole), *(float(bound) for bound in np.percentile(found, [2.5, 97.5]))
-
 
 def compare(judge: Judge, outcome: SearchOutcome, config: SearchConfig) -> None:
     """Prints what the test split says of the trials."""
@@ -98,7 +84,7 @@ def compare(judge: Judge, outcome: SearchOutcome, config: SearchConfig) -> None:
     for trial in outcome.trials:
         if trial.number in outcome.stored:
             fit = at_point(judge.request, trial.point, config.epochs)
-            score_N = judge.test_scores(fit, outcome.checkpoint(trial.number).flow)
+            score_N = judge.scores_on_test(fit, outcome.checkpoint(trial.number).flow)
             facts = {
                 "trial": trial.number,
                 **trial.point,
@@ -119,12 +105,13 @@ def compare(judge: Judge, outcome: SearchOutcome, config: SearchConfig) -> None:
         request = at_point(judge.request, point, config.epochs)
         fit_flow(request, best_device(), lambda *report, reports=reports: reports.append(report))
         state = min(reports, key=lambda report: report[0].validation_nll)[1].flow
-        score_N = judge.test_scores(request, state)
+        score_N = judge.scores_on_test(request, state)
         fits[name] = score_N
         drawn, test = 100 * judge.objective(request, state), 100 * roc_auc_score(label_N, score_N)
         print(f"{name}: drawn defects {drawn:.2f}, test {test:.2f}")
-    whole, low, high = (100 * each for each in judge.difference(fits["winner"], fits["recipe"]))
-    print(f"winner - recipe on the test split: {whole:+.2f} ({low:+.2f} to {high:+.2f})")
+    figure = auroc_difference(fits["winner"], fits["recipe"], label_N)
+    low, high = 100 * figure.low, 100 * figure.high
+    print(f"winner - recipe on the test split: {100 * figure.value:+.2f} ({low:+.2f} to {high:+.2f})")
 
 
 def main() -> None:

@@ -12,14 +12,14 @@ from skimage import data
 from defectflow import build_flow
 from sprue.data.labelled import read_labelled, with_drawn_defects
 from sprue.errors import SprueError
-from sprue.evaluation.metrics import Figure
+from sprue.evaluation.metrics import Figure, auroc_difference
 from sprue.inference.backbone import resolve
 from sprue.inference.calibration import Calibration
 from sprue.inference.detector import Detector, Scoring, score_features
 from sprue.inference.engines import build_engine
 from sprue.inference.images import model_input
 from sprue.inference.spec import FeatureSpec
-from sprue.tracking.promotion import Evidence, Rules, measure
+from sprue.tracking.promotion import ENOUGH, Evidence, Rules, measure
 
 SIDE = 96
 
@@ -143,3 +143,14 @@ def test_samples_of_views_are_read_in_the_detector_s_order(tmp_path):
     (sample,) = read_labelled(tmp_path, ("top", "side"))
     assert [image.getpixel((0, 0))[0] for image in sample.images] == [10, 200]
     assert [path.stem for path in sample.paths] == ["top", "side"]
+
+
+@pytest.mark.parametrize(("count", "least", "most"), [(5, 0.3, 0.7), (ENOUGH, 0.0, 0.06)])
+def test_enough_pictures_are_those_with_which_a_worse_challenger_seldom_passes(count, least, most):
+    # An AUROC of 95 % against a champion that makes no mistake, simulated.
+    rng, labels = np.random.default_rng(0), np.repeat([0, 1], count)
+    passed = 0
+    for _ in range(100):
+        champion, challenger = (distance * labels + rng.normal(size=2 * count) for distance in (10, 2.326))
+        passed += auroc_difference(challenger, champion, labels).low >= -Rules.margin
+    assert least <= passed / 100 <= most
