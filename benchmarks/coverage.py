@@ -69,7 +69,7 @@ def refit(context: Context, manifest: Manifest, epochs: int | None) -> list[dict
     held_N, good_N = scores(manifest.select(class_name, "calibration")), scores(test[test["label"] == 0])
     found = []
     for alpha in ALPHAS:
-        alarms = int((Calibration.fit(held_N, np.zeros(1), alpha).p_values(good_N) <= alpha).sum())
+        alarms = int((Calibration.fit(held_N, held_N, alpha).p_values(good_N) <= alpha).sum())
         expected = false_alarms(len(held_N), alpha, len(good_N))
         low, high = (int(bound) for bound in expected.interval(0.9))
         facts = {"class": class_name, "seed": manifest.splits.seed, "alpha": alpha, "calibration": len(held_N)}

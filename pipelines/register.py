@@ -1,12 +1,15 @@
 """Registers every evaluated detector that the registry does not hold; a class's first is champion, others challenge."""
 
 import logging
+from pathlib import Path
+from urllib.parse import urlencode
 
 import yaml
 from upath import UPath
 
 from sprue.data.manifest import Manifest
 from sprue.data.samples import views_of
+from sprue.evaluation.evaluate import OVERVIEW
 from sprue.inference.backbone import resolve
 from sprue.inference.detector import Detector
 from sprue.inference.spec import FeatureSpec
@@ -31,8 +34,17 @@ def describe(figures: dict[str, float], fit: FitRecord) -> str:
     return (
         f"{fit.flow_name} fitted on {fit.pictures} good pictures of {fit.class_name}{auroc}. Calls at most "
         f"{figures['alpha']:.1%} of exchangeable good pictures anomalous, on average over calibrations "
-        f"(score above {figures['threshold']:.4g})."
+        f"(score above {figures['threshold']:.4g}), and marks at most that share of such a picture's pixels "
+        f"(map above {figures['pixel_threshold']:.4g})."
     )
+
+
+def picture(folder: Path, run_id: str) -> str:
+    """The overview of an evaluation that is logged with a run, in Markdown; nothing if there is none."""
+    if not (folder / OVERVIEW).is_file():
+        return ""
+    query = urlencode({"path": f"evaluation/{OVERVIEW}", "run_uuid": run_id})
+    return f"\n\n![Pictures, what is there, what was found](get-artifact?{query})"
 
 
 def tracked_digest(data: UPath) -> str:
@@ -86,7 +98,8 @@ def log_version(context: Context, manifest: Manifest, request: FitRequest, key: 
         uri = log_detector(detector, run.run_id, key, example, tags)
     with local_copy(context.folder / "evaluation" / class_name) as folder:
         run.finish(figures, folder, "evaluation", tags)
-    return register(class_name, uri, run.run_id, key, tags, describe(figures, fit))
+        words = describe(figures, fit) + picture(folder, run.run_id)
+    return register(class_name, uri, run.run_id, key, tags, words)
 
 
 def main(context: Context) -> None:

@@ -137,12 +137,16 @@ def connect_ray() -> None:
         os.environ.setdefault(name, value)
     # On a busy machine the proxy of Ray Serve needs more than the five seconds that it is given.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+    # Ray Train's controller looks for an epoch's checkpoint, and for the end, every two seconds else.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     # Stages say themselves how far they are, and a worker's failure reaches them as an exception.
     settings: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if "RAY_ADDRESS" not in os.environ:
         settings["address"] = "local"
         # Ray Train asks the dashboard which of its controllers live.
         settings["include_dashboard"] = True
+        # For each fit a process would wait for word that one of several machines is about to be taken away.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
         ray.init(**settings)
     except ConnectionError as error:

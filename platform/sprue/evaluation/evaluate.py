@@ -20,18 +20,29 @@ from defectflow import Flow
 from sprue.data.samples import samples_of, views_of
 from sprue.errors import SprueError
 from sprue.evaluation.curves import Counts, Curve
-from sprue.evaluation.metrics import Figure, image_figures, pixel_figures, share
+from sprue.evaluation.metrics import Figure, image_figures, mean, pixel_figures, share
 from sprue.evaluation.pictures import histogram, panel, stack
-from sprue.evaluation.pixels import PixelCounts, count_pixels
+from sprue.evaluation.pixels import PixelCounts, count_pixels, marked_shares
 from sprue.features.tables import FeatureTable
 from sprue.inference.calibration import Calibration
-from sprue.inference.detector import Detector, Predictions, Scoring, best_device, require_views, score_features
+from sprue.inference.detector import (
+    Detector,
+    Predictions,
+    Scoring,
+    anomaly_map,
+    best_device,
+    require_views,
+    score_features,
+)
 from sprue.inference.heatmap import heat
 from sprue.inference.images import open_image
 from sprue.inference.spec import FeatureSpec
 
 PANELS = 6
 """Pictures of defective samples in the overview; half as many of good ones."""
+
+OVERVIEW = "heatmaps.png"
+"""The file of that overview."""
 
 POINTS = 300
 """Of a curve."""
@@ -45,7 +56,8 @@ class Evaluation:
     """A detector's figures and predictions on the test split; figures that don't exist are left out.
 
     Attributes:
-        facts: How many good and defective samples there are, ``alpha``, and the ``threshold`` that it implies.
+        facts: How many good and defective samples there are, ``alpha``, and the thresholds that it implies,
+            ``threshold`` and ``pixel_threshold``.
         figures: By name, with their intervals.
         curves: Points of ``roc`` (false- and true-positive rate), ``precision_recall`` (recall, precision) and ``pro``
             (false-positive rate, mean overlap of a region), thinned; those that exist.
@@ -103,9 +115,14 @@ def calibrate(
     flow = flow.to(best_device())
     require_views(class_name, flow_name, flow, len(views))
     maps = table.read_samples(samples_of(calibration), len(views))
-    scores_N, _, evidence = score_features(flow, scoring, maps)
+    scores_N, _, evidence_NVHW = score_features(flow, scoring, maps)
+    sizes_NV2 = calibration[["height", "width"]].to_numpy().reshape(-1, len(views), 2)
+    pixels = (
+        np.concatenate([anomaly_map(*each).ravel() for each in zip(evidence_VHW, sizes_V2.tolist(), strict=True)])
+        for evidence_VHW, sizes_V2 in zip(evidence_NVHW, sizes_NV2, strict=True)
+    )
     try:
-        calibrated = Calibration.fit(scores_N, evidence, alpha)
+        calibrated = Calibration.fit(scores_N, evidence_NVHW, alpha, pixels)
     except SprueError as error:
         raise SprueError(f"class {class_name}: {error}") from error
     return Detector(class_name, spec, flow_name, flow, scoring, calibrated, views)
@@ -140,8 +157,17 @@ def evaluate(detector: Detector, table: FeatureTable, pictures: pd.DataFrame, ro
         sample, view = divmod(int(measurable[i]), views)
         return predictions.anomaly_map(sample, sizes[i], view)
 
-    counts = count_pixels(map_of, lambda i: read_mask(root, rows[i]), len(rows))
+    def mask_of(i: int) -> NDArray[np.bool_] | None:
+        return read_mask(root, rows[i])
+
+    counts = count_pixels(map_of, mask_of, len(rows))
     figures |= _prefixed("pixel", pixel_figures(counts))
+    alarms_N, found_N = marked_shares(map_of, mask_of, len(rows), detector.calibration.pixel_threshold)
+    of_good_N = (shown["label"] == 0).to_numpy()
+    figures |= {
+        "pixel_false_alarm_rate": mean(alarms_N[of_good_N]),
+        "pixel_detection_rate": mean(found_N[np.isfinite(found_N)]),
+    }
     if views > 1:
         defective_N = (counts.found_NQ.sum(1) > 0).astype(int)
         figures |= _prefixed("picture", image_figures(predictions.picture_score_BV.ravel()[measurable], defective_N))
@@ -158,6 +184,7 @@ def evaluate(detector: Detector, table: FeatureTable, pictures: pd.DataFrame, ro
         "test_defective": float((labels_N == 1).sum()),
         "alpha": detector.calibration.alpha,
         "threshold": detector.calibration.threshold,
+        "pixel_threshold": detector.calibration.pixel_threshold,
     }
     existing = {name: figure for name, figure in figures.items() if np.isfinite(figure.value)}
     return Evaluation(facts, existing, _curves(labels_N, predictions, counts), of_types, predictions, pictures)
@@ -242,7 +269,7 @@ def write_evaluation(evaluation: Evaluation, detector: Detector, root: UPath, fo
     chosen = _examples(predictions.score_B, labels_N, max(FEWEST, PANELS // evaluation.views))
     if len(chosen):
         panels = [sample_panel(evaluation, detector, root, int(index)) for index in chosen]
-        stack(panels).save(folder / "heatmaps.png")
+        stack(panels).save(folder / OVERVIEW)
 
 
 def _examples(
@@ -273,4 +300,5 @@ def _panel(evaluation: Evaluation, detector: Detector, root: UPath, index: int, 
         f"{row.path}   {row.defect_type}   score {predictions.score_B[index]:.3f}{of_picture}   "
         f"p {predictions.p_value_B[index]:.3f}   {decision}"
     )
-    return panel(image, read_mask(root, row), heat(map_HW, detector.calibration), caption)
+    marked_HW = map_HW > detector.calibration.pixel_threshold
+    return panel(image, read_mask(root, row), heat(map_HW, detector.calibration), marked_HW, caption)

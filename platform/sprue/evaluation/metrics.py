@@ -153,6 +153,19 @@ def share(called_N: NDArray[np.bool_]) -> Figure:
     return Figure(float(called_N.mean()), float(interval.low), float(interval.high))
 
 
+def mean(values_N: NDArray[np.floating[Any]], seed: int = 0) -> Figure:
+    """The mean of one value for each picture, such as a share of its pixels.
+
+    >>> mean(np.array([0.0, 0.5])).value
+    0.25
+    """
+    if not len(values_N):
+        return Figure(math.nan, math.nan, math.nan)
+    alike_N = np.zeros(len(values_N), int)
+    draws = [weights_DN @ values_N / len(values_N) for weights_DN in _weights(alike_N, len(values_N), seed)]
+    return _figure(float(values_N.mean()), draws)
+
+
 def _drawn(counts: PixelCounts, weights_DN: Counts) -> tuple[Curve, Counts]:
     """The curve of each draw of pictures, and its regions' mean overlap, [D, Q]."""
     curve = Curve.of_bins(*(np.cumsum(weights_DN @ each, -1) for each in (counts.found_NQ, counts.alarms_NQ)))

@@ -21,7 +21,11 @@ CAPTION = 22
 
 
 def panel(
-    image: Image.Image, mask_HW: NDArray[np.bool_] | None, heat_HW: NDArray[np.float32], caption: str
+    image: Image.Image,
+    mask_HW: NDArray[np.bool_] | None,
+    heat_HW: NDArray[np.float32],
+    marked_HW: NDArray[np.bool_],
+    caption: str,
 ) -> Image.Image:
     """Input, ground truth, heat and overlay side by side, with a caption below.
 
@@ -29,12 +33,13 @@ def panel(
         image: The picture.
         mask_HW: Its ground truth, or None.
         heat_HW: Its heat, 0..1; see `sprue.inference.heatmap.heat`.
+        marked_HW: Which pixels are marked.
         caption: One line.
     """
     truth = Image.fromarray(
         (mask_HW if mask_HW is not None else np.zeros(image.size[::-1], bool)).astype(np.uint8) * 255
     )
-    tiles = [image.convert("RGB"), truth.convert("RGB"), colour(heat_HW), overlay(image, heat_HW)]
+    tiles = [image.convert("RGB"), truth.convert("RGB"), colour(heat_HW), overlay(image, heat_HW, marked_HW)]
     canvas = Image.new("RGB", (len(tiles) * (TILE + GAP) - GAP, TILE + CAPTION), "white")
     for index, tile in enumerate(tiles):
         canvas.paste(tile.resize((TILE, TILE), Image.Resampling.LANCZOS), (index * (TILE + GAP), 0))

@@ -38,6 +38,8 @@ MEANINGS = {
     "picture_pb2": "PB2 of single pictures",
     "picture_pg2": "PG2 of single pictures",
     "pixel_aupro": "mean overlap with a defect's region, up to 30 % false pixels (AUPRO)",
+    "pixel_detection_rate": "of a defect's pixels are marked, on average over the defective pictures",
+    "pixel_false_alarm_rate": "of a good picture's pixels are marked, on average over the good pictures",
     "pixel_auroc": "chance that a pixel of a defect lies above a good one (pixel AUROC)",
     "pixel_average_precision": "average precision of pixels",
     "pixel_best_f1": "F1 of pixels at the best threshold",

@@ -1,9 +1,10 @@
-"""Split-conformal calibration: what a score means, from held-out good pictures alone.
+"""Split-conformal calibration: what a score and a map mean, from held-out good pictures alone.
 
-Shapes: N calibration pictures, B scored pictures.
+Shapes: N calibration pictures, B scored pictures, P pixels of a picture, K levels.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sprue.errors import SprueError
+
+LEVELS = 2001
+"""Quantiles of the positions' evidence that the pixels' threshold is chosen from."""
 
 
 def pictures_needed(alpha: float) -> int:
@@ -29,6 +33,38 @@ def pictures_needed(alpha: float) -> int:
     return n - 1 if n > 1 and 1 / n <= alpha else n
 
 
+def pixel_threshold(
+    pixels: Iterable[NDArray[np.floating[Any]]], levels_K: NDArray[np.floating[Any]], alpha: float
+) -> float:
+    """The lowest level above which at most `alpha` of a good picture's pixels are to be expected.
+
+    That is conformal risk control (Angelopoulos, Bates, Fisch, Lei and Schuster, "Conformal Risk Control", 2022,
+    theorem 1): the share of a picture's pixels above a level falls with the level and is at most 1, so the share to be
+    expected of a good picture that is exchangeable with N calibration pictures is at most ``(1 + sum of theirs) /
+    (N + 1)``.
+    It is an expectation over pictures and calibrations. Neighbouring pixels are alike and no two places of a part are
+    exchangeable, so nothing is promised of a single pixel, place or picture.
+
+    Args:
+        pixels: For each calibration picture the values of its map, [P].
+        levels_K: The levels to choose from, ascending; above the last there is no pixel.
+        alpha: The share that is wanted.
+
+    >>> maps = [np.arange(100.0)] * 19
+    >>> pixel_threshold(maps, np.arange(100.0), alpha=0.05), pixel_threshold(maps, np.arange(100.0), alpha=0.1)
+    (99.0, 94.0)
+    """
+    share_K, pictures = np.zeros(len(levels_K)), 0
+    for values_P in pixels:
+        pictures += 1
+        below_K = np.bincount(np.searchsorted(levels_K, values_P), minlength=len(levels_K))
+        share_K += 1 - np.cumsum(below_K)[: len(levels_K)] / len(values_P)
+    fits_K = (1 + share_K) / (1 + pictures) <= alpha + 1e-12
+    # But for rounding, no pixel is above the last.
+    fits_K[-1] = True
+    return float(levels_K[fits_K.argmax()])
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Scores of held-out good pictures, which turn a new score into a p-value.
@@ -42,8 +78,10 @@ class Calibration:
         alpha: The false-alarm rate.
         low: Median evidence of a position in the calibration pictures; where a heat map begins.
         high: 99.9 % quantile of that evidence.
+        pixel_threshold: A pixel is marked exactly if its map is above it; see the function of that name.
 
-    >>> calibration = Calibration(tuple(float(i) for i in range(19)), alpha=0.05, low=0.0, high=1.0)
+    >>> scores = tuple(float(i) for i in range(19))
+    >>> calibration = Calibration(scores, alpha=0.05, low=0.0, high=1.0, pixel_threshold=1.0)
     >>> calibration.p_values(np.array([-1.0, 9.0, 18.0, 18.5])).tolist()
     [1.0, 0.55, 0.1, 0.05]
     >>> calibration.threshold
@@ -54,17 +92,23 @@ class Calibration:
     alpha: float
     low: float
     high: float
+    pixel_threshold: float
 
     @classmethod
     def fit(
-        cls, scores_N: NDArray[np.floating[Any]], evidence: NDArray[np.floating[Any]], alpha: float
+        cls,
+        scores_N: NDArray[np.floating[Any]],
+        evidence: NDArray[np.floating[Any]],
+        alpha: float,
+        pixels: Iterable[NDArray[np.floating[Any]]] | None = None,
     ) -> "Calibration":
         """Calibrates on good pictures that had no part in fitting.
 
         Args:
             scores_N: Their scores.
-            evidence: The evidence of all their positions, of any shape.
+            evidence: The evidence of their positions, [N, ...].
             alpha: The false-alarm rate wanted.
+            pixels: For each the pixels of its map, [P], which lie between its positions; the positions if None.
 
         Raises:
             SprueError: If there are too few pictures for `alpha`, or a score is not finite.
@@ -77,7 +121,12 @@ class Calibration:
                 f"{int((~np.isfinite(scores_N)).sum())} calibration scores are not finite: the fit has diverged"
             )
         low, high = np.quantile(evidence, (0.5, 0.999))
-        return cls(tuple(sorted(float(score) for score in scores_N)), alpha, float(low), float(high))
+        marked = pixel_threshold(
+            evidence.reshape(len(scores_N), -1) if pixels is None else pixels,
+            np.quantile(evidence, np.linspace(0, 1, LEVELS)),
+            alpha,
+        )
+        return cls(tuple(sorted(float(score) for score in scores_N)), alpha, float(low), float(high), marked)
 
     def p_values(self, scores_B: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
         """Conformal p-values, ``(1 + #{calibration >= score}) / (N + 1)``, [B]."""

@@ -22,7 +22,6 @@ from torch import Tensor
 from defectflow import Flow, build_flow
 from defectflow.flow import Evidence
 from sprue.errors import SprueError
-from sprue.inference.backbone import load_backbone
 from sprue.inference.calibration import Calibration
 from sprue.inference.engines import Engine, EngineName, build_engine
 from sprue.inference.images import model_input
@@ -35,7 +34,7 @@ BATCH = 16
 FLOW_BATCH = 16
 """Samples that go through the flow together."""
 
-FORMAT = 3
+FORMAT = 4
 """Version of the files that `Detector.save` writes."""
 
 
@@ -86,9 +85,8 @@ class Predictions:
     evidence_BVHW: NDArray[np.float32]
 
     def anomaly_map(self, index: int, size: tuple[int, int], view: int = 0) -> NDArray[np.float32]:
-        """The evidence of the pixels of a sample's view, [h, w], for its picture's size (rows, columns); bilinear."""
-        evidence = torch.from_numpy(self.evidence_BVHW[index, view])[None, None]
-        return torch.nn.functional.interpolate(evidence, size=size, mode="bilinear", align_corners=False)[0, 0].numpy()
+        """The evidence of the pixels of a sample's view; see `anomaly_map`."""
+        return anomaly_map(self.evidence_BVHW[index, view], size)
 
     def __getitem__(self, samples: slice) -> "Predictions":
         """What it says of some of the samples."""
@@ -189,6 +187,9 @@ class Detector:
         }
         (folder / "detector.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
         safetensors.torch.save_file(portable_state(self.flow), folder / "flow.safetensors")
+        # Who only fits or scores flows is spared timm, which takes seconds to import.
+        from sprue.inference.backbone import load_backbone
+
         safetensors.torch.save_file(portable_state(load_backbone(self.spec).model), folder / "backbone.safetensors")
 
     @classmethod
@@ -222,6 +223,12 @@ class Detector:
     def build_engine(self, name: EngineName = "auto", threads: int | None = None) -> Engine:
         """An engine for this detector; see `sprue.inference.engines.build_engine`."""
         return build_engine(self.spec, name, threads)
+
+
+def anomaly_map(evidence_HW: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    """The evidence of a picture's pixels, [h, w], for its size (rows, columns); bilinear."""
+    evidence = torch.from_numpy(evidence_HW)[None, None]
+    return torch.nn.functional.interpolate(evidence, size=size, mode="bilinear", align_corners=False)[0, 0].numpy()
 
 
 def best_device() -> torch.device:

@@ -5,9 +5,12 @@ Shapes: H rows, W columns of a picture.
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageFilter, ImageOps
 
 from sprue.inference.calibration import Calibration
+
+OUTLINE = "#4cc9f0"
+"""Colour of the border of what is marked, which no heat has."""
 
 
 def heat(evidence_HW: NDArray[np.float32], calibration: Calibration) -> NDArray[np.float32]:
@@ -22,7 +25,18 @@ def colour(heat_HW: NDArray[np.float32]) -> Image.Image:
     return ImageOps.colorize(grey, black="#000004", mid="#d0352b", white="#fcffa4", midpoint=140)
 
 
-def overlay(image: Image.Image, heat_HW: NDArray[np.float32]) -> Image.Image:
-    """The picture with its heat laid over it, the more opaque the hotter."""
+def overlay(image: Image.Image, heat_HW: NDArray[np.float32], marked_HW: NDArray[np.bool_]) -> Image.Image:
+    """The picture with its heat laid over it, the more opaque the hotter, and an outline of what is marked."""
     opacity = Image.fromarray((np.clip(heat_HW * 1.6 - 0.2, 0.0, 0.75) * 255).astype(np.uint8))
-    return Image.composite(colour(heat_HW), image.convert("RGB"), opacity)
+    laid = Image.composite(colour(heat_HW), image.convert("RGB"), opacity)
+    laid.paste(OUTLINE, mask=_outline(marked_HW))
+    return laid
+
+
+def _outline(marked_HW: NDArray[np.bool_]) -> Image.Image:
+    """The border of an area, inside of it, about a two-hundredth of the picture wide."""
+    area = Image.fromarray(marked_HW.astype(np.uint8) * 255)
+    inner = area
+    for _ in range(max(1, min(area.size) // 200)):
+        inner = inner.filter(ImageFilter.MinFilter(3))
+    return ImageChops.subtract(area, inner)

@@ -14,13 +14,15 @@ from sprue.serving.lineup import Served
 from sprue.serving.schemas import FeatureSummary, ModelVersion, PictureScore, Score, ServedClass
 
 
-def heatmap_png(served: Served, predictions: Predictions, image: Image.Image, view: int) -> bytes:
-    """The picture of a view at its own size with its heat laid over it, as a PNG."""
+def heatmap_png(served: Served, predictions: Predictions, image: Image.Image, view: int) -> tuple[bytes, float]:
+    """The picture of a view at its own size with its heat laid over it, as a PNG; the share of it that is marked."""
+    calibration = served.detector.calibration
     map_HW = predictions.anomaly_map(0, (image.height, image.width), view)
+    marked_HW = map_HW > calibration.pixel_threshold
     buffer = io.BytesIO()
     # Level 1 is three to five times as fast as the default and costs a fifth more bytes.
-    overlay(image, heat(map_HW, served.detector.calibration)).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
+    overlay(image, heat(map_HW, calibration), marked_HW).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue(), float(marked_HW.mean())
 
 
 def score(served: Served, predictions: Predictions) -> Score:
@@ -60,6 +62,7 @@ def summary(served: Served) -> ServedClass:
         model=version(served),
         alpha=calibration.alpha,
         threshold=calibration.threshold,
+        pixel_threshold=calibration.pixel_threshold,
         views=list(served.detector.views) if len(served.detector.views) > 1 else None,
         calibration_pictures=len(calibration.scores),
         features=FeatureSummary(fingerprint=spec.fingerprint, backbone=spec.backbone, input_size=spec.input_size),
@@ -69,16 +72,21 @@ def summary(served: Served) -> ServedClass:
 def figures(score: Score) -> dict[str, str]:
     """The figures as headers; names are percent-encoded, as headers are Latin-1."""
     view = {} if score.heatmap_view is None else {"X-Sprue-View": quote(score.heatmap_view)}
-    return view | {
-        "X-Sprue-Class": quote(score.class_name),
-        "X-Sprue-Score": repr(score.score),
-        "X-Sprue-P-Value": repr(score.p_value),
-        "X-Sprue-Alpha": repr(score.alpha),
-        "X-Sprue-Threshold": repr(score.threshold),
-        "X-Sprue-Is-Anomalous": str(score.is_anomalous).lower(),
-        "X-Sprue-Model": quote(score.model.name),
-        "X-Sprue-Model-Version": str(score.model.version),
-    }
+    marked = {} if score.marked_share is None else {"X-Sprue-Marked-Share": repr(score.marked_share)}
+    return (
+        view
+        | marked
+        | {
+            "X-Sprue-Class": quote(score.class_name),
+            "X-Sprue-Score": repr(score.score),
+            "X-Sprue-P-Value": repr(score.p_value),
+            "X-Sprue-Alpha": repr(score.alpha),
+            "X-Sprue-Threshold": repr(score.threshold),
+            "X-Sprue-Is-Anomalous": str(score.is_anomalous).lower(),
+            "X-Sprue-Model": quote(score.model.name),
+            "X-Sprue-Model-Version": str(score.model.version),
+        }
+    )
 
 
 def wants_png(accept: str) -> bool:

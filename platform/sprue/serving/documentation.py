@@ -39,6 +39,7 @@ _FIGURES = {
     "X-Sprue-Model": "string",
     "X-Sprue-Model-Version": "integer",
     "X-Sprue-View": "string",
+    "X-Sprue-Marked-Share": "number",
 }
 
 SCORE: dict[str, Any] = {

@@ -48,7 +48,14 @@ class Score(BaseModel):
     )
     heatmap_view: str | None = Field(default=None, description="The view that the heat map is of")
     heatmap_png: str | None = Field(
-        default=None, description="With `heatmap=true`: the picture with its heat map laid over it, a PNG in base64"
+        default=None,
+        description="With `heatmap=true`: the picture with its heat map laid over it and what is marked outlined, a "
+        "PNG in base64",
+    )
+    marked_share: float | None = Field(
+        default=None,
+        description="With `heatmap=true`: share of the picture's pixels that are marked; of a good part's at most "
+        "alpha are expected to be",
     )
 
 
@@ -67,6 +74,7 @@ class ServedClass(BaseModel):
     model: ModelVersion
     alpha: float
     threshold: float
+    pixel_threshold: float = Field(description="The evidence above which a pixel of the heat map is marked")
     views: list[str] | None = Field(default=None, description="Where a sample has several pictures: their order")
     calibration_pictures: int = Field(description="Good samples that p-values are made of; none is below 1/(n+1)")
     features: FeatureSummary

@@ -141,7 +141,8 @@ def storage_filesystem(folder: UPath) -> PyFileSystem | None:
 def _fit_class(request: FitRequest, runs: UPath, slots: Slots, epochs: Queue) -> FitOutcome:
     trainer = TorchTrainer(
         fit_worker,
-        train_loop_config={"request": request, "epochs": epochs},
+        # By reference, so that Ray Train's controller, which reads this too, need not import what a request is made of.
+        train_loop_config={"request": ray.put(request), "epochs": epochs},
         scaling_config=ScalingConfig(
             num_workers=slots.workers,
             use_gpu=slots.gpus > 0,

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import ray.train.torch
 import torch
@@ -120,7 +121,8 @@ def fit_worker(config: dict[str, Any]) -> str | None:
     """Ray Train's entry point in each worker.
 
     Args:
-        config: ``request``, a `FitRequest`; ``epochs``, a queue that gets (class name, `Epoch`) after each epoch.
+        config: ``request``, Ray's reference to a `FitRequest`; ``epochs``, a queue that gets (class name, `Epoch`)
+            after each epoch.
 
     Returns:
         Why the class can't be fitted, where another attempt would end in the same way; None if it was fitted.
@@ -128,7 +130,7 @@ def fit_worker(config: dict[str, Any]) -> str | None:
     Raises:
         SprueError: The same, where other workers wait for this one.
     """
-    request: FitRequest = config["request"]
+    request: FitRequest = ray.get(config["request"])
     epochs: Queue = config["epochs"]
     context = ray.train.get_context()
     share = Share(context.get_world_rank(), context.get_world_size())

@@ -53,7 +53,9 @@ class Bench:
         digests = [hashlib.sha256(str(index).encode()).hexdigest() for index in range(54)]
         write_part(UPath(root / "table"), digests, maps)
         self.table = FeatureTable(UPath(root / "table"))
-        self.calibration = pd.DataFrame({"sha256": digests[:30], "sample_id": digests[:30], "view": ""})
+        self.calibration = pd.DataFrame(
+            {"sha256": digests[:30], "sample_id": digests[:30], "view": "", "height": 40, "width": 24}
+        )
         self.test = pd.DataFrame(rows).assign(sha256=digests[30:])
         flow = build_flow("patchflow", channels=(6,), adapted=6, bottleneck=4, neighbourhood=1, stride=2)
         self.flow = flow.fit_adaptor([[torch.from_numpy(maps[0][:30]).float()]])
@@ -88,7 +90,13 @@ class BenchOfViews(Bench):
         write_part(UPath(root / "table"), digests, self.maps)
         self.table = FeatureTable(UPath(root / "table"))
         self.calibration = pd.DataFrame(
-            {"sha256": digests[:60], "sample_id": np.repeat(np.arange(20), 3).astype(str), "view": VIEWS * 20}
+            {
+                "sha256": digests[:60],
+                "sample_id": np.repeat(np.arange(20), 3).astype(str),
+                "view": VIEWS * 20,
+                "height": 40,
+                "width": 24,
+            }
         )
         self.test = pd.DataFrame(rows).assign(sha256=digests[60:])
         config = {"channels": (6,), "views": 3, "hidden": 4, "steps": 1, "adaptation": "whiten"}

@@ -12,7 +12,8 @@ def test_simulated_calibrations_follow_the_distribution(count, alpha):
     rng, good = np.random.default_rng(0), 40
     alarms = []
     for _ in range(4000):
-        calibration = Calibration.fit(rng.normal(size=count), np.zeros(2), alpha)
+        scores_N = rng.normal(size=count)
+        calibration = Calibration.fit(scores_N, scores_N, alpha)
         alarms.append(int((calibration.p_values(rng.normal(size=good)) <= alpha).sum()))
     expected = false_alarms(count, alpha, good)
     assert np.mean(alarms) == pytest.approx(expected.mean(), rel=0.1)

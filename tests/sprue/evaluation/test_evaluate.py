@@ -37,18 +37,25 @@ def test_figures_are_those_of_the_scores_and_of_the_maps_at_the_pictures_own_siz
     assert figures["pixel_auroc"] == pytest.approx(expected, abs=1e-9)
     assert expected > 0.7
 
+    marked = [each > figures["pixel_threshold"] for each in values]
+    of_good = [each.mean() for each, mask in zip(marked, truth, strict=True) if not mask.any()]
+    of_defects = [each[mask].mean() for each, mask in zip(marked, truth, strict=True) if mask.any()]
+    assert figures["pixel_false_alarm_rate"] == pytest.approx(np.mean(of_good))
+    assert figures["pixel_detection_rate"] == pytest.approx(np.mean(of_defects))
+    assert figures["pixel_false_alarm_rate"] < figures["pixel_detection_rate"]
+
 
 IMAGE = {f"image_{name}" for name in ("auroc", "average_precision", "best_f1", "pb2", "pg2")}
-PIXEL = {f"pixel_{name}" for name in ("auroc", "average_precision", "best_f1", "aupro")}
+PIXEL = {f"pixel_{name}" for name in ("auroc", "average_precision", "best_f1", "aupro", "detection_rate")}
 
 
 @pytest.mark.parametrize(
     ("choice", "missing"),
     [
         ("label == 0", IMAGE | PIXEL | {"detection_rate"}),
-        ("label == 1", IMAGE | {"false_alarm_rate"}),
+        ("label == 1", IMAGE | {"false_alarm_rate", "pixel_false_alarm_rate"}),
         ("mask_path == ''", PIXEL),
-        ("label == 7", IMAGE | PIXEL | {"detection_rate", "false_alarm_rate"}),
+        ("label == 7", IMAGE | PIXEL | {"detection_rate", "false_alarm_rate", "pixel_false_alarm_rate"}),
     ],
     ids=["good alone", "defective alone", "no masks", "no test pictures"],
 )
@@ -152,7 +159,7 @@ def test_what_is_calibrated_is_what_predicts(name, request):
 def test_no_test_samples_have_no_figures(bench_of_views, tmp_path):
     evaluation = bench_of_views.evaluate(bench_of_views.test.query("label == 7"))
     assert not evaluation.figures
-    assert set(evaluation.metrics) == {"test_good", "test_defective", "alpha", "threshold"}
+    assert set(evaluation.metrics) == {"test_good", "test_defective", "alpha", "threshold", "pixel_threshold"}
     write_evaluation(evaluation, bench_of_views.detector, bench_of_views.root, tmp_path)
 
 

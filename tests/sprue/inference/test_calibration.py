@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 
 from sprue.errors import SprueError
-from sprue.inference.calibration import Calibration, pictures_needed
-
-EVIDENCE = np.linspace(0.0, 1.0, 1001)
+from sprue.inference.calibration import Calibration, pictures_needed, pixel_threshold
 
 DISTRIBUTIONS = {
     "normal": lambda rng, size: rng.normal(size=size),
@@ -16,6 +14,11 @@ DISTRIBUTIONS = {
     "many ties": lambda rng, size: rng.integers(0, 5, size=size).astype(float),
     "all equal": lambda rng, size: np.zeros(size),
 }
+
+
+def calibrated(scores: np.ndarray, alpha: float) -> Calibration:
+    """Of pictures with one position each."""
+    return Calibration.fit(scores, scores, alpha)
 
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
@@ -26,7 +29,7 @@ def test_at_most_alpha_of_good_pictures_are_called_anomalous(name, pictures, alp
     false_alarms = 0
     for _ in range(trials):
         scores = DISTRIBUTIONS[name](rng, pictures + 1)
-        p_value = Calibration.fit(scores[:-1], EVIDENCE, alpha).p_values(scores[-1:])[0]
+        p_value = calibrated(scores[:-1], alpha).p_values(scores[-1:])[0]
         false_alarms += p_value <= alpha
     error = math.sqrt(alpha * (1 - alpha) / trials)
     assert false_alarms / trials <= alpha + 4 * error
@@ -41,16 +44,16 @@ def test_the_threshold_decides_as_the_p_values_do(alpha):
     rng = np.random.default_rng(1)
     needed = pictures_needed(alpha)
     for pictures in range(needed, needed + 40):
-        calibration = Calibration.fit(rng.integers(0, 12, pictures).astype(float), EVIDENCE, alpha)
+        calibration = calibrated(rng.integers(0, 12, pictures).astype(float), alpha)
         scores = np.concatenate([np.array(calibration.scores), np.arange(-1, 14), rng.uniform(0, 12, 20)])
         assert np.array_equal(calibration.p_values(scores) <= alpha, scores > calibration.threshold)
 
 
 def test_p_values_count_calibration_scores_that_are_at_least_as_high():
     rng = np.random.default_rng(2)
-    calibrated, scores = rng.integers(0, 20, 57).astype(np.float32), rng.integers(-2, 24, 200).astype(np.float32)
-    expected = [(1 + sum(other >= score for other in calibrated)) / 58 for score in scores]
-    assert Calibration.fit(calibrated, EVIDENCE, 0.05).p_values(scores).tolist() == expected
+    held_out, scores = rng.integers(0, 20, 57).astype(np.float32), rng.integers(-2, 24, 200).astype(np.float32)
+    expected = [(1 + sum(other >= score for other in held_out)) / 58 for score in scores]
+    assert calibrated(held_out, 0.05).p_values(scores).tolist() == expected
 
 
 @pytest.mark.parametrize("alpha", [0.01, 0.02, 0.05, 0.07, 0.1, 0.2, 1 / 3, 1 / 7, 0.5, 0.9])
@@ -60,23 +63,64 @@ def test_the_smallest_set_that_suffices_is_asked_for(alpha):
     assert 1 / (needed + 1) <= alpha
     assert needed == 1 or 1 / needed > alpha
     with pytest.raises(SprueError, match=f"needs at least {needed} calibration pictures; there are {needed - 1}"):
-        Calibration.fit(np.zeros(needed - 1), EVIDENCE, alpha)
-    top = Calibration.fit(np.arange(needed, dtype=float), EVIDENCE, alpha).p_values(np.array([needed + 1.0]))
+        calibrated(np.zeros(needed - 1), alpha)
+    top = calibrated(np.arange(needed, dtype=float), alpha).p_values(np.array([needed + 1.0]))
     assert top[0] <= alpha
 
 
 @pytest.mark.parametrize("alpha", [0, 1, -0.1, 1.5])
 def test_alpha_is_a_rate(alpha):
     with pytest.raises(SprueError, match="not a false-alarm rate between 0 and 1"):
-        Calibration.fit(np.zeros(100), EVIDENCE, alpha)
+        calibrated(np.zeros(100), alpha)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_diverged_fit_is_not_calibrated(value):
     with pytest.raises(SprueError, match="2 calibration scores are not finite"):
-        Calibration.fit(np.array([value, value, *range(30)]), EVIDENCE, 0.05)
+        calibrated(np.array([value, value, *range(30)]), 0.05)
 
 
 def test_heat_maps_span_from_the_median_to_one_position_in_a_thousand():
-    calibration = Calibration.fit(np.arange(19.0), np.linspace(0, 1000, 100_001).reshape(-1, 1), 0.05)
+    calibration = Calibration.fit(np.arange(19.0), np.linspace(0, 1000, 19 * 5000).reshape(19, -1), 0.05)
     assert (calibration.low, calibration.high) == (pytest.approx(500), pytest.approx(999))
+
+
+def blotched(rng: np.random.Generator, pictures: int) -> np.ndarray:
+    """Maps whose pixels are alike: a picture is dull all over, or has a blotch of any size and height."""
+    maps = np.repeat(rng.normal(size=(pictures, 1)), 64, axis=1)
+    for each, size, height in zip(maps, rng.integers(0, 65, pictures), rng.exponential(3, pictures), strict=True):
+        each[:size] += height
+    return maps
+
+
+MAPS = {
+    "blotches": blotched,
+    "heavy tails": lambda rng, pictures: rng.standard_cauchy((pictures, 64)),
+    "ties": lambda rng, pictures: rng.integers(0, 4, (pictures, 64)).astype(float),
+    "whole pictures": lambda rng, pictures: np.repeat(rng.normal(size=(pictures, 1)), 64, axis=1),
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize(("pictures", "alpha"), [(19, 0.05), (39, 0.05), (40, 0.2)])
+def test_of_good_pictures_at_most_alpha_of_the_pixels_are_marked_on_average(name, pictures, alpha):
+    rng = np.random.default_rng(3)
+    shares = []
+    for _ in range(1500):
+        maps = MAPS[name](rng, pictures + 1)
+        levels = np.quantile(maps[:-1], np.linspace(0, 1, 501))
+        shares.append((maps[-1] > pixel_threshold(maps[:-1], levels, alpha)).mean())
+    assert np.mean(shares) <= alpha + 4 * np.std(shares) / math.sqrt(len(shares))
+    if name == "heavy tails" and pictures > 19:
+        # The price of a finite sample is one picture, all of it; a threshold that never marks would be no use.
+        exact = alpha - (1 - alpha) / pictures
+        assert np.mean(shares) >= exact - 0.01
+
+
+def test_pixels_between_the_positions_count_as_they_are_shown():
+    evidence = np.repeat([[0.0, 1.0]], 19, axis=0)
+    coarse = Calibration.fit(np.arange(19.0), evidence, 0.6)
+    fine = Calibration.fit(np.arange(19.0), evidence, 0.6, [np.linspace(0, 1, 1001)] * 19)
+    # (1 + 19 / 2) / 20 is below 0.6 at once; (1 + 19 (1 - t)) / 20 is from t = 8 / 19 on, and so from the next level.
+    assert coarse.pixel_threshold == 0
+    assert 8 / 19 <= fine.pixel_threshold < 8 / 19 + 0.02

@@ -153,7 +153,7 @@ def test_a_picture_with_a_hole_is_anomalous_and_the_map_shows_where(detector, en
         (lambda folder: (folder / "detector.json").write_text("{"), "is not a saved detector"),
         (
             lambda folder: (folder / "detector.json").write_text('{"format": 7}'),
-            "has format 7, this version of sprue reads 3",
+            "has format 7, this version of sprue reads 4",
         ),
     ],
 )

@@ -6,10 +6,10 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 from sprue.inference.calibration import Calibration
-from sprue.inference.heatmap import heat, overlay
+from sprue.inference.heatmap import OUTLINE, heat, overlay
 from sprue.inference.images import ImageTooLargeError, NotAnImageError, UnreadableImageError, model_input, open_image
 
 GREY_HW = np.arange(0, 240, dtype=np.uint8).reshape(12, 20)
@@ -126,10 +126,10 @@ def test_a_models_input_is_the_whole_picture_squashed():
 
 
 def test_heat_is_one_scale_for_all_pictures_of_a_class():
-    calibration = Calibration((0.0,), alpha=0.5, low=1.0, high=3.0)
+    calibration = Calibration((0.0,), alpha=0.5, low=1.0, high=3.0, pixel_threshold=3.0)
     evidence_HW = np.array([[-5.0, 1.0, 3.0, 5.0, 99.0]], np.float32)
     np.testing.assert_allclose(heat(evidence_HW, calibration), [[0, 0, 0.5, 1, 1]])
-    flat = heat(evidence_HW, Calibration((0.0,), alpha=0.5, low=1.0, high=1.0))
+    flat = heat(evidence_HW, Calibration((0.0,), alpha=0.5, low=1.0, high=1.0, pixel_threshold=1.0))
     assert np.isfinite(flat).all()
 
 
@@ -137,6 +137,18 @@ def test_an_overlay_shows_the_picture_where_it_is_cold_and_heat_where_it_is_hot(
     image = Image.new("L", (20, 10), 80)
     heat_HW = np.zeros((10, 20), np.float32)
     heat_HW[:, 10:] = 1.0
-    pixels_HWC = np.asarray(overlay(image, heat_HW)).astype(int)
+    nothing_HW = np.zeros((10, 20), bool)
+    pixels_HWC = np.asarray(overlay(image, heat_HW, nothing_HW)).astype(int)
     assert (pixels_HWC[:, :10] == 80).all()
     assert (np.abs(pixels_HWC[:, 10:] - 80).max(2) > 50).all()
+
+
+def test_an_overlay_outlines_what_is_marked_from_within():
+    image, cold_HW = Image.new("L", (20, 10), 80), np.zeros((10, 20), np.float32)
+    marked_HW = np.zeros((10, 20), bool)
+    marked_HW[2:8, 3:15] = True
+    border_HW = marked_HW.copy()
+    border_HW[3:7, 4:14] = False
+    pixels_HWC = np.asarray(overlay(image, cold_HW, marked_HW))
+    assert np.array_equal((pixels_HWC == ImageColor.getrgb(OUTLINE)).all(2), border_HW)
+    assert (pixels_HWC[~border_HW] == 80).all()

@@ -100,7 +100,9 @@ def test_heat_map_as_png_or_in_json(plant: Any) -> None:
     assert base64.b64decode(in_json.json()["heatmap_png"]) == alone.content
 
     predictions = detector.predict([image], plant.engine)
-    expected = overlay(image, heat(predictions.anomaly_map(0, (160, 200)), detector.calibration))
+    map_HW = predictions.anomaly_map(0, (160, 200))
+    marked_HW = map_HW > detector.calibration.pixel_threshold
+    expected = overlay(image, heat(map_HW, detector.calibration), marked_HW)
     np.testing.assert_allclose(np.asarray(shown).astype(int), np.asarray(expected).astype(int), atol=2)
 
     figures = {name: value for name, value in alone.headers.items() if name.startswith("x-sprue-")}
@@ -108,6 +110,7 @@ def test_heat_map_as_png_or_in_json(plant: Any) -> None:
     assert float(figures["x-sprue-score"]) == body["score"]
     assert float(figures["x-sprue-p-value"]) == body["p_value"]
     assert float(figures["x-sprue-threshold"]) == body["threshold"]
+    assert float(figures["x-sprue-marked-share"]) == body["marked_share"] == pytest.approx(marked_HW.mean(), abs=0.01)
     assert figures["x-sprue-is-anomalous"] == str(body["is_anomalous"]).lower()
     assert unquote(figures["x-sprue-class"]) == "gräs 2"
     assert figures["x-sprue-model-version"] == "1"
@@ -288,7 +291,8 @@ class TestSamplesOfViews:
             shown, (width, height) = Image.open(io.BytesIO(alone.content)), images[place].size
             assert shown.size == (width, height)
             map_HW = predictions.anomaly_map(0, (height, width), place)
-            expected = overlay(images[place], heat(map_HW, detector.calibration))
+            marked_HW = map_HW > detector.calibration.pixel_threshold
+            expected = overlay(images[place], heat(map_HW, detector.calibration), marked_HW)
             np.testing.assert_allclose(np.asarray(shown).astype(int), np.asarray(expected).astype(int), atol=3)
             in_json = plant.client.post(url, files=files).json()
             assert in_json["heatmap_view"] == view and base64.b64decode(in_json["heatmap_png"]) == alone.content
