@@ -142,7 +142,7 @@ def _fit_class(request: FitRequest, runs: UPath, slots: Slots, epochs: Queue) ->
     trainer = TorchTrainer(
         fit_worker,
         # By reference, so that Ray Train's controller, which reads this too, need not import what a request is made of.
-        train_loop_config={"request": ray.put(request), "epochs": epochs},
+        train_loop_config={"request": ray.put(request), "epochs": epochs, "threads": slots.cpus},
         scaling_config=ScalingConfig(
             num_workers=slots.workers,
             use_gpu=slots.gpus > 0,

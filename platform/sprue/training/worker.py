@@ -122,7 +122,7 @@ def fit_worker(config: dict[str, Any]) -> str | None:
 
     Args:
         config: ``request``, Ray's reference to a `FitRequest`; ``epochs``, a queue that gets (class name, `Epoch`)
-            after each epoch.
+            after each epoch; ``threads``, how many to fit with.
 
     Returns:
         Why the class can't be fitted, where another attempt would end in the same way; None if it was fitted.
@@ -132,6 +132,8 @@ def fit_worker(config: dict[str, Any]) -> str | None:
     """
     request: FitRequest = ray.get(config["request"])
     epochs: Queue = config["epochs"]
+    # Ray goes by OMP_NUM_THREADS where a user has set it, and fits side by side would fight over the cores.
+    torch.set_num_threads(config["threads"])
     context = ray.train.get_context()
     share = Share(context.get_world_rank(), context.get_world_size())
 
