@@ -98,7 +98,8 @@ def main() -> None:
         for seed in range(arguments.refits):
             splits = SplitConfig(seed=seed, calibration=arguments.calibration, validation=0.05)
             rows += refit(context, redrawn(manifest, class_name, splits), arguments.epochs)
-            print(pd.DataFrame(rows[-len(ALPHAS) :]).to_string(index=False, header=seed == 0), flush=True)
+            for row in rows[-len(ALPHAS) :]:
+                print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
     by_alpha = pd.DataFrame(rows).groupby("alpha")
     table = by_alpha.agg(alarms=("alarms", "mean"), good=("good", "first"), inside=("inside", "sum"))
     table["rate"] = table["alarms"] / table["good"]

@@ -69,7 +69,7 @@ def serve_champions(
         )
         serve.run_many([target], wait_for_applications_running=False)
         _wait_until_running()
-        url = f"http://{_reachable(host)}:{port}"
+        url = _url(host, port)
         _wait_until_healthy(url)
     except BaseException:
         if not running:
@@ -103,6 +103,8 @@ def require_free_port(host: str, port: int) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
+        except OverflowError as error:
+            raise SprueError(f"port {port} is none: give a number from 1 to 65535") from error
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise SprueError(f"port {port} of {host} is busy: stop its user, or choose another port") from error
@@ -110,7 +112,13 @@ def require_free_port(host: str, port: int) -> None:
 
 
 def _reachable(host: str) -> str:
-    return "127.0.0.1" if host == "0.0.0.0" else host
+    """An address at which what listens on `host` is found."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def _url(host: str, port: int) -> str:
+    name = _reachable(host)
+    return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
 
 
 def _require_listening(host: str, port: int) -> None:

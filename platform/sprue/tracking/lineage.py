@@ -125,7 +125,7 @@ def describe(registered: RegisteredDetector) -> list[tuple[str, str]]:
             "flow",
             f"{facts['flow_name']}: " + ", ".join(f"{name} {value}" for name, value in facts["flow_config"].items()),
         ),
-        ("fit", f"{facts['fit']} on {facts['cpus'] or 'an unknown number of'} CPUs: " + ", ".join(settings)),
+        ("fit", f"{facts['fit']} with {facts['cpus'] or 'an unknown number of'} CPU threads: " + ", ".join(settings)),
         ("settings", facts["found"]),
         ("code", f"commit {facts['commit']}"),
         *((name.removeprefix("sprue."), run.data.tags.get(name, "not recorded")) for name in ENVIRONMENT),

@@ -56,6 +56,8 @@ def test_a_busy_port_is_refused_before_anything_starts(cluster: Any) -> None:
     require_free_port("127.0.0.1", port)
     with pytest.raises(SprueError, match="can't be listened on"):  # an address of no machine
         require_free_port("192.0.2.1", port)
+    with pytest.raises(SprueError, match="port 70000 is none: give a number from 1 to 65535"):
+        require_free_port("127.0.0.1", 70_000)
 
 
 def test_an_empty_registry_says_to_run_the_pipeline(cluster: Any) -> None:
