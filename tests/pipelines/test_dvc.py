@@ -1,8 +1,10 @@
 """The pipeline under DVC, as a user drives it: what runs again, what does not, and versions that come and go."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
+from urllib.parse import parse_qs
 
 import mlflow
 import pytest
@@ -47,6 +49,18 @@ def test_repro_runs_every_stage(first_version):
     assert champions(version.folder) == {"brick": 1, "grass": 1}
     receipt = json.loads((version.folder / "store/tiny/receipts/fit.json").read_text())
     assert receipt["commit"] == version.git("rev-parse", "HEAD~")
+
+
+def test_a_version_says_what_it_is_and_shows_what_was_found(first_version):
+    version, _ = first_version
+    uri = f"sqlite:///{version.folder}/store/mlflow/mlflow.db"
+    client = mlflow.MlflowClient(uri, uri)
+    found = client.get_model_version_by_alias("brick", "champion")
+    assert "patchflow fitted on" in found.description and "anomalous, on average over calibrations" in found.description
+    (query,) = re.findall(r"!\[.+\]\(get-artifact\?(\S+)\)", found.description)
+    asked = parse_qs(query)
+    assert asked["run_uuid"] == [found.run_id]
+    assert asked["path"][0] in [file.path for file in client.list_artifacts(found.run_id, "evaluation")]
 
 
 def test_metrics_have_a_row_for_each_class(first_version):
