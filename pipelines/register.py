@@ -31,19 +31,28 @@ logger = logging.getLogger(__name__)
 def describe(figures: dict[str, float], fit: FitRecord) -> str:
     """What a version is, in words, for the registry's page."""
     auroc = f", image AUROC {figures['image_auroc']:.2%} on the test split" if "image_auroc" in figures else ""
-    return (
+    words = (
         f"{fit.flow_name} fitted on {fit.pictures} good pictures of {fit.class_name}{auroc}. Calls at most "
         f"{figures['alpha']:.1%} of exchangeable good pictures anomalous, on average over calibrations "
-        f"(score above {figures['threshold']:.4g}), and marks at most that share of such a picture's pixels "
-        f"(map above {figures['pixel_threshold']:.4g})."
+        f"(score above {figures['threshold']:.4g})."
+    )
+    if "pixel_threshold" not in figures:  # of an earlier release's evaluation
+        return words
+    return (
+        f"{words} Of such a picture's pixels at most that share are to be expected marked (map above "
+        f"{figures['pixel_threshold']:.4g}), on average over parts and calibrations."
     )
 
 
-def picture(folder: Path, run_id: str) -> str:
-    """The overview of an evaluation that is logged with a run, in Markdown; nothing if there is none."""
+def log_picture(folder: Path, run: FitRun, key: str) -> str:
+    """Logs a detector's overview for good, and shows it, in Markdown; nothing if there is none.
+
+    A fit that is calibrated anew has another detector and the same run, whose evaluation is then replaced.
+    """
     if not (folder / OVERVIEW).is_file():
         return ""
-    query = urlencode({"path": f"evaluation/{OVERVIEW}", "run_uuid": run_id})
+    path = run.log_file(folder / OVERVIEW, f"overview/{key}")
+    query = urlencode({"path": path, "run_uuid": run.run_id})
     return f"\n\n![Pictures, what is there, what was found](get-artifact?{query})"
 
 
@@ -98,7 +107,7 @@ def log_version(context: Context, manifest: Manifest, request: FitRequest, key: 
         uri = log_detector(detector, run.run_id, key, example, tags)
     with local_copy(context.folder / "evaluation" / class_name) as folder:
         run.finish(figures, folder, "evaluation", tags)
-        words = describe(figures, fit) + picture(folder, run.run_id)
+        words = describe(figures, fit) + log_picture(folder, run, key)
     return register(class_name, uri, run.run_id, key, tags, words)
 
 

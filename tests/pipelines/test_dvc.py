@@ -60,7 +60,9 @@ def test_a_version_says_what_it_is_and_shows_what_was_found(first_version):
     (query,) = re.findall(r"!\[.+\]\(get-artifact\?(\S+)\)", found.description)
     asked = parse_qs(query)
     assert asked["run_uuid"] == [found.run_id]
-    assert asked["path"][0] in [file.path for file in client.list_artifacts(found.run_id, "evaluation")]
+    folder, _, name = asked["path"][0].rpartition("/")
+    assert folder == f"overview/{found.tags['sprue.detector']}" and name == "heatmaps.png"
+    assert asked["path"][0] in [file.path for file in client.list_artifacts(found.run_id, folder)]
 
 
 def test_metrics_have_a_row_for_each_class(first_version):

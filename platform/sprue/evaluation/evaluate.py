@@ -117,12 +117,12 @@ def calibrate(
     maps = table.read_samples(samples_of(calibration), len(views))
     scores_N, _, evidence_NVHW = score_features(flow, scoring, maps)
     sizes_NV2 = calibration[["height", "width"]].to_numpy().reshape(-1, len(views), 2)
-    pixels = (
-        np.concatenate([anomaly_map(*each).ravel() for each in zip(evidence_VHW, sizes_V2.tolist(), strict=True)])
+    shown = (
+        [anomaly_map(*each).ravel() for each in zip(evidence_VHW, sizes_V2.tolist(), strict=True)]
         for evidence_VHW, sizes_V2 in zip(evidence_NVHW, sizes_NV2, strict=True)
     )
     try:
-        calibrated = Calibration.fit(scores_N, evidence_NVHW, alpha, pixels)
+        calibrated = Calibration.fit(scores_N, evidence_NVHW, alpha, shown)
     except SprueError as error:
         raise SprueError(f"class {class_name}: {error}") from error
     return Detector(class_name, spec, flow_name, flow, scoring, calibrated, views)
@@ -162,7 +162,7 @@ def evaluate(detector: Detector, table: FeatureTable, pictures: pd.DataFrame, ro
 
     counts = count_pixels(map_of, mask_of, len(rows))
     figures |= _prefixed("pixel", pixel_figures(counts))
-    alarms_N, found_N = marked_shares(map_of, mask_of, len(rows), detector.calibration.pixel_threshold)
+    alarms_N, found_N = marked_shares(lambda i: detector.calibration.marked(map_of(i)), mask_of, len(rows))
     of_good_N = (shown["label"] == 0).to_numpy()
     figures |= {
         "pixel_false_alarm_rate": mean(alarms_N[of_good_N]),
@@ -184,8 +184,9 @@ def evaluate(detector: Detector, table: FeatureTable, pictures: pd.DataFrame, ro
         "test_defective": float((labels_N == 1).sum()),
         "alpha": detector.calibration.alpha,
         "threshold": detector.calibration.threshold,
-        "pixel_threshold": detector.calibration.pixel_threshold,
     }
+    if detector.calibration.pixel_threshold is not None:
+        facts["pixel_threshold"] = detector.calibration.pixel_threshold
     existing = {name: figure for name, figure in figures.items() if np.isfinite(figure.value)}
     return Evaluation(facts, existing, _curves(labels_N, predictions, counts), of_types, predictions, pictures)
 
@@ -300,5 +301,5 @@ def _panel(evaluation: Evaluation, detector: Detector, root: UPath, index: int, 
         f"{row.path}   {row.defect_type}   score {predictions.score_B[index]:.3f}{of_picture}   "
         f"p {predictions.p_value_B[index]:.3f}   {decision}"
     )
-    marked_HW = map_HW > detector.calibration.pixel_threshold
-    return panel(image, read_mask(root, row), heat(map_HW, detector.calibration), marked_HW, caption)
+    calibration = detector.calibration
+    return panel(image, read_mask(root, row), heat(map_HW, calibration), calibration.marked(map_HW), caption)

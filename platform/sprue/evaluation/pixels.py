@@ -18,7 +18,7 @@ from sprue.errors import SprueError
 from sprue.evaluation.curves import Counts, Curve
 
 Maps = Callable[[int], NDArray[np.floating[Any]]]
-"""Gives a picture's anomaly map [H, W] by its place; called several times, so that no two maps need be held at once."""
+"""Gives a picture's anomaly map [H, W] by its place; called twice, so that no two maps need be held at once."""
 
 Masks = Callable[[int], NDArray[np.bool_] | None]
 """Gives its ground truth [H, W], True where anomalous, of its map's size; None for a good picture. Called as often."""
@@ -35,15 +35,20 @@ CHUNK = 4_000_000
 _EIGHT_NEIGHBOURS = np.ones((3, 3))
 
 
-def marked_shares(maps: Maps, masks: Masks, pictures: int, threshold: float) -> tuple[Counts, Counts]:
-    """Shares of each picture's normal and of its anomalous pixels whose map is above a threshold, [N]; NaN without any.
+def marked_shares(marked: Callable[[int], NDArray[np.bool_]], masks: Masks, pictures: int) -> tuple[Counts, Counts]:
+    """Shares of each picture's normal and of its anomalous pixels that are marked, [N]; NaN where it has none.
 
-    >>> marked_shares(lambda i: np.array([[1.0, 3.0]]), lambda i: np.array([[False, True]]), pictures=1, threshold=2.0)
+    Args:
+        marked: Gives which of a picture's pixels are, [H, W].
+        masks: Gives its ground truth.
+        pictures: How many pictures there are.
+
+    >>> marked_shares(lambda i: np.array([[False, True]]), lambda i: np.array([[False, True]]), pictures=1)
     (array([0.]), array([1.]))
     """
     alarms_N, found_N = np.full(pictures, np.nan), np.full(pictures, np.nan)
     for index in range(pictures):
-        marked_HW, mask_HW = maps(index) > threshold, masks(index)
+        marked_HW, mask_HW = marked(index), masks(index)
         normal = marked_HW if mask_HW is None else marked_HW[~mask_HW]
         if normal.size:
             alarms_N[index] = normal.mean()

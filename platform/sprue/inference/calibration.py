@@ -1,10 +1,10 @@
 """Split-conformal calibration: what a score and a map mean, from held-out good pictures alone.
 
-Shapes: N calibration pictures, B scored pictures, P pixels of a picture, K levels.
+Shapes: N calibration pictures, B scored pictures, H rows, W columns and P pixels of a picture, K levels.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,35 +34,40 @@ def pictures_needed(alpha: float) -> int:
 
 
 def pixel_threshold(
-    pixels: Iterable[NDArray[np.floating[Any]]], levels_K: NDArray[np.floating[Any]], alpha: float
+    samples: Iterable[Sequence[NDArray[np.floating[Any]]]], levels_K: NDArray[np.floating[Any]], alpha: float
 ) -> float:
-    """The lowest level above which at most `alpha` of a good picture's pixels are to be expected.
+    """The lowest level above which at most `alpha` of the pixels of a good sample's pictures are to be expected.
 
     That is conformal risk control (Angelopoulos, Bates, Fisch, Lei and Schuster, "Conformal Risk Control", 2022,
-    theorem 1): the share of a picture's pixels above a level falls with the level and is at most 1, so the share to be
-    expected of a good picture that is exchangeable with N calibration pictures is at most ``(1 + sum of theirs) /
-    (N + 1)``.
-    It is an expectation over pictures and calibrations. Neighbouring pixels are alike and no two places of a part are
-    exchangeable, so nothing is promised of a single pixel, place or picture.
+    theorem 1). A sample's loss at a level is the share of pixels above it in its picture with the largest. It falls
+    with the level and is at most 1, so at the lowest level with ``(1 + sum of the N losses) / (N + 1) <= alpha`` the
+    expected loss of a good sample that is exchangeable with these N is at most `alpha`. Levels that are themselves
+    quantiles of the calibration's evidence change nothing: to choose from fewer of them can only raise the level.
+
+    It is an expectation over samples and calibrations. Neighbouring pixels are alike and no two places of a part are
+    exchangeable, so nothing is promised of a single pixel, place or part.
 
     Args:
-        pixels: For each calibration picture the values of its map, [P].
+        samples: For each calibration sample the values of its pictures' maps, each [P].
         levels_K: The levels to choose from, ascending; above the last there is no pixel.
-        alpha: The share that is wanted.
+        alpha: The share that is wanted, for which there are enough samples; see `pictures_needed`.
 
-    >>> maps = [np.arange(100.0)] * 19
-    >>> pixel_threshold(maps, np.arange(100.0), alpha=0.05), pixel_threshold(maps, np.arange(100.0), alpha=0.1)
+    >>> samples = [[np.arange(100.0)]] * 19
+    >>> pixel_threshold(samples, np.arange(100.0), alpha=0.05), pixel_threshold(samples, np.arange(100.0), alpha=0.1)
     (99.0, 94.0)
     """
-    share_K, pictures = np.zeros(len(levels_K)), 0
-    for values_P in pixels:
-        pictures += 1
-        below_K = np.bincount(np.searchsorted(levels_K, values_P), minlength=len(levels_K))
-        share_K += 1 - np.cumsum(below_K)[: len(levels_K)] / len(values_P)
-    fits_K = (1 + share_K) / (1 + pictures) <= alpha + 1e-12
-    # But for rounding, no pixel is above the last.
-    fits_K[-1] = True
+    losses_K, count = np.zeros(len(levels_K)), 0
+    for maps in samples:
+        losses_K += np.max([_shares_above(values_P, levels_K) for values_P in maps], axis=0)
+        count += 1
+    fits_K = (1 + losses_K) / (1 + count) <= alpha + 1e-12
     return float(levels_K[fits_K.argmax()])
+
+
+def _shares_above(values_P: NDArray[np.floating[Any]], levels_K: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """The share of a map's values above each level, [K]."""
+    between_K = np.bincount(np.searchsorted(levels_K, values_P), minlength=len(levels_K))[: len(levels_K)]
+    return 1 - np.cumsum(between_K) / len(values_P)
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,8 @@ class Calibration:
         alpha: The false-alarm rate.
         low: Median evidence of a position in the calibration pictures; where a heat map begins.
         high: 99.9 % quantile of that evidence.
-        pixel_threshold: A pixel is marked exactly if its map is above it; see the function of that name.
+        pixel_threshold: A pixel is marked exactly if its map is above it; see the function of that name. None in
+            detectors of earlier releases, which mark nothing.
 
     >>> scores = tuple(float(i) for i in range(19))
     >>> calibration = Calibration(scores, alpha=0.05, low=0.0, high=1.0, pixel_threshold=1.0)
@@ -92,7 +98,7 @@ class Calibration:
     alpha: float
     low: float
     high: float
-    pixel_threshold: float
+    pixel_threshold: float | None = None
 
     @classmethod
     def fit(
@@ -100,7 +106,7 @@ class Calibration:
         scores_N: NDArray[np.floating[Any]],
         evidence: NDArray[np.floating[Any]],
         alpha: float,
-        pixels: Iterable[NDArray[np.floating[Any]]] | None = None,
+        maps: Iterable[Sequence[NDArray[np.floating[Any]]]] | None = None,
     ) -> "Calibration":
         """Calibrates on good pictures that had no part in fitting.
 
@@ -108,7 +114,8 @@ class Calibration:
             scores_N: Their scores.
             evidence: The evidence of their positions, [N, ...].
             alpha: The false-alarm rate wanted.
-            pixels: For each the pixels of its map, [P], which lie between its positions; the positions if None.
+            maps: For each the pixels of its pictures' maps, each [P], which lie between the positions; as if the
+                positions were the pixels of one map if None.
 
         Raises:
             SprueError: If there are too few pictures for `alpha`, or a score is not finite.
@@ -121,12 +128,15 @@ class Calibration:
                 f"{int((~np.isfinite(scores_N)).sum())} calibration scores are not finite: the fit has diverged"
             )
         low, high = np.quantile(evidence, (0.5, 0.999))
-        marked = pixel_threshold(
-            evidence.reshape(len(scores_N), -1) if pixels is None else pixels,
-            np.quantile(evidence, np.linspace(0, 1, LEVELS)),
-            alpha,
-        )
+        levels_K = np.quantile(evidence, np.linspace(0, 1, LEVELS)).astype(np.float32)
+        # What lies between equal positions can be a rounding error above them.
+        levels_K[-1] += 1e-6 * max(1.0, abs(levels_K[-1]))
+        marked = pixel_threshold(evidence.reshape(len(scores_N), 1, -1) if maps is None else maps, levels_K, alpha)
         return cls(tuple(sorted(float(score) for score in scores_N)), alpha, float(low), float(high), marked)
+
+    def marked(self, map_HW: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+        """Which pixels of an anomaly map are marked, [H, W]."""
+        return map_HW > (np.inf if self.pixel_threshold is None else self.pixel_threshold)
 
     def p_values(self, scores_B: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
         """Conformal p-values, ``(1 + #{calibration >= score}) / (N + 1)``, [B]."""

@@ -37,6 +37,9 @@ FLOW_BATCH = 16
 FORMAT = 4
 """Version of the files that `Detector.save` writes."""
 
+READ = (3, FORMAT)
+"""Versions that `Detector.load` reads; the third has no threshold for pixels."""
+
 
 SampleImages: TypeAlias = Image.Image | Sequence[Image.Image]
 """A sample: a picture of each view, in the views' order, or the one picture that there is."""
@@ -205,8 +208,9 @@ class Detector:
             state = safetensors.torch.load_file(folder / "flow.safetensors")
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise SprueError(f"{folder} is not a saved detector: {error}") from error
-        if facts.get("format") != FORMAT:
-            raise SprueError(f"{folder} has format {facts.get('format')}, this version of sprue reads {FORMAT}")
+        if facts.get("format") not in READ:
+            known = " and ".join(map(str, READ))
+            raise SprueError(f"{folder} has format {facts.get('format')}, this version of sprue reads {known}")
         flow = build_flow(facts["flow"]["name"], **facts["flow"]["config"])
         flow.load_state_dict(state)
         calibration = facts["calibration"]

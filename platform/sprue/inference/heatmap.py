@@ -5,7 +5,8 @@ Shapes: H rows, W columns of a picture.
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageChops, ImageFilter, ImageOps
+from PIL import Image, ImageOps
+from scipy.ndimage import minimum_filter1d
 
 from sprue.inference.calibration import Calibration
 
@@ -29,14 +30,15 @@ def overlay(image: Image.Image, heat_HW: NDArray[np.float32], marked_HW: NDArray
     """The picture with its heat laid over it, the more opaque the hotter, and an outline of what is marked."""
     opacity = Image.fromarray((np.clip(heat_HW * 1.6 - 0.2, 0.0, 0.75) * 255).astype(np.uint8))
     laid = Image.composite(colour(heat_HW), image.convert("RGB"), opacity)
-    laid.paste(OUTLINE, mask=_outline(marked_HW))
+    if marked_HW.any():
+        laid.paste(OUTLINE, mask=_outline(marked_HW))
     return laid
 
 
 def _outline(marked_HW: NDArray[np.bool_]) -> Image.Image:
-    """The border of an area, inside of it, about a two-hundredth of the picture wide."""
-    area = Image.fromarray(marked_HW.astype(np.uint8) * 255)
-    inner = area
-    for _ in range(max(1, min(area.size) // 200)):
-        inner = inner.filter(ImageFilter.MinFilter(3))
-    return ImageChops.subtract(area, inner)
+    """The border of an area, inside of it and at the picture's edge too, about a two-hundredth of the picture wide."""
+    inner_HW = marked_HW.astype(np.uint8)
+    width = 2 * max(1, min(marked_HW.shape) // 200) + 1
+    for axis in range(2):
+        inner_HW = minimum_filter1d(inner_HW, width, axis, mode="constant", cval=0)
+    return Image.fromarray((marked_HW & (inner_HW == 0)).astype(np.uint8) * 255)

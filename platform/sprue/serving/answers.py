@@ -14,15 +14,18 @@ from sprue.serving.lineup import Served
 from sprue.serving.schemas import FeatureSummary, ModelVersion, PictureScore, Score, ServedClass
 
 
-def heatmap_png(served: Served, predictions: Predictions, image: Image.Image, view: int) -> tuple[bytes, float]:
-    """The picture of a view at its own size with its heat laid over it, as a PNG; the share of it that is marked."""
+def heatmap_png(served: Served, predictions: Predictions, image: Image.Image, view: int) -> tuple[bytes, float | None]:
+    """The picture of a view at its own size with its heat laid over it, as a PNG; the share of it that is marked.
+
+    Detectors of earlier releases mark nothing, and say so with None.
+    """
     calibration = served.detector.calibration
     map_HW = predictions.anomaly_map(0, (image.height, image.width), view)
-    marked_HW = map_HW > calibration.pixel_threshold
+    marked_HW = calibration.marked(map_HW)
     buffer = io.BytesIO()
     # Level 1 is three to five times as fast as the default and costs a fifth more bytes.
     overlay(image, heat(map_HW, calibration), marked_HW).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue(), float(marked_HW.mean())
+    return buffer.getvalue(), None if calibration.pixel_threshold is None else float(marked_HW.mean())
 
 
 def score(served: Served, predictions: Predictions) -> Score:

@@ -96,15 +96,15 @@ def require_free_port(host: str, port: int) -> None:
     """Makes sure that an address can be listened on.
 
     Raises:
-        SprueError: If something else listens there, or the address is not this machine's.
+        SprueError: If there is no such port, something else listens there, or the address is not this machine's.
     """
+    if not 1 <= port <= 65535:
+        raise SprueError(f"port {port} is none: give a number from 1 to 65535")
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         # A port whose last connections are still closing is free; one that is listened on is not.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OverflowError as error:
-            raise SprueError(f"port {port} is none: give a number from 1 to 65535") from error
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise SprueError(f"port {port} of {host} is busy: stop its user, or choose another port") from error

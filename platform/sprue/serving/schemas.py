@@ -74,7 +74,9 @@ class ServedClass(BaseModel):
     model: ModelVersion
     alpha: float
     threshold: float
-    pixel_threshold: float = Field(description="The evidence above which a pixel of the heat map is marked")
+    pixel_threshold: float | None = Field(
+        default=None, description="The evidence above which a pixel of the heat map is marked"
+    )
     views: list[str] | None = Field(default=None, description="Where a sample has several pictures: their order")
     calibration_pictures: int = Field(description="Good samples that p-values are made of; none is below 1/(n+1)")
     features: FeatureSummary

@@ -87,6 +87,11 @@ class FitRun:
         """Ends the run; a later attempt at the same fit goes on with it."""
         mlflow.MlflowClient().set_terminated(self.run_id, status)
 
+    def log_file(self, file: Path, folder: str) -> str:
+        """Logs a file in a folder; its path there."""
+        mlflow.MlflowClient().log_artifact(self.run_id, str(file), folder)
+        return f"{folder}/{file.name}"
+
     def finish(self, figures: Mapping[str, float], files: Path, name: str, tags: Mapping[str, str]) -> None:
         """Logs figures, and a folder of files under a name, and ends the run."""
         client = mlflow.MlflowClient()

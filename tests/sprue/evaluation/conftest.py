@@ -94,8 +94,8 @@ class BenchOfViews(Bench):
                 "sha256": digests[:60],
                 "sample_id": np.repeat(np.arange(20), 3).astype(str),
                 "view": VIEWS * 20,
-                "height": 40,
-                "width": 24,
+                "height": (40, 16, 24) * 20,
+                "width": (24, 32, 8) * 20,
             }
         )
         self.test = pd.DataFrame(rows).assign(sha256=digests[60:])

@@ -155,6 +155,19 @@ def test_what_is_calibrated_is_what_predicts(name, request):
     predicted = detector.predict_features(bench.table.read_samples(samples, len(detector.views)))
     np.testing.assert_array_equal(detector.calibration.scores, np.sort(predicted.score_B))
 
+    sizes = bench.calibration[["height", "width"]].to_numpy().reshape(len(samples), -1, 2).tolist()
+    maps = [
+        [predicted.anomaly_map(index, size, view) for view, size in enumerate(of_views)]
+        for index, of_views in enumerate(sizes)
+    ]
+
+    def risk(level):
+        return (1 + sum(max((each > level).mean() for each in views) for views in maps)) / (1 + len(maps))
+
+    calibration = detector.calibration
+    step = 0.02 * (calibration.high - calibration.low)
+    assert risk(calibration.pixel_threshold) <= 0.05 < risk(calibration.pixel_threshold - step)
+
 
 def test_no_test_samples_have_no_figures(bench_of_views, tmp_path):
     evaluation = bench_of_views.evaluate(bench_of_views.test.query("label == 7"))

@@ -144,6 +144,16 @@ def test_a_picture_with_a_hole_is_anomalous_and_the_map_shows_where(detector, en
     assert 80 <= column <= 160
 
 
+def test_a_detector_of_an_earlier_release_scores_alike_and_marks_nothing(detector, tmp_path):
+    detector.save(tmp_path)
+    facts = json.loads((tmp_path / "detector.json").read_text())
+    del facts["calibration"]["pixel_threshold"]
+    (tmp_path / "detector.json").write_text(json.dumps(facts | {"format": 3}))
+    earlier = Detector.load(tmp_path).calibration
+    assert earlier.scores == detector.calibration.scores and earlier.pixel_threshold is None
+    assert not earlier.marked(np.array([[1e30]], np.float32)).any()
+
+
 @pytest.mark.parametrize(
     ("damage", "match"),
     [
@@ -153,7 +163,7 @@ def test_a_picture_with_a_hole_is_anomalous_and_the_map_shows_where(detector, en
         (lambda folder: (folder / "detector.json").write_text("{"), "is not a saved detector"),
         (
             lambda folder: (folder / "detector.json").write_text('{"format": 7}'),
-            "has format 7, this version of sprue reads 4",
+            "has format 7, this version of sprue reads 3 and 4",
         ),
     ],
 )

@@ -152,3 +152,7 @@ def test_an_overlay_outlines_what_is_marked_from_within():
     pixels_HWC = np.asarray(overlay(image, cold_HW, marked_HW))
     assert np.array_equal((pixels_HWC == ImageColor.getrgb(OUTLINE)).all(2), border_HW)
     assert (pixels_HWC[~border_HW] == 80).all()
+
+    everything_HW = np.ones((10, 20), bool)
+    pixels_HWC = np.asarray(overlay(image, cold_HW, everything_HW))
+    assert (pixels_HWC[[0, -1]] == ImageColor.getrgb(OUTLINE)).all() and (pixels_HWC[1:-1, 1:-1] == 80).all()

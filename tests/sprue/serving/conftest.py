@@ -118,6 +118,11 @@ class Plant:
         pytest.fail(f"20 s later the health report is still {health}")
 
 
+@pytest.fixture
+def unused_port() -> int:
+    return free_port()
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
