@@ -228,6 +228,7 @@ def test_classes_health_and_description(plant: Any) -> None:
         "model": {"name": "brick", "version": 1},
         "alpha": 0.05,
         "threshold": plant.detectors["brick"].calibration.threshold,
+        "pixel_threshold": plant.detectors["brick"].calibration.pixel_threshold,
         "calibration_pictures": 20,
         "features": {"fingerprint": spec.fingerprint, "backbone": "tf_efficientnet_lite0", "input_size": 128},
     }
