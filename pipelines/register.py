@@ -1,10 +1,12 @@
 """Registers every evaluated detector that the registry does not hold; a class's first is champion, others challenge."""
 
 import logging
+import tempfile
 from pathlib import Path
 from urllib.parse import urlencode
 
 import yaml
+from PIL import Image
 from upath import UPath
 
 from sprue.data.manifest import Manifest
@@ -26,6 +28,9 @@ from sprue.training.record import FitRecord
 from sprue.training.worker import FitRequest
 
 logger = logging.getLogger(__name__)
+
+WIDTH = 640
+"""Pixels across that the registry's page has room for."""
 
 
 def describe(figures: dict[str, float], fit: FitRecord) -> str:
@@ -51,7 +56,10 @@ def log_picture(folder: Path, run: FitRun, key: str) -> str:
     """
     if not (folder / OVERVIEW).is_file():
         return ""
-    path = run.log_file(folder / OVERVIEW, f"overview/{key}")
+    with tempfile.TemporaryDirectory() as name, Image.open(folder / OVERVIEW) as overview:
+        overview.thumbnail((WIDTH, overview.height))
+        overview.save(Path(name) / OVERVIEW)
+        path = run.log_file(Path(name) / OVERVIEW, f"overview/{key}")
     query = urlencode({"path": path, "run_uuid": run.run_id})
     return f"\n\n![Pictures, what is there, what was found](get-artifact?{query})"
 

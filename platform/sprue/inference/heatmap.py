@@ -10,7 +10,7 @@ from scipy.ndimage import minimum_filter1d
 
 from sprue.inference.calibration import Calibration
 
-OUTLINE = "#4cc9f0"
+OUTLINE = "#1565ff"
 """Colour of the border of what is marked, which no heat has."""
 
 
