@@ -5,6 +5,7 @@ import time
 
 import mlflow
 import pytest
+from mlflow.exceptions import MlflowException
 
 from sprue.errors import SprueError
 from sprue.tracking import trail
@@ -96,7 +97,7 @@ def _promote(uri, name, version, results):
     try:
         crown(name, version, 1, "promoted", "better")
         results.put(version)
-    except SprueError as error:
+    except (SprueError, MlflowException) as error:  # the registry's own failures too, which the test would wait for
         results.put(str(error))
 
 
@@ -114,7 +115,7 @@ def test_of_promotions_at_once_one_wins_and_the_others_are_told(versions):
     for process in processes:
         process.join()
     (winner,) = (each for each in told if isinstance(each, int))
-    assert sum("in the meantime" in str(each) for each in told) == 2
+    assert sum("in the meantime" in str(each) for each in told) == 2, told
     assert holder(versions, CHAMPION) == winner
     assert trail_of(versions) == [("first", None, 1), ("promoted", 1, winner)]
 
