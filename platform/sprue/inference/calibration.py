@@ -52,6 +52,9 @@ def pixel_threshold(
         levels_K: The levels to choose from, ascending; above the last there is no pixel.
         alpha: The share that is wanted, for which there are enough samples; see `pictures_needed`.
 
+    Raises:
+        SprueError: If there are too few.
+
     >>> samples = [[np.arange(100.0)]] * 19
     >>> pixel_threshold(samples, np.arange(100.0), alpha=0.05), pixel_threshold(samples, np.arange(100.0), alpha=0.1)
     (99.0, 94.0)
@@ -61,6 +64,10 @@ def pixel_threshold(
         losses_K += np.max([_shares_above(values_P, levels_K) for values_P in maps], axis=0)
         count += 1
     fits_K = (1 + losses_K) / (1 + count) <= alpha + 1e-12
+    if not fits_K.any():
+        raise SprueError(
+            f"alpha {alpha} needs at least {pictures_needed(alpha)} calibration samples; there are {count}"
+        )
     return float(levels_K[fits_K.argmax()])
 
 

@@ -74,22 +74,21 @@ def summary(served: Served) -> ServedClass:
 
 def figures(score: Score) -> dict[str, str]:
     """The figures as headers; names are percent-encoded, as headers are Latin-1."""
-    view = {} if score.heatmap_view is None else {"X-Sprue-View": quote(score.heatmap_view)}
-    marked = {} if score.marked_share is None else {"X-Sprue-Marked-Share": repr(score.marked_share)}
-    return (
-        view
-        | marked
-        | {
-            "X-Sprue-Class": quote(score.class_name),
-            "X-Sprue-Score": repr(score.score),
-            "X-Sprue-P-Value": repr(score.p_value),
-            "X-Sprue-Alpha": repr(score.alpha),
-            "X-Sprue-Threshold": repr(score.threshold),
-            "X-Sprue-Is-Anomalous": str(score.is_anomalous).lower(),
-            "X-Sprue-Model": quote(score.model.name),
-            "X-Sprue-Model-Version": str(score.model.version),
-        }
-    )
+    headers = {
+        "X-Sprue-Class": quote(score.class_name),
+        "X-Sprue-Score": repr(score.score),
+        "X-Sprue-P-Value": repr(score.p_value),
+        "X-Sprue-Alpha": repr(score.alpha),
+        "X-Sprue-Threshold": repr(score.threshold),
+        "X-Sprue-Is-Anomalous": str(score.is_anomalous).lower(),
+        "X-Sprue-Model": quote(score.model.name),
+        "X-Sprue-Model-Version": str(score.model.version),
+    }
+    if score.heatmap_view is not None:
+        headers["X-Sprue-View"] = quote(score.heatmap_view)
+    if score.marked_share is not None:
+        headers["X-Sprue-Marked-Share"] = repr(score.marked_share)
+    return headers
 
 
 def wants_png(accept: str) -> bool:

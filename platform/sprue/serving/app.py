@@ -130,8 +130,9 @@ class ScoringService:
         if heatmap:
             place = answers.shown_view(served, predictions, view)
             score.heatmap_view = detector.views[place] or None
-            heatmap_of = answers.heatmap_png
-            png, score.marked_share = await self._in_pool(heatmap_of, served, predictions, images[place], place)
+            png, score.marked_share = await self._in_pool(
+                answers.heatmap_png, served, predictions, images[place], place
+            )
             headers["Vary"] = "Accept"
             if answers.wants_png(request.headers.get("accept", "")):
                 return Response(png, media_type="image/png", headers=headers | answers.figures(score))
