@@ -23,10 +23,11 @@ from sprue.errors import SprueError
 from sprue.inference.detector import Scoring
 from sprue.search.drawn import code_digest
 from sprue.search.space import SearchConfig, at_point, current_point, search_space
-from sprue.search.trial import Trial, read_trial_data
+from sprue.search.trial import Trial, read_checkpoint, read_trial_data
 from sprue.training.checkpoint import Checkpoint
-from sprue.training.fit import ATTEMPTS, Slots, place_fits, read_checkpoint, storage_filesystem
+from sprue.training.fit import Slots, place_fits, storage_filesystem
 from sprue.training.loop import Epoch, is_done
+from sprue.training.queue import ATTEMPTS
 from sprue.training.record import fit_key
 from sprue.training.worker import FitRequest
 

@@ -4,7 +4,6 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import ray
 import ray.tune
 import torch
 from numpy.typing import NDArray
+from upath import UPath
 
 from sprue.errors import SprueError
 from sprue.features.tables import FeatureTable
@@ -23,7 +23,7 @@ from sprue.search.space import Point, at_point
 from sprue.store import location
 from sprue.training.checkpoint import Checkpoint
 from sprue.training.feed import MemoryFeed, sample_size
-from sprue.training.fit import Slots, read_checkpoint
+from sprue.training.fit import Slots
 from sprue.training.loop import Epoch, train
 from sprue.training.worker import FitRequest
 
@@ -120,7 +120,7 @@ class Trial:
             nonlocal done
             done = epoch.epoch
             with tempfile.TemporaryDirectory() as folder:
-                checkpoint.write(Path(folder))
+                checkpoint.write(UPath(folder))
                 stored = ray.tune.Checkpoint.from_directory(folder)
                 ray.tune.report(asdict(epoch) | judge(checkpoint), checkpoint=stored)
 
@@ -133,6 +133,12 @@ class Trial:
         except SprueError as error:
             # A flow that can't be fitted finds nothing. Another attempt would give the same answer.
             ray.tune.report({"epoch": done + 1, "objective": 0.0, "failure": str(error)})
+
+
+def read_checkpoint(stored: ray.tune.Checkpoint) -> Checkpoint:
+    """A checkpoint from Ray's storage."""
+    with stored.as_directory() as folder:
+        return Checkpoint.read(UPath(folder))
 
 
 def _latest_checkpoint() -> Checkpoint | None:

@@ -1,15 +1,15 @@
 """A checkpoint: the flow's weights and what the optimizer needs to go on, as safetensors and JSON."""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from upath import UPath
 
 from sprue.inference.detector import portable_state
+from sprue.store import read_json, remove_folder, write_bytes, write_json
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,59 @@ class Checkpoint:
             state.setdefault(int(number), {})[name] = value
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
-    def write(self, folder: Path) -> None:
-        """Writes ``flow.safetensors``, ``optimizer.safetensors`` and ``epoch.json``."""
-        safetensors.torch.save_file(self.flow, folder / "flow.safetensors")
-        safetensors.torch.save_file(self.optimizer, folder / "optimizer.safetensors")
-        (folder / "epoch.json").write_text(json.dumps({"epoch": self.epoch, "history": self.history}) + "\n")
+    @property
+    def best_epoch(self) -> int:
+        """The epoch with the best validation likelihood so far."""
+        return int(min(self.history, key=lambda row: float(row["validation_nll"]))["epoch"])
+
+    def write(self, folder: UPath) -> None:
+        """Writes ``flow.safetensors`` and ``optimizer.safetensors``, then ``epoch.json``, the sign of a whole one."""
+        write_bytes(folder / "flow.safetensors", safetensors.torch.save(self.flow))
+        write_bytes(folder / "optimizer.safetensors", safetensors.torch.save(self.optimizer))
+        write_json(folder / "epoch.json", {"epoch": self.epoch, "history": self.history})
 
     @classmethod
-    def read(cls, folder: Path) -> Self:
+    def read(cls, folder: UPath) -> Self:
         """Reads what `write` wrote."""
-        facts = json.loads((folder / "epoch.json").read_text())
+        facts = read_json(folder / "epoch.json", made_by="fit")
         return cls(
             facts["epoch"],
             facts["history"],
-            safetensors.torch.load_file(folder / "flow.safetensors"),
-            safetensors.torch.load_file(folder / "optimizer.safetensors"),
+            safetensors.torch.load((folder / "flow.safetensors").read_bytes()),
+            safetensors.torch.load((folder / "optimizer.safetensors").read_bytes()),
         )
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of a fit: its last, from which it goes on when it was interrupted, and its best.
+
+    Attributes:
+        folder: Of this fit alone, as every node sees it.
+    """
+
+    folder: UPath
+
+    def keep(self, checkpoint: Checkpoint) -> None:
+        """Stores a checkpoint, then deletes those that it makes obsolete."""
+        checkpoint.write(self._at(checkpoint.epoch))
+        for epoch in self._stored():
+            if epoch not in (checkpoint.epoch, checkpoint.best_epoch):
+                remove_folder(self._at(epoch))
+
+    def last(self) -> Checkpoint | None:
+        """The checkpoint of the last epoch; None before the first."""
+        stored = self._stored()
+        return Checkpoint.read(self._at(max(stored))) if stored else None
+
+    def best(self) -> Checkpoint | None:
+        """The checkpoint with the best validation likelihood; None before the first."""
+        last = self.last()
+        return last and Checkpoint.read(self._at(last.best_epoch))
+
+    def _at(self, epoch: int) -> UPath:
+        return self.folder / f"epoch-{epoch:06d}"
+
+    def _stored(self) -> list[int]:
+        """The epochs whose checkpoints are whole."""
+        return [int(path.parent.name.removeprefix("epoch-")) for path in self.folder.glob("epoch-*/epoch.json")]

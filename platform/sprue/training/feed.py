@@ -15,9 +15,9 @@ from torch import Tensor
 from sprue.data.samples import Sample
 from sprue.features.tables import ROW_GROUP_BYTES, FeatureTable
 
-COPIES = 4
+COPIES = 5
 """Pools that fit into a streamed feed's memory: one that batches are drawn from, its shuffled rows, and the next one,
-which while it is read is there as the table's bytes and as maps."""
+which while it is read is there as the table's bytes and as maps; the fifth is room for batches and the table's index."""
 
 
 class Feed(Protocol):

@@ -1,24 +1,25 @@
 """Fits all classes of a dataset side by side, as far as the cluster's resources go."""
 
 import logging
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import ray
 from pyarrow.fs import FSSpecHandler, PyFileSystem
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.actor import ActorHandle
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
-from ray.util.queue import Empty, Queue
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from upath import UPath
 
 from sprue.errors import SprueError
-from sprue.training.checkpoint import Checkpoint
+from sprue.store import remove_folder
+from sprue.training.checkpoint import Checkpoint, Checkpoints
 from sprue.training.loop import Epoch
+from sprue.training.queue import ATTEMPTS, FitQueue, News
 from sprue.training.record import fit_key
 from sprue.training.worker import FitRequest, fit_worker
 
@@ -27,8 +28,8 @@ logger = logging.getLogger(__name__)
 OnEpoch = Callable[[str, Epoch], None]
 OnOutcome = Callable[[FitRequest, "FitOutcome"], None]
 
-ATTEMPTS = 3
-"""How often a fit goes on from its last checkpoint after one of its processes or machines has died."""
+Fits = Mapping[str, tuple["ray.ObjectRef[FitRequest]", str]]
+"""For each class Ray's reference to its request, and the folder of its checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,15 @@ def place_fits(fits: int, workers: int = 1) -> Slots:
 def fit_classes(
     requests: Sequence[FitRequest], runs: UPath, on_epoch: OnEpoch, on_outcome: OnOutcome | None = None
 ) -> list[FitOutcome]:
-    """Runs one Ray Train run for each class; a class that fails does not stop the others.
+    """Fits classes in runs of Ray Train, the slots, each of which takes class after class from one queue.
 
-    A fit that was interrupted goes on from its last checkpoint, for its run is named by its inputs.
+    A class that fails does not stop the others. A fit that was interrupted goes on from its last checkpoint, for
+    these are in a folder that is named by its inputs.
 
     Args:
         requests: One for each class.
-        runs: Folder or s3 URL of Ray Train's runs, as every node sees it.
-        on_epoch: Called in this process after each epoch of each class.
+        runs: Folder or s3 URL of the checkpoints, as every node sees it.
+        on_epoch: Called in this thread after each epoch of each class, whose checkpoint is stored.
         on_outcome: Called in this thread as soon as a class is finished or has failed.
 
     Returns:
@@ -105,31 +107,36 @@ def fit_classes(
         "%d classes, %d at a time, each on %d workers with %d CPUs and %d GPUs",
         len(requests), slots.count, slots.workers, slots.cpus, slots.gpus,
     )  # fmt: skip
+    by_class = {request.class_name: request for request in requests}
+    # The largest first, so that at the end no slot waits long for another.
+    order = sorted(by_class, key=lambda class_name: -by_class[class_name].pictures)
     # Beside this process, so that it outlives any other machine.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    name = f"sprue-epochs-{id(requests):x}"
-    epochs = Queue(actor_options={"num_cpus": 0, "name": name, "scheduling_strategy": here})
-    finished = threading.Event()
-    listener = threading.Thread(target=_forward, args=(epochs, on_epoch, finished), daemon=True)
-    listener.start()
-    pool = ThreadPoolExecutor(slots.count)
-    futures = [pool.submit(_fit_class, request, runs, slots, epochs) for request in requests]
-    requested = dict(zip(futures, requests, strict=True))
-    try:
-        for future in as_completed(futures):
-            if on_outcome is not None:
-                on_outcome(requested[future], _outcome(requested[future], future))
-    finally:
-        # Who is interrupted does not wait for the fits that run; what they have stored is gone on from.
-        pool.shutdown(wait=False, cancel_futures=True)
-    finished.set()
-    listener.join()
-    epochs.shutdown()
-    return [_outcome(request, future) for request, future in zip(requests, futures, strict=True)]
+    queue = ray.remote(FitQueue).options(num_cpus=0, scheduling_strategy=here).remote(order, slots.count)
+    fits = {name: (ray.put(request), str(runs / run_name(request))) for name, request in by_class.items()}
+    threads = [
+        Thread(target=_run_slot, args=(slot, slots, queue, fits, runs), daemon=True) for slot in range(slots.count)
+    ]
+    for thread in threads:
+        thread.start()
+    outcomes: dict[str, FitOutcome] = {}
+    while len(outcomes) < len(requests):
+        news: News = ray.get(queue.news.remote())
+        request = by_class[news.class_name]
+        if news.epoch is not None:
+            on_epoch(news.class_name, Epoch(**news.epoch))
+            continue
+        outcomes[news.class_name] = _outcome(request, runs, news.failure)
+        if on_outcome is not None:
+            on_outcome(request, outcomes[news.class_name])
+    for thread in threads:
+        thread.join()
+    ray.kill(queue)
+    return [outcomes[request.class_name] for request in requests]
 
 
 def run_name(request: FitRequest) -> str:
-    """A fit's name on Ray Train and in its storage, where an interrupted fit is found again."""
+    """The name of a fit's folder of checkpoints, where an interrupted one is found again."""
     return f"{request.class_name}-{fit_key(request)}"
 
 
@@ -138,61 +145,49 @@ def storage_filesystem(folder: UPath) -> PyFileSystem | None:
     return None if folder.protocol in ("", "file") else PyFileSystem(FSSpecHandler(folder.fs))
 
 
-def _fit_class(request: FitRequest, runs: UPath, slots: Slots, epochs: Queue) -> FitOutcome:
-    trainer = TorchTrainer(
+def _run_slot(slot: int, slots: Slots, queue: ActorHandle, fits: Fits, runs: UPath) -> None:
+    """Runs a slot to its end, and tells the queue why, should it leave something undone."""
+    name = f"{runs.parent.name}-fits-{slot + 1}"
+    # A single worker needs no process group, and a controller that is to make none does not import torch.
+    trainer = (TorchTrainer if slots.workers > 1 else DataParallelTrainer)(
         fit_worker,
-        # By reference, so that Ray Train's controller, which reads this too, need not import what a request is made of.
-        train_loop_config={"request": ray.put(request), "epochs": epochs, "threads": slots.cpus},
+        train_loop_config={"queue": queue, "slot": slot, "fits": fits, "threads": slots.cpus},
         scaling_config=ScalingConfig(
             num_workers=slots.workers,
             use_gpu=slots.gpus > 0,
             resources_per_worker={"CPU": slots.cpus} | ({"GPU": 1} if slots.gpus else {}),
         ),
         run_config=RunConfig(
-            name=run_name(request),
+            name=name,
             storage_path=runs.path,
             storage_filesystem=storage_filesystem(runs),
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=1, checkpoint_score_attribute="validation_nll", checkpoint_score_order="min"
-            ),
-            failure_config=FailureConfig(max_failures=ATTEMPTS),
+            failure_config=FailureConfig(max_failures=(ATTEMPTS + 1) * len(fits)),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    result = trainer.fit()
-    if result.return_value is not None:
-        raise SprueError(result.return_value)
-    best = result.get_best_checkpoint("validation_nll", "min")
-    if best is None or result.checkpoint is None:
-        raise SprueError(f"{run_name(request)} left no checkpoint")
-    return FitOutcome(request.class_name, read_checkpoint(best), read_checkpoint(result.checkpoint).history)
+    reason = "its run of Ray Train ended before it"
+    try:
+        trainer.fit()
+    except Exception as error:  # whatever it is, it is the reason that the classes get
+        logger.debug("%s failed", name, exc_info=error)
+        reason = _innermost(error)
+    ray.get(queue.close.remote(slot, reason))
+    remove_folder(runs / name)
 
 
-def read_checkpoint(stored: ray.train.Checkpoint) -> Checkpoint:
-    """A checkpoint from Ray's storage."""
-    with stored.as_directory() as folder:
-        return Checkpoint.read(Path(folder))
+def _outcome(request: FitRequest, runs: UPath, failure: str) -> FitOutcome:
+    checkpoints = Checkpoints(runs / run_name(request))
+    best, last = checkpoints.best(), checkpoints.last()
+    if failure or best is None or last is None:
+        return FitOutcome(
+            request.class_name, None, failure=failure or f"there is no checkpoint in {checkpoints.folder}"
+        )
+    return FitOutcome(request.class_name, best, last.history)
 
 
-def _outcome(request: FitRequest, future: "Future[FitOutcome]") -> FitOutcome:
-    error = future.exception()
-    if error is None:
-        return future.result()
-    # Ray wraps a worker's exception several times; the innermost says what happened.
+def _innermost(error: BaseException) -> str:
+    """The last line of what Ray has wrapped several times."""
     while error.__cause__ is not None:
         error = error.__cause__
-    logger.debug("fit of %s failed", request.class_name, exc_info=error)
     lines = str(error).strip().splitlines()
-    return FitOutcome(request.class_name, None, failure=lines[-1] if lines else type(error).__name__)
-
-
-def _forward(epochs: Queue, on_epoch: OnEpoch, finished: threading.Event) -> None:
-    """Hands epochs on as they come, and after the last fit what is left."""
-    while True:
-        try:
-            class_name, epoch = epochs.get(timeout=0.5)
-        except Empty:
-            if finished.is_set():
-                return
-            continue
-        on_epoch(class_name, epoch)
+    return lines[-1] if lines else type(error).__name__

@@ -1,16 +1,15 @@
-"""What runs in a Ray Train worker: reads a class's features, fits its flow, reports an epoch at a time."""
+"""What runs in a Ray Train worker: reads a class's features, fits its flow, stores its epochs; then the next class."""
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.util.queue import Queue
+from ray.actor import ActorHandle
+from ray.train.collective import broadcast_from_rank_zero
 
 from defectflow import Flow, build_flow, fitting_config
 from sprue.data.samples import Sample
@@ -18,7 +17,7 @@ from sprue.errors import SprueError
 from sprue.features.tables import FeatureTable
 from sprue.inference.detector import require_views
 from sprue.store import location
-from sprue.training.checkpoint import Checkpoint
+from sprue.training.checkpoint import Checkpoint, Checkpoints
 from sprue.training.feed import Feed, open_feed
 from sprue.training.loop import Epoch, FitSettings, train
 from sprue.training.share import ALONE, Share
@@ -117,42 +116,59 @@ class FitRequest:
         return build_flow(self.flow_name, **self.whole_config(table))
 
 
-def fit_worker(config: dict[str, Any]) -> str | None:
-    """Ray Train's entry point in each worker.
+def fit_worker(config: dict[str, Any]) -> None:
+    """Ray Train's entry point in each worker of a slot: fits class after class, as the queue gives them.
+
+    A process that has imported everything goes on to the next class, for which a new one would need seconds.
 
     Args:
-        config: ``request``, Ray's reference to a `FitRequest`; ``epochs``, a queue that gets (class name, `Epoch`)
-            after each epoch; ``threads``, how many to fit with.
-
-    Returns:
-        Why the class can't be fitted, where another attempt would end in the same way; None if it was fitted.
+        config: ``queue``, the `sprue.training.queue.FitQueue`, and ``slot``, this run's number there; ``fits``, for
+            each class Ray's reference to its `FitRequest` and the folder of its checkpoints; ``threads``, how many
+            to fit with.
 
     Raises:
-        SprueError: The same, where other workers wait for this one.
+        SprueError: If a class can't be fitted and other workers wait for this one.
     """
-    request: FitRequest = ray.get(config["request"])
-    epochs: Queue = config["epochs"]
+    queue, slot = config["queue"], config["slot"]
     # Ray goes by OMP_NUM_THREADS where a user has set it, and fits side by side would fight over the cores.
     torch.set_num_threads(config["threads"])
     context = ray.train.get_context()
     share = Share(context.get_world_rank(), context.get_world_size())
 
+    def take() -> str | None:
+        taken: str | None = None if share.rank else ray.get(queue.take.remote(slot))
+        return broadcast_from_rank_zero(taken)
+
+    while (class_name := take()) is not None:
+        stored, folder = config["fits"][class_name]
+        failure = ""
+        try:
+            _fit_class(ray.get(stored), Checkpoints(location(folder)), queue, share)
+        except SprueError as error:
+            # Another attempt would end in the same way.
+            failure = str(error)
+        except Exception as error:
+            ray.get(queue.stumble.remote(class_name, f"{type(error).__name__}: {error}".splitlines()[0]))
+            raise
+        # The first worker is the one that stores: before it has, a class is not finished.
+        if failure or not share.rank:
+            ray.get(queue.end.remote(slot, class_name, failure))
+        if failure and share.count > 1:
+            raise SprueError(failure)
+
+
+def _fit_class(request: FitRequest, checkpoints: Checkpoints, queue: ActorHandle, share: Share) -> None:
+    """Fits a class, from its last checkpoint if it was interrupted. What is told of an epoch is stored before."""
+
     def report(epoch: Epoch, checkpoint: Checkpoint) -> None:
         if share.rank:
-            ray.train.report(asdict(epoch))
             return
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint.write(Path(folder))
-            ray.train.report(asdict(epoch), checkpoint=ray.train.Checkpoint.from_directory(folder))
-        epochs.put((request.class_name, epoch))
+        checkpoints.keep(checkpoint)
+        # Ray's dashboard and `ray list tasks` show the name.
+        told = queue.epoch.options(name=f"{request.class_name} epoch {epoch.epoch}")
+        ray.get(told.remote(request.class_name, asdict(epoch)))
 
-    try:
-        fit_flow(request, ray.train.torch.get_device(), report, _latest_checkpoint(), share)
-    except SprueError as error:
-        if share.count > 1:
-            raise
-        return str(error)
-    return None
+    fit_flow(request, ray.train.torch.get_device(), report, checkpoints.last(), share)
 
 
 def fit_flow(
@@ -166,12 +182,3 @@ def fit_flow(
     table = FeatureTable(location(request.table))
     training, validation = request.feed(table, request.train), request.feed(table, request.validation)
     train(request.build_flow(table), training, validation, request.settings, device, report, start, share)
-
-
-def _latest_checkpoint() -> Checkpoint | None:
-    """The last checkpoint of an earlier, interrupted attempt under the same name."""
-    stored = ray.train.get_checkpoint()
-    if stored is None:
-        return None
-    with stored.as_directory() as folder:
-        return Checkpoint.read(Path(folder))

@@ -5,6 +5,7 @@ import math
 from dataclasses import asdict, replace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from upath import UPath
@@ -77,6 +78,27 @@ def test_classes_are_fitted_and_one_that_fails_stops_no_other(cluster, tmp_path)
     assert again.history == ours.history
     assert again.best.epoch == ours.best.epoch
     assert all(torch.equal(value, ours.best.flow[key]) for key, value in again.best.flow.items())
+
+
+def test_after_the_death_of_its_process_a_fit_goes_on(cluster, tmp_path):
+    request = request_of(tmp_path / "tables", "brick", settings=FitSettings(epochs=5, batch_size=5))
+    seen, killed = [], []
+
+    def kill_once(name, epoch):
+        seen.append(epoch.epoch)
+        if not killed:
+            workers = [each for each in psutil.process_iter() if "ray::RayTrainWorker" in each.name()]
+            killed.extend(worker.kill() for worker in workers)
+
+    (fitted,) = fit_classes([request], UPath(tmp_path / "runs"), kill_once)
+    assert killed
+    assert fitted.failure == ""
+    assert seen == [row["epoch"] for row in fitted.history] == [1, 2, 3, 4, 5]
+    if not torch.cuda.is_available():
+        torch.set_num_threads(2)
+        states = {epoch.epoch: checkpoint.flow for epoch, checkpoint in fitted_here(request)}
+        expected = states[fitted.best.epoch]
+        assert all(torch.equal(value, fitted.best.flow[key]) for key, value in expected.items())
 
 
 def test_cores_are_shared_out(cluster):

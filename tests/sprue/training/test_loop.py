@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from upath import UPath
 
 from defectflow import build_flow
 from sprue.errors import SprueError
@@ -96,14 +97,14 @@ def test_an_interrupted_fit_ends_with_the_weights_of_an_undisturbed_one(tmp_path
     undisturbed = fit()
 
     def interrupt(epoch, checkpoint):
-        checkpoint.write(tmp_path)
+        checkpoint.write(UPath(tmp_path))
         if epoch.epoch == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         fit(report=interrupt)
     torch.manual_seed(99)
-    resumed = fit(start=Checkpoint.read(tmp_path))
+    resumed = fit(start=Checkpoint.read(UPath(tmp_path)))
     assert [epoch.epoch for epoch, _ in resumed] == [3, 4, 5]
     ours, theirs = resumed[-1][1], undisturbed[-1][1]
     assert_same_weights(ours.flow, theirs.flow)
@@ -142,10 +143,10 @@ def test_the_seed_decides():
 
 def test_a_checkpoint_is_safetensors_and_json_and_reads_back(tmp_path):
     epoch, checkpoint = fit(replace(SETTINGS, epochs=2))[-1]
-    checkpoint.write(tmp_path)
+    checkpoint.write(UPath(tmp_path))
     assert {file.name for file in tmp_path.iterdir()} == {"flow.safetensors", "optimizer.safetensors", "epoch.json"}
     assert json.loads((tmp_path / "epoch.json").read_text())["history"][-1] == asdict(epoch)
-    read = Checkpoint.read(tmp_path)
+    read = Checkpoint.read(UPath(tmp_path))
     assert (read.epoch, read.history) == (2, checkpoint.history)
     assert_same_weights(read.flow, checkpoint.flow)
     assert_same_weights(read.optimizer, checkpoint.optimizer)

@@ -1,0 +1,87 @@
+"""The queue of the classes that wait to be fitted, which the runs of Ray Train take them from.
+
+An actor of Ray. It is told names and figures alone, so that its process need not import what a fit is made of.
+"""
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+ATTEMPTS = 3
+"""How often a fit goes on from its last checkpoint after one of its processes or machines has died."""
+
+
+@dataclass(frozen=True)
+class News:
+    """What is heard of a class.
+
+    Attributes:
+        class_name: The product class.
+        epoch: The figures of an epoch that it has finished; none if its fit has ended.
+        failure: Why it can't be fitted; empty if it can, or is.
+    """
+
+    class_name: str
+    epoch: dict[str, Any] | None = None
+    failure: str = ""
+
+
+class FitQueue:
+    """Gives each slot one class after the other, and passes on what becomes of them.
+
+    A slot is a run of Ray Train. When one of its processes dies, Ray Train starts it anew, and it asks again: it gets
+    the class that it had, `ATTEMPTS` times.
+    """
+
+    def __init__(self, class_names: Sequence[str], slots: int) -> None:
+        """Takes the classes in the order in which they are to be fitted, and how many slots there are."""
+        self.waiting = deque(class_names)
+        self.held: dict[int, str] = {}
+        self.slots = slots
+        self.attempts: Counter[str] = Counter()
+        self.reasons: dict[str, str] = {}
+        self.told: asyncio.Queue[News] = asyncio.Queue()
+
+    async def take(self, slot: int) -> str | None:
+        """The class that a slot fits next: the one at which it was interrupted, or another; None if there is none."""
+        held = self.held.get(slot)
+        if held is not None and self.attempts[held] == ATTEMPTS:
+            reason = self.reasons.get(held, "the process that fits it dies")
+            await self.end(slot, held, f"{reason} (tried {ATTEMPTS + 1} times)")
+        elif held is not None:
+            self.attempts[held] += 1
+            return held
+        if not self.waiting:
+            return None
+        self.held[slot] = self.waiting.popleft()
+        return self.held[slot]
+
+    async def epoch(self, class_name: str, figures: dict[str, Any]) -> None:
+        """An epoch is finished, and its checkpoint is stored."""
+        await self.told.put(News(class_name, figures))
+
+    async def stumble(self, class_name: str, reason: str) -> None:
+        """A fit was broken off by an error that another attempt may not meet."""
+        self.reasons[class_name] = reason
+
+    async def end(self, slot: int, class_name: str, failure: str = "") -> None:
+        """A fit has ended; of a slot's processes that all failed, the first to say so is heard."""
+        if self.held.get(slot) == class_name:
+            del self.held[slot]
+            await self.told.put(News(class_name, failure=failure))
+
+    async def close(self, slot: int, reason: str) -> None:
+        """A slot has ended. Where it leaves a class, or the last slot leaves some in the queue, these have failed."""
+        self.slots -= 1
+        left = [self.held.pop(slot)] if slot in self.held else []
+        if not self.slots:
+            left += self.waiting
+            self.waiting.clear()
+        for class_name in left:
+            await self.told.put(News(class_name, failure=reason))
+
+    async def news(self) -> News:
+        """What is heard next, in its order."""
+        return await self.told.get()

@@ -1,0 +1,73 @@
+"""Slots take classes from one queue, and get an interrupted one again."""
+
+import asyncio
+
+from sprue.training.queue import ATTEMPTS, FitQueue, News
+
+
+def heard(queue):
+    """All that the queue passes on, so far."""
+
+    async def drain():
+        return [await queue.news() for _ in range(queue.told.qsize())]
+
+    return asyncio.run(drain())
+
+
+def test_each_class_is_given_once_and_an_interrupted_one_again():
+    queue = FitQueue(["brick", "grass", "gravel"], slots=2)
+
+    async def fits():
+        taken = [await queue.take(0), await queue.take(1)]
+        await queue.epoch("brick", {"epoch": 1})
+        await queue.end(0, "brick")
+        await queue.end(0, "brick", "said by a second process of the slot")
+        taken += [await queue.take(0), await queue.take(1)]
+        await queue.end(1, "grass", "it has no likelihood")
+        await queue.end(0, "gravel")
+        return [*taken, await queue.take(0), await queue.take(1)]
+
+    assert asyncio.run(fits()) == ["brick", "grass", "gravel", "grass", None, None]
+    assert heard(queue) == [
+        News("brick", {"epoch": 1}),
+        News("brick"),
+        News("grass", failure="it has no likelihood"),
+        News("gravel"),
+    ]
+
+
+def test_a_class_that_ends_its_process_again_and_again_is_given_up():
+    queue = FitQueue(["brick", "grass"], slots=1)
+
+    async def fits():
+        taken = [await queue.take(0) for _ in range(ATTEMPTS + 1)]
+        await queue.stumble("brick", "RuntimeError: out of memory")
+        taken += [await queue.take(0) for _ in range(ATTEMPTS + 1)]
+        return [*taken, await queue.take(0)]
+
+    given = ["brick"] * (ATTEMPTS + 1) + ["grass"] * (ATTEMPTS + 1) + [None]
+    assert asyncio.run(fits()) == given
+    assert heard(queue) == [
+        News("brick", failure=f"RuntimeError: out of memory (tried {ATTEMPTS + 1} times)"),
+        News("grass", failure=f"the process that fits it dies (tried {ATTEMPTS + 1} times)"),
+    ]
+
+
+def test_what_ended_slots_leave_has_failed():
+    queue = FitQueue(["brick", "grass", "gravel"], slots=2)
+
+    async def fits():
+        await queue.take(0)
+        await queue.take(1)
+        await queue.close(0, "its machine is gone")
+        first = queue.told.qsize()
+        await queue.end(1, "grass")
+        await queue.close(1, "the other too")
+        return first
+
+    assert asyncio.run(fits()) == 1
+    assert heard(queue) == [
+        News("brick", failure="its machine is gone"),
+        News("grass"),
+        News("gravel", failure="the other too"),
+    ]
