@@ -7,12 +7,15 @@ the store are, and leaves a receipt with the digests of what it read and wrote.
 import argparse
 import logging
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import ray
 import yaml
@@ -27,6 +30,9 @@ Settings = TypeVar("Settings")
 
 INTERRUPTED = 130
 """The exit status of a command that was ended with Ctrl-C."""
+
+GRACE = 5.0
+"""Seconds from Ctrl-C until a stage that has not ended is ended."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +174,7 @@ def run_stage(stage: str, main: Callable[[Context], None]) -> None:
     parser.add_argument("--store", help="folder or s3 URL of all results (default: store; a Ray job has no default)")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    signal.signal(signal.SIGINT, partial(_interrupt, stage))
     try:
         params = read_params(arguments.params)
         if RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ and not (arguments.data and arguments.store):
@@ -180,9 +187,21 @@ def run_stage(stage: str, main: Callable[[Context], None]) -> None:
     except SprueError as error:
         sys.exit(f"sprue {stage}: {error}")
     except KeyboardInterrupt:
-        print(f"sprue {stage}: interrupted; the same command goes on from what is stored", file=sys.stderr, flush=True)
-        # Threads that wait for Ray would keep the process; its end is what ends their work on the cluster.
-        os._exit(INTERRUPTED)
+        _end_interrupted(stage)
+
+
+def _interrupt(stage: str, *_: Any) -> NoReturn:
+    """Raises what Ctrl-C raises, and ends the stage even where a library swallows it."""
+    watch = threading.Timer(GRACE, _end_interrupted, [stage])
+    watch.daemon = True
+    watch.start()
+    raise KeyboardInterrupt
+
+
+def _end_interrupted(stage: str) -> NoReturn:
+    print(f"sprue {stage}: interrupted; the same command goes on from what is stored", file=sys.stderr, flush=True)
+    # Threads that wait for Ray would keep the process; its end is what ends their work on the cluster.
+    os._exit(INTERRUPTED)
 
 
 def read_params(path: Path) -> dict[str, Any]:

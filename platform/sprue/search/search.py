@@ -150,9 +150,9 @@ def search_class(
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     space = search_space(request, config)
-    slots = place_fits(config.trials)
+    slots = place_fits(config.trials, request.settings.workers)
     data = ray.remote(num_cpus=0)(read_trial_data).remote(request, str(drawn))
-    trial = Trial(request, config.epochs, data, scoring, slots)
+    trial = Trial(request, config.epochs, data, scoring, slots, runs / "workers")
     trainable = _trainable(trial, request.class_name)
     name, filesystem = search_name(request, config, scoring), storage_filesystem(runs)
     stored = (runs / name).path
@@ -206,12 +206,11 @@ def _tune_config(
 
 def _trainable(trial: Trial, class_name: str) -> type[tune.Trainable]:
     """The trial as Ray Tune wants it, with the name under which Ray's dashboard and ``ray list actors`` show it."""
-    resources = {"cpu": trial.slots.cpus, "gpu": trial.slots.gpus}
 
     def run(config: dict[str, Any]) -> None:
         trial(point_of(config))
 
-    trainable = wrap_function(tune.with_resources(run, resources))
+    trainable = wrap_function(tune.with_resources(run, trial.resources))
     trainable.__name__ = trainable.__qualname__ = f"search-{class_name}"
     return trainable
 

@@ -89,13 +89,8 @@ def search_space(request: FitRequest, config: SearchConfig) -> dict[str, BaseDis
     """What is varied for a class.
 
     Raises:
-        SprueError: If a parameter is unknown, its range can't be read, or the recipe's own value is not in it; if the
-            recipe wants several workers, for a trial is one process.
+        SprueError: If a parameter is unknown, its range can't be read, or the recipe's own value is not in it.
     """
-    if request.settings.workers > 1:
-        raise SprueError(
-            f"fit.workers: a search fits each trial in one process; set it to 1 (it is {request.settings.workers})"
-        )
     searchable = [f"flow.{name}" for name in FLOWS[request.flow_name].searchable]
     point = current_point(request, config.space or [*searchable, "fit.learning_rate"])
     space = {name: _distribution(name, domain) for name, domain in (config.space or default_space(point)).items()}

@@ -2,8 +2,8 @@
 
 import tempfile
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,14 +20,15 @@ from sprue.inference.memory import keep_freed_memory
 from sprue.search.drawn import drawn_maps
 from sprue.search.objective import Objective
 from sprue.search.space import Point, at_point
-from sprue.store import location
-from sprue.training.checkpoint import Checkpoint
+from sprue.store import location, remove_folder
+from sprue.training.checkpoint import Checkpoint, Checkpoints
 from sprue.training.feed import MemoryFeed, sample_size
-from sprue.training.fit import Slots
+from sprue.training.fit import Slots, fit_classes, run_name
 from sprue.training.loop import Epoch, train
 from sprue.training.worker import FitRequest
 
 Maps = list[NDArray[np.float16]]
+Report = Callable[[Epoch, Checkpoint], None]
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class Trial:
         data: Ray's reference to the `TrialData`, of which each machine has one copy.
         scoring: How a score is made.
         slots: What a trial gets.
+        runs: Folder of the trials' checkpoints while several workers fit one.
     """
 
     request: FitRequest
@@ -106,9 +108,18 @@ class Trial:
     data: "ray.ObjectRef[TrialData]"
     scoring: Scoring
     slots: Slots
+    runs: UPath
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """What Ray Tune keeps for a trial."""
+        if self.slots.workers > 1:
+            # Ray Train keeps the workers' cores, and none may be missing. Of Ray Tune a trial has to want something.
+            return {"memory": 2**20}
+        return {"cpu": self.slots.cpus, "gpu": self.slots.gpus}
 
     def __call__(self, point: Point) -> None:
-        """Fits at a point, in this process."""
+        """Fits at a point, in this process; in a run of Ray Train if the fit has several workers."""
         request = at_point(self.request, point, self.epochs)
         table = FeatureTable(location(request.table))
         judge = DrawnJudge(request.flow_name, request.whole_config(table), self.data, self.scoring)
@@ -124,15 +135,38 @@ class Trial:
                 stored = ray.tune.Checkpoint.from_directory(folder)
                 ray.tune.report(asdict(epoch) | judge(checkpoint), checkpoint=stored)
 
-        flow = request.build_flow(table)
-        data: TrialData = ray.get(self.data)
-        training = data.feed(data.train) if data.train else request.feed(table, request.train)
         try:
-            start = _latest_checkpoint()
-            train(flow, training, data.feed(data.validation), request.settings, best_device(), report, start)
+            (self._fit_on_workers if self.slots.workers > 1 else self._fit_here)(request, report)
         except SprueError as error:
             # A flow that can't be fitted finds nothing. Another attempt would give the same answer.
             ray.tune.report({"epoch": done + 1, "objective": 0.0, "failure": str(error)})
+
+    def _fit_here(self, request: FitRequest, report: Report) -> None:
+        table = FeatureTable(location(request.table))
+        data: TrialData = ray.get(self.data)
+        training = data.feed(data.train) if data.train else request.feed(table, request.train)
+        validation = data.feed(data.validation)
+        flow = request.build_flow(table)
+        train(flow, training, validation, request.settings, best_device(), report, _latest_checkpoint())
+
+    def _fit_on_workers(self, request: FitRequest, report: Report) -> None:
+        checkpoints = Checkpoints(self.runs / run_name(request))
+        # What Ray Tune has heard of is where a trial goes on.
+        remove_folder(checkpoints.folder)
+        start = _latest_checkpoint()
+        if start is not None:
+            checkpoints.keep(start)
+
+        def on_epoch(_: str, epoch: Epoch) -> None:
+            stored = checkpoints.last()
+            assert stored is not None  # its epoch is told of when it is stored, and it stays until this returns
+            report(epoch, stored)
+
+        slots = replace(self.slots, count=1)
+        (outcome,) = fit_classes([request], self.runs, on_epoch, slots=slots, lockstep=True)
+        remove_folder(checkpoints.folder)
+        if outcome.failure:
+            raise SprueError(outcome.failure)
 
 
 def read_checkpoint(stored: ray.tune.Checkpoint) -> Checkpoint:

@@ -92,9 +92,12 @@ class Checkpoints:
         return Checkpoint.read(self._at(max(stored))) if stored else None
 
     def best(self) -> Checkpoint | None:
-        """The checkpoint with the best validation likelihood; None before the first."""
+        """Of the stored ones, that with the best validation likelihood; None before the first."""
         last = self.last()
-        return last and Checkpoint.read(self._at(last.best_epoch))
+        if last is None:
+            return None
+        nlls = {int(row["epoch"]): float(row["validation_nll"]) for row in last.history}
+        return Checkpoint.read(self._at(min(self._stored(), key=nlls.__getitem__)))
 
     def _at(self, epoch: int) -> UPath:
         return self.folder / f"epoch-{epoch:06d}"

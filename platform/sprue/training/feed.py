@@ -17,7 +17,7 @@ from sprue.features.tables import ROW_GROUP_BYTES, FeatureTable
 
 COPIES = 5
 """Pools that fit into a streamed feed's memory: one that batches are drawn from, its shuffled rows, and the next one,
-which while it is read is there as the table's bytes and as maps; the fifth is room for batches and the table's index."""
+which while it is read is there as the table's bytes and as maps; the fifth is room for batches."""
 
 
 class Feed(Protocol):

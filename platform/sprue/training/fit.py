@@ -86,7 +86,12 @@ def place_fits(fits: int, workers: int = 1) -> Slots:
 
 
 def fit_classes(
-    requests: Sequence[FitRequest], runs: UPath, on_epoch: OnEpoch, on_outcome: OnOutcome | None = None
+    requests: Sequence[FitRequest],
+    runs: UPath,
+    on_epoch: OnEpoch,
+    on_outcome: OnOutcome | None = None,
+    slots: Slots | None = None,
+    lockstep: bool = False,
 ) -> list[FitOutcome]:
     """Fits classes in runs of Ray Train, the slots, each of which takes class after class from one queue.
 
@@ -98,11 +103,13 @@ def fit_classes(
         runs: Folder or s3 URL of the checkpoints, as every node sees it.
         on_epoch: Called in this thread after each epoch of each class, whose checkpoint is stored.
         on_outcome: Called in this thread as soon as a class is finished or has failed.
+        slots: How many fits run side by side, and what each gets; all of the cluster if not given.
+        lockstep: Whether a fit waits after each epoch until `on_epoch` has returned, and its last checkpoint with it.
 
     Returns:
         An outcome for each request, in their order.
     """
-    slots = place_fits(len(requests), max(request.settings.workers for request in requests))
+    slots = slots or place_fits(len(requests), max(request.settings.workers for request in requests))
     logger.info(
         "%d classes, %d at a time, each on %d workers with %d CPUs and %d GPUs",
         len(requests), slots.count, slots.workers, slots.cpus, slots.gpus,
@@ -112,7 +119,7 @@ def fit_classes(
     order = sorted(by_class, key=lambda class_name: -by_class[class_name].pictures)
     # Beside this process, so that it outlives any other machine.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    queue = ray.remote(FitQueue).options(num_cpus=0, scheduling_strategy=here).remote(order, slots.count)
+    queue = ray.remote(FitQueue).options(num_cpus=0, scheduling_strategy=here).remote(order, slots.count, lockstep)
     fits = {name: (ray.put(request), str(runs / run_name(request))) for name, request in by_class.items()}
     threads = [
         Thread(target=_run_slot, args=(slot, slots, queue, fits, runs), daemon=True) for slot in range(slots.count)
@@ -120,15 +127,20 @@ def fit_classes(
     for thread in threads:
         thread.start()
     outcomes: dict[str, FitOutcome] = {}
-    while len(outcomes) < len(requests):
-        news: News = ray.get(queue.news.remote())
-        request = by_class[news.class_name]
-        if news.epoch is not None:
-            on_epoch(news.class_name, Epoch(**news.epoch))
-            continue
-        outcomes[news.class_name] = _outcome(request, runs, news.failure)
-        if on_outcome is not None:
-            on_outcome(request, outcomes[news.class_name])
+    try:
+        while len(outcomes) < len(requests):
+            news: News = ray.get(queue.news.remote())
+            request = by_class[news.class_name]
+            if news.epoch is not None:
+                on_epoch(news.class_name, Epoch(**news.epoch))
+                queue.heard.remote(news.class_name)
+                continue
+            outcomes[news.class_name] = _outcome(request, runs, news.failure)
+            if on_outcome is not None:
+                on_outcome(request, outcomes[news.class_name])
+    except BaseException:
+        queue.cancel.remote()
+        raise
     for thread in threads:
         thread.join()
     ray.kill(queue)

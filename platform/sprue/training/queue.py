@@ -35,17 +35,28 @@ class FitQueue:
     the class that it had, `ATTEMPTS` times.
     """
 
-    def __init__(self, class_names: Sequence[str], slots: int) -> None:
-        """Takes the classes in the order in which they are to be fitted, and how many slots there are."""
+    def __init__(self, class_names: Sequence[str], slots: int, lockstep: bool = False) -> None:
+        """Makes a queue.
+
+        Args:
+            class_names: The classes in the order in which they are to be fitted.
+            slots: How many slots there are.
+            lockstep: Whether a fit goes on after an epoch only when `heard` or `cancel` is called.
+        """
         self.waiting = deque(class_names)
         self.held: dict[int, str] = {}
         self.slots = slots
         self.attempts: Counter[str] = Counter()
         self.reasons: dict[str, str] = {}
         self.told: asyncio.Queue[News] = asyncio.Queue()
+        self.lockstep = lockstep
+        self.go_ons: dict[str, asyncio.Event] = {}
+        self.cancelled = False
 
     async def take(self, slot: int) -> str | None:
         """The class that a slot fits next: the one at which it was interrupted, or another; None if there is none."""
+        if self.cancelled:
+            return None
         held = self.held.get(slot)
         if held is not None and self.attempts[held] == ATTEMPTS:
             reason = self.reasons.get(held, "the process that fits it dies")
@@ -58,9 +69,23 @@ class FitQueue:
         self.held[slot] = self.waiting.popleft()
         return self.held[slot]
 
-    async def epoch(self, class_name: str, figures: dict[str, Any]) -> None:
-        """An epoch is finished, and its checkpoint is stored."""
+    async def epoch(self, class_name: str, figures: dict[str, Any]) -> bool:
+        """An epoch is finished, and its checkpoint is stored. Says whether the fit is to go on."""
+        go_on = self.go_ons[class_name] = asyncio.Event()
         await self.told.put(News(class_name, figures))
+        if self.lockstep and not self.cancelled:
+            await go_on.wait()
+        return not self.cancelled
+
+    async def heard(self, class_name: str) -> None:
+        """What was told of a class's last epoch is dealt with."""
+        self.go_ons[class_name].set()
+
+    async def cancel(self) -> None:
+        """Nobody waits for the fits any more: each ends after its epoch."""
+        self.cancelled = True
+        for go_on in self.go_ons.values():
+            go_on.set()
 
     async def stumble(self, class_name: str, reason: str) -> None:
         """A fit was broken off by an error that another attempt may not meet."""

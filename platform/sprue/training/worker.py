@@ -116,6 +116,10 @@ class FitRequest:
         return build_flow(self.flow_name, **self.whole_config(table))
 
 
+class Cancelled(Exception):
+    """Nobody waits for the fit any more."""
+
+
 def fit_worker(config: dict[str, Any]) -> None:
     """Ray Train's entry point in each worker of a slot: fits class after class, as the queue gives them.
 
@@ -144,15 +148,15 @@ def fit_worker(config: dict[str, Any]) -> None:
         failure = ""
         try:
             _fit_class(ray.get(stored), Checkpoints(location(folder)), queue, share)
+        except Cancelled:
+            return
         except SprueError as error:
             # Another attempt would end in the same way.
             failure = str(error)
         except Exception as error:
             ray.get(queue.stumble.remote(class_name, f"{type(error).__name__}: {error}".splitlines()[0]))
             raise
-        # The first worker is the one that stores: before it has, a class is not finished.
-        if failure or not share.rank:
-            ray.get(queue.end.remote(slot, class_name, failure))
+        ray.get(queue.end.remote(slot, class_name, failure))
         if failure and share.count > 1:
             raise SprueError(failure)
 
@@ -161,12 +165,14 @@ def _fit_class(request: FitRequest, checkpoints: Checkpoints, queue: ActorHandle
     """Fits a class, from its last checkpoint if it was interrupted. What is told of an epoch is stored before."""
 
     def report(epoch: Epoch, checkpoint: Checkpoint) -> None:
-        if share.rank:
-            return
-        checkpoints.keep(checkpoint)
-        # Ray's dashboard and `ray list tasks` show the name.
-        told = queue.epoch.options(name=f"{request.class_name} epoch {epoch.epoch}")
-        ray.get(told.remote(request.class_name, asdict(epoch)))
+        goes_on = True
+        if not share.rank:
+            checkpoints.keep(checkpoint)
+            # Ray's dashboard and `ray list tasks` show the name.
+            told = queue.epoch.options(name=f"{request.class_name} epoch {epoch.epoch}")
+            goes_on = ray.get(told.remote(request.class_name, asdict(epoch)))
+        if not broadcast_from_rank_zero(goes_on):
+            raise Cancelled
 
     fit_flow(request, ray.train.torch.get_device(), report, checkpoints.last(), share)
 

@@ -70,6 +70,17 @@ def test_a_trial_that_can_not_be_fitted_finds_nothing(cluster, case):
     assert found.best not in failed
 
 
+def test_trials_of_several_workers_are_runs_of_ray_train(cluster, case):
+    request = replace(case.request, settings=replace(case.request.settings, workers=2))
+    config = replace(CONFIG, trials=4)
+    found = search_class(request, config, SCORING, case.drawn, case.runs)
+    assert found.trials[0].whole
+    assert any(len(trial.history) < 4 for trial in found.trials), "no trial was stopped"
+    alone, _ = fitted_here(at_point(case.request, found.best.point))
+    assert found.best.best["validation_nll"] == pytest.approx(alone.validation_nll, rel=1e-4)
+    assert found.checkpoint(found.best.number).epoch == alone.epoch
+
+
 def outcome_of(objectives, request):
     """A search whose trials found so much; all but the last ran to their ends."""
     trials = [

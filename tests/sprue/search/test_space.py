@@ -1,7 +1,5 @@
 """What is varied, around a recipe or as a parameter file says."""
 
-from dataclasses import replace
-
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -48,14 +46,6 @@ def test_a_space_is_read_from_the_parameters(case):
 def test_a_space_that_can_not_be_searched_is_refused_by_name(case, space, match):
     with pytest.raises(SprueError, match=match):
         search_space(case.request, SearchConfig(trials=1, space=space))
-
-
-def test_a_search_wants_one_worker(case):
-    request = replace(case.request, settings=replace(case.request.settings, workers=2))
-    with pytest.raises(
-        SprueError, match=r"fit\.workers: a search fits each trial in one process; set it to 1 \(it is 2"
-    ):
-        search_space(request, SearchConfig(trials=1))
 
 
 @pytest.mark.parametrize("settings", [{"trials": -1}, {"epochs": 0}, {"minutes": 0}])

@@ -71,3 +71,21 @@ def test_what_ended_slots_leave_has_failed():
         News("grass"),
         News("gravel", failure="the other too"),
     ]
+
+
+def test_in_lockstep_a_fit_waits_until_it_is_heard_and_ends_when_it_is_cancelled():
+    queue = FitQueue(["brick", "grass"], slots=1, lockstep=True)
+
+    async def fits():
+        await queue.take(0)
+        waits = asyncio.create_task(queue.epoch("brick", {"epoch": 1}))
+        assert await queue.news() == News("brick", {"epoch": 1})
+        assert not waits.done()
+        await queue.heard("brick")
+        goes_on = [await waits]
+        waits = asyncio.create_task(queue.epoch("brick", {"epoch": 2}))
+        await queue.news()
+        await queue.cancel()
+        return [*goes_on, await waits, await queue.epoch("brick", {"epoch": 3}), await queue.take(0)]
+
+    assert asyncio.run(fits()) == [True, False, False, None]
