@@ -71,7 +71,7 @@ def search(context: Context, request: FitRequest, rows: pd.DataFrame, config: Se
         figures["objective"] = outcome.best.objective
         parent.finish(figures, Path(files), "search", {})
     fit = at_point(request, outcome.best.point, config.epochs)
-    kept, cpus = outcome.checkpoint(outcome.best.number), place_fits(config.trials).cpus
+    kept, cpus = outcome.checkpoint(outcome.best.number), place_fits(config.trials, request.settings.workers).cpus
     record.write(folder, FitRecord.of(fit, kept, outcome.best.history, commit(), cpus))
     remove_folder(runs / search_name(request, config, scoring))
     logger.info("\n%s\n\n%s\n", table.to_string(index=False), _in_words(record, shares))

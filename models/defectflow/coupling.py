@@ -33,7 +33,7 @@ class _Affine(torch.autograd.Function):
     def forward(ctx: Any, x_BCHW: Tensor, raw_BCHW: Tensor, clamp: float) -> tuple[Tensor, Tensor]:
         """`raw_BCHW` holds the log-scales before clamping, then the shifts, each as many as `x_BCHW` has channels."""
         raw_s, t = torch.split(raw_BCHW, x_BCHW.shape[1], dim=1)
-        s = soft_clamp(raw_s, clamp)
+        s = (raw_s / clamp).atan_().mul_(2.0 * clamp / math.pi)
         log_det_BHW = s.sum(1)
         scale = s.exp_()
         ctx.clamp = clamp
@@ -55,21 +55,23 @@ class _Affine(torch.autograd.Function):
         return of_x, of_raw, None
 
 
-class _Permute(torch.autograd.Function):
-    """A permutation of channels, whose gradient is the inverse's; torch's own adds up what might collide."""
+class _Halves(torch.autograd.Function):
+    """A map's channels in a permutation's order, as two maps; their gradients are put back, not added up as torch's."""
 
     @staticmethod
-    def forward(ctx: Any, map_BCHW: Tensor, permutation: Tensor) -> Tensor:
-        """The map's channels in the permutation's order."""
-        ctx.save_for_backward(permutation)
-        return map_BCHW.index_select(1, permutation)
+    def forward(ctx: Any, map_BCHW: Tensor, permutation: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """The first channels of the permutation, and the others."""
+        ctx.parts = permutation[:first], permutation[first:]
+        return map_BCHW.index_select(1, ctx.parts[0]), map_BCHW.index_select(1, ctx.parts[1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """The gradient's channels in the map's order."""
-        (permutation,) = ctx.saved_tensors
-        return gradient.index_select(1, permutation.argsort()), None
+    def backward(ctx: Any, of_a: Tensor, of_b: Tensor) -> tuple[Tensor, None, None]:
+        """The halves' gradients in the map's order."""
+        gradient = of_a.new_empty((len(of_a), of_a.shape[1] + of_b.shape[1], *of_a.shape[2:]))
+        for part, half in zip(ctx.parts, (of_a, of_b), strict=True):
+            gradient.index_copy_(1, part, half)
+        return gradient, None, None
 
 
 class GraphCoupling(InvertibleModule):
@@ -149,7 +151,7 @@ class GraphCoupling(InvertibleModule):
             The transformed maps, and for each the log-determinant of every position, [B, H, W].
         """
         permuted = [
-            torch.split(_Permute.apply(map_BCHW, self.get_buffer(f"perm{node}")), self.halves, dim=1)
+            _Halves.apply(map_BCHW, self.get_buffer(f"perm{node}"), self.halves[0])
             for node, map_BCHW in enumerate(maps)
         ]
         a, b = ([halves[side] for halves in permuted] for side in (0, 1))
@@ -182,7 +184,7 @@ class GraphCoupling(InvertibleModule):
         b, log_dets_b = self._restore(b, self._raw_affine(self.s1, a, condition))
         a, log_dets_a = self._restore(a, self._raw_affine(self.s2, b, condition))
         outputs = [
-            _Permute.apply(torch.cat(halves, dim=1), self.get_buffer(f"perm{node}").argsort())
+            torch.cat(halves, dim=1).index_select(1, self.get_buffer(f"perm{node}").argsort())
             for node, halves in enumerate(zip(a, b, strict=True))
         ]
         return outputs, [of_a + of_b for of_a, of_b in zip(log_dets_a, log_dets_b, strict=True)]

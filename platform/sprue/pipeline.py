@@ -143,7 +143,7 @@ def connect_ray() -> None:
         os.environ.setdefault(name, value)
     # On a busy machine the proxy of Ray Serve needs more than the five seconds that it is given.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
-    # Ray Train's controller looks for an epoch's checkpoint, and for the end, every two seconds else.
+    # Ray Train's controller looks for the end every two seconds else.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     # Stages say themselves how far they are, and a worker's failure reaches them as an exception.
     settings: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
@@ -151,7 +151,7 @@ def connect_ray() -> None:
         settings["address"] = "local"
         # Ray Train asks the dashboard which of its controllers live.
         settings["include_dashboard"] = True
-        # For each fit a process would wait for word that one of several machines is about to be taken away.
+        # For each run of Ray Train a process would wait for word that a machine is about to be taken away.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
         ray.init(**settings)
@@ -199,9 +199,11 @@ def _interrupt(stage: str, *_: Any) -> NoReturn:
 
 
 def _end_interrupted(stage: str) -> NoReturn:
-    print(f"sprue {stage}: interrupted; the same command goes on from what is stored", file=sys.stderr, flush=True)
-    # Threads that wait for Ray would keep the process; its end is what ends their work on the cluster.
-    os._exit(INTERRUPTED)
+    try:
+        print(f"sprue {stage}: interrupted; the same command goes on from what is stored", file=sys.stderr, flush=True)
+    finally:
+        # Threads that wait for Ray would keep the process; its end is what ends their work on the cluster.
+        os._exit(INTERRUPTED)
 
 
 def read_params(path: Path) -> dict[str, Any]:

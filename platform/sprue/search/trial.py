@@ -36,7 +36,7 @@ class TrialData:
     """What all trials of a class read.
 
     Attributes:
-        train: Maps [N, C, H, W] of the training samples; none if they are too large for memory.
+        train: Maps [N, C, H, W] of the training samples; none if they are too large for memory or for several workers.
         validation: Those of the validation samples.
         drawn: Those of the validation samples with drawn defects.
     """
@@ -59,9 +59,10 @@ def read_trial_data(request: FitRequest, drawn: str) -> TrialData:
     table = FeatureTable(location(request.table))
     places = request.build_flow(table).config.maps
     size = len(request.train) * sample_size(table, request.views, places)
-    streamed = size > request.settings.memory * 2**30
+    # Several workers read them themselves.
+    unshared = request.settings.workers > 1 or size > request.settings.memory * 2**30
     return TrialData(
-        [] if streamed else table.read_samples(request.train, request.views, places),
+        [] if unshared else table.read_samples(request.train, request.views, places),
         table.read_samples(request.validation, request.views, places),
         drawn_maps(table, FeatureTable(location(drawn)), request.validation, places),
     )
@@ -150,23 +151,29 @@ class Trial:
         train(flow, training, validation, request.settings, best_device(), report, _latest_checkpoint())
 
     def _fit_on_workers(self, request: FitRequest, report: Report) -> None:
-        checkpoints = Checkpoints(self.runs / run_name(request))
+        # Another trial may try the same point.
+        runs = self.runs / str(ray.tune.get_context().get_trial_id())
+        checkpoints = Checkpoints(runs / run_name(request))
         # What Ray Tune has heard of is where a trial goes on.
-        remove_folder(checkpoints.folder)
+        remove_folder(runs)
         start = _latest_checkpoint()
         if start is not None:
             checkpoints.keep(start)
 
         def on_epoch(_: str, epoch: Epoch) -> None:
-            stored = checkpoints.last()
-            assert stored is not None  # its epoch is told of when it is stored, and it stays until this returns
-            report(epoch, stored)
+            # It stays until this returns, unless the workers have died and begun again meanwhile.
+            if max(checkpoints.epochs()) != epoch.epoch:
+                raise RuntimeError(f"epoch {epoch.epoch} was followed by another before it was judged")
+            report(epoch, checkpoints.read(epoch.epoch))
 
-        slots = replace(self.slots, count=1)
-        (outcome,) = fit_classes([request], self.runs, on_epoch, slots=slots, lockstep=True)
-        remove_folder(checkpoints.folder)
+        try:
+            slots = replace(self.slots, count=1)
+            (outcome,) = fit_classes([request], runs, on_epoch, slots=slots, lockstep=True)
+        finally:
+            remove_folder(runs)
         if outcome.failure:
-            raise SprueError(outcome.failure)
+            # Ray Tune tries again what was lost with its processes.
+            raise (RuntimeError if outcome.lost else SprueError)(outcome.failure)
 
 
 def read_checkpoint(stored: ray.tune.Checkpoint) -> Checkpoint:

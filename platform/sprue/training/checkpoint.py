@@ -8,8 +8,12 @@ import torch
 from torch import Tensor, nn
 from upath import UPath
 
+from sprue.errors import SprueError
 from sprue.inference.detector import portable_state
 from sprue.store import read_json, remove_folder, write_bytes, write_json
+
+PREFIX = "epoch-"
+"""What the names of checkpoints' folders begin with, before the epoch."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +63,21 @@ class Checkpoint:
 
     @classmethod
     def read(cls, folder: UPath) -> Self:
-        """Reads what `write` wrote."""
+        """Reads what `write` wrote.
+
+        Raises:
+            SprueError: If it is not whole.
+        """
         facts = read_json(folder / "epoch.json", made_by="fit")
-        return cls(
-            facts["epoch"],
-            facts["history"],
-            safetensors.torch.load((folder / "flow.safetensors").read_bytes()),
-            safetensors.torch.load((folder / "optimizer.safetensors").read_bytes()),
-        )
+        try:
+            return cls(
+                facts["epoch"],
+                facts["history"],
+                safetensors.torch.load((folder / "flow.safetensors").read_bytes()),
+                safetensors.torch.load((folder / "optimizer.safetensors").read_bytes()),
+            )
+        except (OSError, KeyError, safetensors.SafetensorError) as error:
+            raise SprueError(f"the checkpoint {folder} is damaged: {error}; delete it") from error
 
 
 @dataclass(frozen=True)
@@ -82,26 +93,37 @@ class Checkpoints:
     def keep(self, checkpoint: Checkpoint) -> None:
         """Stores a checkpoint, then deletes those that it makes obsolete."""
         checkpoint.write(self._at(checkpoint.epoch))
-        for epoch in self._stored():
+        for epoch in self.epochs():
             if epoch not in (checkpoint.epoch, checkpoint.best_epoch):
+                (self._at(epoch) / "epoch.json").unlink()
                 remove_folder(self._at(epoch))
 
-    def last(self) -> Checkpoint | None:
-        """The checkpoint of the last epoch; None before the first."""
-        stored = self._stored()
-        return Checkpoint.read(self._at(max(stored))) if stored else None
+    def epochs(self) -> list[int]:
+        """The epochs whose checkpoints are whole, in their order."""
+        if not self.folder.exists():
+            return []
+        return sorted(
+            int(path.name.removeprefix(PREFIX)) for path in self.folder.iterdir() if (path / "epoch.json").exists()
+        )
+
+    def read(self, epoch: int) -> Checkpoint:
+        """The checkpoint of an epoch.
+
+        Raises:
+            SprueError: If there is none, or it is damaged.
+        """
+        return Checkpoint.read(self._at(epoch))
+
+    def history(self) -> list[dict[str, Any]]:
+        """The figures of all epochs up to the last checkpoint."""
+        epochs = self.epochs()
+        return list(read_json(self._at(epochs[-1]) / "epoch.json", made_by="fit")["history"]) if epochs else []
 
     def best(self) -> Checkpoint | None:
         """Of the stored ones, that with the best validation likelihood; None before the first."""
-        last = self.last()
-        if last is None:
-            return None
-        nlls = {int(row["epoch"]): float(row["validation_nll"]) for row in last.history}
-        return Checkpoint.read(self._at(min(self._stored(), key=nlls.__getitem__)))
+        nlls = {int(row["epoch"]): float(row["validation_nll"]) for row in self.history()}
+        epochs = self.epochs()
+        return self.read(min(epochs, key=nlls.__getitem__)) if epochs else None
 
     def _at(self, epoch: int) -> UPath:
-        return self.folder / f"epoch-{epoch:06d}"
-
-    def _stored(self) -> list[int]:
-        """The epochs whose checkpoints are whole."""
-        return [int(path.parent.name.removeprefix("epoch-")) for path in self.folder.glob("epoch-*/epoch.json")]
+        return self.folder / f"{PREFIX}{epoch:06d}"

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Thread
 from typing import Any
 
@@ -28,6 +28,12 @@ logger = logging.getLogger(__name__)
 OnEpoch = Callable[[str, Epoch], None]
 OnOutcome = Callable[[FitRequest, "FitOutcome"], None]
 
+ENDING = 10.0
+"""Seconds that a slot has to end when all classes have."""
+
+SLOTS = "slots"
+"""The folder that Ray Train wants for itself."""
+
 Fits = Mapping[str, tuple["ray.ObjectRef[FitRequest]", str]]
 """For each class Ray's reference to its request, and the folder of its checkpoints."""
 
@@ -41,12 +47,14 @@ class FitOutcome:
         best: The checkpoint with the best validation likelihood; None if the fit failed.
         history: The figures of all epochs.
         failure: The reason, if it failed.
+        lost: Whether it failed with its processes, so that another attempt may end in another way.
     """
 
     class_name: str
     best: Checkpoint | None
     history: list[dict[str, Any]] = field(default_factory=list)
     failure: str = ""
+    lost: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,8 @@ def place_fits(fits: int, workers: int = 1) -> Slots:
     if gpus:
         return Slots(count=min(fits, gpus // workers), workers=workers, cpus=1, gpus=1)
     cpus = max(1, min(min(cores), sum(cores) // (fits * workers)))
+    while sum(node // cpus for node in cores) < workers:
+        cpus -= 1
     return Slots(min(fits, sum(node // cpus for node in cores) // workers), workers, cpus, gpus=0)
 
 
@@ -119,6 +129,7 @@ def fit_classes(
     order = sorted(by_class, key=lambda class_name: -by_class[class_name].pictures)
     # Beside this process, so that it outlives any other machine.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    remove_folder(runs / SLOTS)
     queue = ray.remote(FitQueue).options(num_cpus=0, scheduling_strategy=here).remote(order, slots.count, lockstep)
     fits = {name: (ray.put(request), str(runs / run_name(request))) for name, request in by_class.items()}
     threads = [
@@ -133,17 +144,17 @@ def fit_classes(
             request = by_class[news.class_name]
             if news.epoch is not None:
                 on_epoch(news.class_name, Epoch(**news.epoch))
-                queue.heard.remote(news.class_name)
+                queue.heard.remote(news.class_name, news.epoch["epoch"])
                 continue
-            outcomes[news.class_name] = _outcome(request, runs, news.failure)
+            outcomes[news.class_name] = _outcome(request, runs, news)
             if on_outcome is not None:
                 on_outcome(request, outcomes[news.class_name])
-    except BaseException:
+    finally:
+        # A slot for which there was no room has nothing left to wait for.
         queue.cancel.remote()
-        raise
     for thread in threads:
-        thread.join()
-    ray.kill(queue)
+        thread.join(ENDING)
+    remove_folder(runs / SLOTS)
     return [outcomes[request.class_name] for request in requests]
 
 
@@ -160,41 +171,47 @@ def storage_filesystem(folder: UPath) -> PyFileSystem | None:
 def _run_slot(slot: int, slots: Slots, queue: ActorHandle, fits: Fits, runs: UPath) -> None:
     """Runs a slot to its end, and tells the queue why, should it leave something undone."""
     name = f"{runs.parent.name}-fits-{slot + 1}"
-    # A single worker needs no process group, and a controller that is to make none does not import torch.
-    trainer = (TorchTrainer if slots.workers > 1 else DataParallelTrainer)(
-        fit_worker,
-        train_loop_config={"queue": queue, "slot": slot, "fits": fits, "threads": slots.cpus},
-        scaling_config=ScalingConfig(
-            num_workers=slots.workers,
-            use_gpu=slots.gpus > 0,
-            resources_per_worker={"CPU": slots.cpus} | ({"GPU": 1} if slots.gpus else {}),
-        ),
-        run_config=RunConfig(
-            name=name,
-            storage_path=runs.path,
-            storage_filesystem=storage_filesystem(runs),
-            failure_config=FailureConfig(max_failures=(ATTEMPTS + 1) * len(fits)),
-            logging_config=LoggingConfig(log_level="WARNING"),
-        ),
-    )
     reason = "its run of Ray Train ended before it"
     try:
+        # A single worker needs no process group, and a controller that is to make none does not import torch.
+        trainer = (TorchTrainer if slots.workers > 1 else DataParallelTrainer)(
+            fit_worker,
+            train_loop_config={"queue": queue, "slot": slot, "fits": fits, "threads": slots.cpus},
+            scaling_config=ScalingConfig(
+                num_workers=slots.workers,
+                use_gpu=slots.gpus > 0,
+                resources_per_worker={"CPU": slots.cpus} | ({"GPU": 1} if slots.gpus else {}),
+            ),
+            run_config=RunConfig(
+                name=name,
+                storage_path=(runs / SLOTS).path,
+                storage_filesystem=storage_filesystem(runs),
+                failure_config=FailureConfig(max_failures=(ATTEMPTS + 1) * len(fits)),
+                logging_config=LoggingConfig(log_level="WARNING"),
+            ),
+        )
         trainer.fit()
     except Exception as error:  # whatever it is, it is the reason that the classes get
         logger.debug("%s failed", name, exc_info=error)
         reason = _innermost(error)
-    ray.get(queue.close.remote(slot, reason))
-    remove_folder(runs / name)
+    finally:
+        queue.close.remote(slot, reason)
 
 
-def _outcome(request: FitRequest, runs: UPath, failure: str) -> FitOutcome:
+def _outcome(request: FitRequest, runs: UPath, news: News) -> FitOutcome:
+    """What is stored of a class's fit, or why there is nothing."""
+    failed = FitOutcome(request.class_name, None, failure=news.failure, lost=news.lost)
+    if news.failure:
+        return failed
     checkpoints = Checkpoints(runs / run_name(request))
-    best, last = checkpoints.best(), checkpoints.last()
-    if failure or best is None or last is None:
-        return FitOutcome(
-            request.class_name, None, failure=failure or f"there is no checkpoint in {checkpoints.folder}"
-        )
-    return FitOutcome(request.class_name, best, last.history)
+    try:
+        best = checkpoints.best()
+        history = checkpoints.history()
+    except SprueError as error:
+        return replace(failed, failure=str(error))
+    if best is None:
+        return replace(failed, failure=f"there is no checkpoint in {checkpoints.folder}")
+    return FitOutcome(request.class_name, best, history)
 
 
 def _innermost(error: BaseException) -> str:

@@ -163,6 +163,9 @@ def fit_worker(config: dict[str, Any]) -> None:
 
 def _fit_class(request: FitRequest, checkpoints: Checkpoints, queue: ActorHandle, share: Share) -> None:
     """Fits a class, from its last checkpoint if it was interrupted. What is told of an epoch is stored before."""
+    # The first worker's answer, for another might see the store as it was.
+    last = broadcast_from_rank_zero(max(checkpoints.epochs(), default=0))
+    start = checkpoints.read(last) if last else None
 
     def report(epoch: Epoch, checkpoint: Checkpoint) -> None:
         goes_on = True
@@ -174,7 +177,12 @@ def _fit_class(request: FitRequest, checkpoints: Checkpoints, queue: ActorHandle
         if not broadcast_from_rank_zero(goes_on):
             raise Cancelled
 
-    fit_flow(request, ray.train.torch.get_device(), report, checkpoints.last(), share)
+    goes_on = True
+    if start is not None and not share.rank:
+        goes_on = ray.get(queue.resume.remote(request.class_name, start.history[-1]))
+    if not broadcast_from_rank_zero(goes_on):
+        raise Cancelled
+    fit_flow(request, ray.train.torch.get_device(), report, start, share)
 
 
 def fit_flow(

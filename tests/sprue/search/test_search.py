@@ -79,6 +79,7 @@ def test_trials_of_several_workers_are_runs_of_ray_train(cluster, case):
     alone, _ = fitted_here(at_point(case.request, found.best.point))
     assert found.best.best["validation_nll"] == pytest.approx(alone.validation_nll, rel=1e-4)
     assert found.checkpoint(found.best.number).epoch == alone.epoch
+    assert not any((case.runs / "workers").iterdir())
 
 
 def outcome_of(objectives, request):

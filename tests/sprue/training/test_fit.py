@@ -87,10 +87,11 @@ def test_after_the_death_of_its_process_a_fit_goes_on(cluster, tmp_path):
     def kill_once(name, epoch):
         seen.append(epoch.epoch)
         if not killed:
-            workers = [each for each in psutil.process_iter() if "ray::RayTrainWorker" in each.name()]
+            processes = psutil.Process().children(recursive=True)
+            workers = [each for each in processes if "ray::RayTrainWorker" in each.name()]
             killed.extend(worker.kill() for worker in workers)
 
-    (fitted,) = fit_classes([request], UPath(tmp_path / "runs"), kill_once)
+    (fitted,) = fit_classes([request], UPath(tmp_path / "runs"), kill_once, lockstep=True)
     assert killed
     assert fitted.failure == ""
     assert seen == [row["epoch"] for row in fitted.history] == [1, 2, 3, 4, 5]
@@ -99,6 +100,17 @@ def test_after_the_death_of_its_process_a_fit_goes_on(cluster, tmp_path):
         states = {epoch.epoch: checkpoint.flow for epoch, checkpoint in fitted_here(request)}
         expected = states[fitted.best.epoch]
         assert all(torch.equal(value, fitted.best.flow[key]) for key, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers", "expected"),
+    [([8, 8], 3, (1, 4)), ([5, 5], 3, (1, 2)), ([3, 3, 3], 4, (1, 1)), ([4, 4], 3, (1, 2)), ([16], 1, (1, 16))],
+)
+def test_workers_that_span_machines_find_room(monkeypatch, cores, workers, expected):
+    nodes = [{"Alive": True, "Resources": {"CPU": float(count)}} for count in cores]
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    slots = place_fits(1, workers)
+    assert (slots.count, slots.cpus) == expected
 
 
 def test_cores_are_shared_out(cluster):

@@ -42,14 +42,15 @@ def test_a_class_that_ends_its_process_again_and_again_is_given_up():
     async def fits():
         taken = [await queue.take(0) for _ in range(ATTEMPTS + 1)]
         await queue.stumble("brick", "RuntimeError: out of memory")
+        await queue.stumble("brick", "RuntimeError: connection closed by peer")
         taken += [await queue.take(0) for _ in range(ATTEMPTS + 1)]
         return [*taken, await queue.take(0)]
 
     given = ["brick"] * (ATTEMPTS + 1) + ["grass"] * (ATTEMPTS + 1) + [None]
     assert asyncio.run(fits()) == given
     assert heard(queue) == [
-        News("brick", failure=f"RuntimeError: out of memory (tried {ATTEMPTS + 1} times)"),
-        News("grass", failure=f"the process that fits it dies (tried {ATTEMPTS + 1} times)"),
+        News("brick", failure=f"RuntimeError: out of memory (tried {ATTEMPTS + 1} times)", lost=True),
+        News("grass", failure=f"the process that fits it dies (tried {ATTEMPTS + 1} times)", lost=True),
     ]
 
 
@@ -67,10 +68,26 @@ def test_what_ended_slots_leave_has_failed():
 
     assert asyncio.run(fits()) == 1
     assert heard(queue) == [
-        News("brick", failure="its machine is gone"),
+        News("brick", failure="its machine is gone", lost=True),
         News("grass"),
-        News("gravel", failure="the other too"),
+        News("gravel", failure="the other too", lost=True),
     ]
+
+
+def test_an_epoch_that_was_stored_but_not_told_of_is_told_by_who_goes_on():
+    queue = FitQueue(["brick"], slots=1)
+
+    async def fits():
+        await queue.take(0)
+        await queue.resume("brick", {"epoch": 4})
+        await queue.epoch("brick", {"epoch": 5})
+        await queue.take(0)
+        await queue.resume("brick", {"epoch": 6})
+        await queue.take(0)
+        await queue.resume("brick", {"epoch": 6})
+
+    asyncio.run(fits())
+    assert heard(queue) == [News("brick", {"epoch": 5}), News("brick", {"epoch": 6})]
 
 
 def test_in_lockstep_a_fit_waits_until_it_is_heard_and_ends_when_it_is_cancelled():
@@ -81,7 +98,7 @@ def test_in_lockstep_a_fit_waits_until_it_is_heard_and_ends_when_it_is_cancelled
         waits = asyncio.create_task(queue.epoch("brick", {"epoch": 1}))
         assert await queue.news() == News("brick", {"epoch": 1})
         assert not waits.done()
-        await queue.heard("brick")
+        await queue.heard("brick", 1)
         goes_on = [await waits]
         waits = asyncio.create_task(queue.epoch("brick", {"epoch": 2}))
         await queue.news()
