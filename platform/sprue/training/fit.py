@@ -1,6 +1,7 @@
 """Fits all classes of a dataset side by side, as far as the cluster's resources go."""
 
 import logging
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from threading import Thread
@@ -130,7 +131,13 @@ def fit_classes(
     # Beside this process, so that it outlives any other machine.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     remove_folder(runs / SLOTS)
-    queue = ray.remote(FitQueue).options(num_cpus=0, scheduling_strategy=here).remote(order, slots.count, lockstep)
+    # `ray list actors` shows it under this name.
+    name = f"fits of {', '.join(order)} ({uuid.uuid4().hex[:4]})"
+    queue = (
+        ray.remote(FitQueue)
+        .options(name=name, num_cpus=0, scheduling_strategy=here)
+        .remote(order, slots.count, lockstep)
+    )
     fits = {name: (ray.put(request), str(runs / run_name(request))) for name, request in by_class.items()}
     threads = [
         Thread(target=_run_slot, args=(slot, slots, queue, fits, runs), daemon=True) for slot in range(slots.count)

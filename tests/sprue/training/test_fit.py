@@ -2,12 +2,14 @@
 
 import hashlib
 import math
+import time
 from dataclasses import asdict, replace
 
 import numpy as np
 import psutil
 import pytest
 import torch
+from ray.util.state import list_actors, list_tasks
 from upath import UPath
 
 from sprue.errors import SprueError
@@ -72,6 +74,9 @@ def test_classes_are_fitted_and_one_that_fails_stops_no_other(cluster, tmp_path)
         for key, value in best.flow.items():
             torch.testing.assert_close(ours.best.flow[key], value, rtol=1e-3, atol=1e-4)
 
+    (queue,) = list_actors(filters=[("class_name", "=", "FitQueue")])
+    assert queue.name.startswith("fits of brick, grass (")
+
     seen.clear()
     (again,) = fit_classes([good], UPath(tmp_path / "runs"), lambda name, epoch: seen.append(name))
     assert seen == []
@@ -82,7 +87,7 @@ def test_classes_are_fitted_and_one_that_fails_stops_no_other(cluster, tmp_path)
 
 def test_after_the_death_of_its_process_a_fit_goes_on(cluster, tmp_path):
     request = request_of(tmp_path / "tables", "brick", settings=FitSettings(epochs=5, batch_size=5))
-    seen, killed = [], []
+    seen, killed, named = [], [], []
 
     def kill_once(name, epoch):
         seen.append(epoch.epoch)
@@ -90,9 +95,13 @@ def test_after_the_death_of_its_process_a_fit_goes_on(cluster, tmp_path):
             processes = psutil.Process().children(recursive=True)
             workers = [each for each in processes if "ray::RayTrainWorker" in each.name()]
             killed.extend(worker.kill() for worker in workers)
+        if epoch.epoch == 5:
+            # Processes tell Ray of their tasks a second later.
+            named.extend(time.sleep(1) or list_tasks(filters=[("name", "=", "brick epoch 4")]) for _ in range(3))
 
     (fitted,) = fit_classes([request], UPath(tmp_path / "runs"), kill_once, lockstep=True)
     assert killed
+    assert any(named), "Ray shows no epoch by its name"
     assert fitted.failure == ""
     assert seen == [row["epoch"] for row in fitted.history] == [1, 2, 3, 4, 5]
     if not torch.cuda.is_available():
