@@ -34,7 +34,7 @@ def fit(context: Context, requests: list[FitRequest]) -> list[str]:
     connect_ray()
     tags = provenance(commit(), digest(context.folder / "manifest.parquet"), requests[0].fingerprint)
     experiment = experiment_id(context.dataset, context.store)
-    cpus = place_fits(len(requests), max(request.settings.workers for request in requests)).cpus
+    slots = place_fits(len(requests), max(request.settings.workers for request in requests))
     runs = {
         request.class_name: FitRun.open(experiment, request.class_name, fit_key(request), request.params(), tags)
         for request in requests
@@ -52,13 +52,13 @@ def fit(context: Context, requests: list[FitRequest]) -> list[str]:
             failures.append(f"{outcome.class_name}: {outcome.failure}")
             runs[outcome.class_name].end("FAILED")
             return
-        FitRecord.of(request, outcome.best, outcome.history, commit(), cpus).write(
+        FitRecord.of(request, outcome.best, outcome.history, commit(), slots.cpus).write(
             context.folder / "fits" / outcome.class_name
         )
         remove_folder(context.folder / "runs" / run_name(request))
         runs[outcome.class_name].log_epochs(outcome.history)
 
-    fit_classes(requests, context.folder / "runs", on_epoch, on_outcome)
+    fit_classes(requests, context.folder / "runs", on_epoch, on_outcome, slots)
     return failures
 
 
