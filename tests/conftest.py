@@ -39,10 +39,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """Two cores of Ray, for one module; the dashboard answers Ray Train's questions."""
+def cluster() -> Iterator[str]:
+    """The address of a Ray of two cores, for one module; the dashboard answers Ray Train's questions."""
     ray.init(address="local", num_cpus=2, include_dashboard=True, log_to_driver=False, logging_level="ERROR")
-    yield
+    yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 
 

@@ -74,7 +74,7 @@ def test_classes_are_fitted_and_one_that_fails_stops_no_other(cluster, tmp_path)
         for key, value in best.flow.items():
             torch.testing.assert_close(ours.best.flow[key], value, rtol=1e-3, atol=1e-4)
 
-    (queue,) = list_actors(filters=[("class_name", "=", "FitQueue")])
+    (queue,) = list_actors(cluster, filters=[("class_name", "=", "FitQueue")])
     assert queue.name.startswith("fits of brick, grass (")
 
     seen.clear()
@@ -97,11 +97,13 @@ def test_after_the_death_of_its_process_a_fit_goes_on(cluster, tmp_path):
             killed.extend(worker.kill() for worker in workers)
         if epoch.epoch == 5:
             # Processes tell Ray of their tasks a second later.
-            named.extend(time.sleep(1) or list_tasks(filters=[("name", "=", "brick epoch 4")]) for _ in range(3))
+            for _ in range(3):
+                time.sleep(1)
+                named.extend(list_tasks(cluster, filters=[("name", "=", "brick epoch 4")]))
 
     (fitted,) = fit_classes([request], UPath(tmp_path / "runs"), kill_once, lockstep=True)
     assert killed
-    assert any(named), "Ray shows no epoch by its name"
+    assert named, "Ray shows no epoch by its name"
     assert fitted.failure == ""
     assert seen == [row["epoch"] for row in fitted.history] == [1, 2, 3, 4, 5]
     if not torch.cuda.is_available():
