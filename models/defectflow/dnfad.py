@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from defectflow.adaptor import Adaptation, ChannelAdaptor, check_adaptation
 from defectflow.coupling import GraphCoupling, uncouple_all
-from defectflow.flow import Evidence, Flow, FlowConfig, Maps, Shape, least_outside
+from defectflow.flow import Evidence, Flow, FlowConfig, Maps, Shape, least_outside, top_mean
 from defectflow.pyramid import fuse
 from defectflow.subnets import AttentionSubnet
 
@@ -59,9 +60,13 @@ class DNFADConfig(FlowConfig):
         clamp: Bound of the log-scales (authors' code: 2).
         position_channels: Of the local branch's position code (authors' code: 64).
         branches: Which branches there are (paper: both).
+        rectified: Those whose subnetworks end in a ReLU (authors' code: the local one), which makes all log-scales and
+            shifts of a coupling's half of one sign.
         adaptation: What is done to the channels first (paper: nothing).
         relative: Whether a branch's log-probabilities are counted from each picture's own maximum (authors' code).
             Then a picture that is unusual everywhere alike goes unnoticed.
+        upsampling: Of the map before the score is taken from it, bilinear with the corners aligned, so that a position
+            at the border, where a backbone sees padding, counts half (authors' code: to the picture's size, 8 times).
     """
 
     steps: int = 6
@@ -69,8 +74,10 @@ class DNFADConfig(FlowConfig):
     clamp: float = 2.0
     position_channels: int = 64
     branches: tuple[Branch, ...] = ("local", "global")
+    rectified: tuple[Branch, ...] = ("local",)
     adaptation: Adaptation = "none"
     relative: bool = False
+    upsampling: int = 8
 
     def __post_init__(self) -> None:
         """Checks the ranges.
@@ -79,14 +86,19 @@ class DNFADConfig(FlowConfig):
             ValueError: If a setting is out of range; the message names it.
         """
         super().__post_init__()
-        object.__setattr__(self, "branches", tuple(self.branches))
-        if not self.branches or not set(self.branches) <= {"local", "global"}:
-            raise ValueError(f"branches: {list(self.branches)} are not some of 'local' and 'global'")
+        for name in ("branches", "rectified"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+            if not set(getattr(self, name)) <= {"local", "global"}:
+                raise ValueError(f"{name}: {list(getattr(self, name))} are not some of 'local' and 'global'")
+        if not self.branches:
+            raise ValueError("branches is empty; name 'local', 'global' or both")
         if self.position_channels < 0 or self.position_channels % 4 or self.hidden < 0:
             raise ValueError(
                 f"position_channels is a multiple of four and hidden at least 0; got {self.position_channels} and "
                 f"{self.hidden}"
             )
+        if self.upsampling < 1:
+            raise ValueError(f"upsampling: {self.upsampling} is below 1, which leaves the map as it is")
         check_adaptation(self.adaptation)
 
     @classmethod
@@ -130,18 +142,16 @@ class DNFAD(Flow):
         super().__init__(config)
         self.adaptor = ChannelAdaptor(1, config.fused, config.adaptation)
         self.branches = nn.ModuleDict(
-            {
-                branch: nn.ModuleList(
-                    GraphCoupling(
-                        [(config.fused, 1, 1)],
-                        lambda c_in, c_out: AttentionSubnet(c_in, c_out, config.hidden or c_out),
-                        config.clamp,
-                        config.dims_c(config.position_channels if branch == "local" else 0),
-                    )
-                    for _ in range(config.steps)
-                )
-                for branch in config.branches
-            }
+            {branch: nn.ModuleList(self._coupling(branch) for _ in range(config.steps)) for branch in config.branches}
+        )
+
+    def _coupling(self, branch: Branch) -> GraphCoupling:
+        config = self.config
+        return GraphCoupling(
+            [(config.fused, 1, 1)],
+            lambda c_in, c_out: AttentionSubnet(c_in, c_out, config.hidden or c_out, branch in config.rectified),
+            config.clamp,
+            config.dims_c(config.position_channels if branch == "local" else 0),
         )
 
     def fit_adaptor(self, batches: Iterable[Maps]) -> "DNFAD":
@@ -192,3 +202,16 @@ class DNFAD(Flow):
             energies = [energy_BHW - energy_BHW.amin((1, 2), keepdim=True) for energy_BHW in energies]
         fused_BHW = 1.0 - torch.stack([(-energy_BHW).exp() for energy_BHW in energies]).mean(0)
         return least_outside([fused_BHW], mask[:1] if mask else None)
+
+    def assess(
+        self,
+        maps: Maps,
+        evidence: Evidence = "latent",
+        top: float | None = None,
+        mask: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As `Flow.assess`; the score is the mean over the top of the upsampled map."""
+        (map_BHW,) = self.evidence(maps, evidence, mask)
+        rows, columns = (length * self.config.upsampling for length in map_BHW.shape[1:])
+        fine_B1HW = F.interpolate(map_BHW[:, None], size=(rows, columns), mode="bilinear", align_corners=True)
+        return top_mean(fine_B1HW.flatten(1), self.top if top is None else top), map_BHW

@@ -161,9 +161,10 @@ class DynamicSpatialAttention(nn.Module):
 class AttentionSubnet(nn.Module):
     """Dynamic spatial attention and two 3x3 convolutions, the same for every node (DNFAD's DSAM subnetwork)."""
 
-    def __init__(self, c_in: int, c_out: int, hidden: int) -> None:
-        """Makes the layers: `c_in` to `hidden` to `c_out` channels."""
+    def __init__(self, c_in: int, c_out: int, hidden: int, rectified: bool = True) -> None:
+        """Makes the layers: `c_in` to `hidden` to `c_out` channels, the last ones no less than zero if `rectified`."""
         super().__init__()
+        self.rectified = rectified
         self.attention = DynamicSpatialAttention()
         self.first = nn.Conv2d(c_in, hidden, 3, padding=1, padding_mode="replicate")
         self.norm = nn.LayerNorm(hidden)
@@ -177,7 +178,8 @@ class AttentionSubnet(nn.Module):
     def _one(self, map_BCHW: Tensor) -> Tensor:
         hidden = self.first(self.attention(map_BCHW))
         hidden = self.norm(hidden.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return F.relu(self.second(F.relu(hidden)))
+        out = self.second(F.relu(hidden))
+        return F.relu(out) if self.rectified else out
 
 
 def _stacked(

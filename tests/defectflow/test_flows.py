@@ -32,6 +32,7 @@ CASES = {
     },
     "dnfad": {"channels": (4,), "steps": 2, "position_channels": 8},
     "dnfad-told": {"channels": (3, 2), "steps": 2, "position_channels": 4, "noise": 0.2, "noise_scheme": "uniform"},
+    "dnfad-free": {"channels": (4,), "steps": 2, "position_channels": 4, "rectified": ()},
     "multiflow": {"channels": (4,), "views": 5, "hidden": 6, "steps": 2},
     "multiflow-alone": {"channels": (4,), "views": 1, "hidden": 6, "steps": 2, "noise": 0.0},
     "multiflow-chain": {"channels": (4,), "views": 3, "neighbours": ((1,), (0, 2), ()), "hidden": 6, "steps": 2},

@@ -9,6 +9,7 @@ import torch
 from defectflow import CSFlowConfig, build_flow
 from defectflow.dnfad import position_code
 from defectflow.multiflow import top_and_ring
+from defectflow.subnets import AttentionSubnet
 
 
 def randomised(flow):
@@ -29,6 +30,7 @@ def test_the_defaults_are_the_published_ones():
     )
     dnfad = build_flow("dnfad", channels=(4,)).config
     assert (dnfad.steps, dnfad.clamp, dnfad.position_channels, dnfad.branches) == (6, 2.0, 64, ("local", "global"))
+    assert (dnfad.rectified, dnfad.upsampling) == (("local",), 8)
     multiflow = build_flow("multiflow", channels=(4,)).config
     assert (multiflow.steps, multiflow.hidden, multiflow.clamp, multiflow.kernels) == (6, 64, 1.9, (3, 5))
     assert multiflow.noise**2 == pytest.approx(0.15)
@@ -138,11 +140,21 @@ def test_dnfads_local_branch_alone_is_told_the_position():
     assert whole[inner].flatten(2).std(2).max() < 1e-5
 
 
+@pytest.mark.parametrize("rectified", [("local",), (), ("local", "global")])
+def test_what_a_rectified_branch_of_dnfad_adds_has_one_sign(rectified):
+    flow = randomised(build_flow("dnfad", channels=(8,), steps=1, position_channels=4, rectified=rectified))
+    for branch, couplings in flow.branches.items():
+        for subnet in [each for each in couplings.modules() if isinstance(each, AttentionSubnet)]:
+            with torch.no_grad():
+                (output,) = subnet([torch.randn(4, subnet.first.in_channels, 6, 6)])
+            assert bool(output.max() * output.min() >= 0) == (branch in rectified)
+
+
 @pytest.mark.parametrize("channels", [8, 768])
 def test_dnfads_probabilities_do_not_underflow(channels):
     flow = build_flow("dnfad", channels=(channels,), steps=1, position_channels=0).eval()
     maps = [torch.randn(2, channels, 4, 4)]
-    maps[0][1, :, 1, 2] *= 2.0
+    maps[0][1, :, 1, 2] *= 4.0
     with torch.no_grad():
         score_B, evidence_BHW = flow.assess(maps)
     assert bool((evidence_BHW > 0).all())
@@ -162,3 +174,15 @@ def test_the_code_of_dnfad_hides_a_picture_that_is_strange_everywhere():
             scores[relative] = build_flow("dnfad", **settings, relative=relative).eval().score(maps, top=1.0)
     assert scores[False][1] > scores[False][0] + 0.3
     assert scores[True].max() < 1.0
+
+
+@pytest.mark.parametrize(("upsampling", "border"), [(1, 1.0), (8, 0.5)])
+def test_dnfads_score_counts_a_position_at_the_border_half(upsampling, border):
+    settings = {"channels": (4,), "steps": 1, "position_channels": 0}
+    flow = build_flow("dnfad", **settings, upsampling=upsampling).eval()
+    maps = [torch.zeros(3, 4, 9, 9)]
+    maps[0][0, :, 4, 4] = maps[0][1, :, 0, 4] = maps[0][2, :, 0, 0] = 3.0
+    with torch.no_grad():
+        within, edge, corner = flow.score(maps, top=1.0).tolist()
+    assert edge == pytest.approx(border * within, rel=0.15)
+    assert corner == pytest.approx(border**2 * within, rel=0.3)
