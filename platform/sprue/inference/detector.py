@@ -34,11 +34,14 @@ BATCH = 16
 FLOW_BATCH = 16
 """Samples that go through the flow together."""
 
-FORMAT = 4
+FORMAT = 5
 """Version of the files that `Detector.save` writes."""
 
-READ = (3, FORMAT)
+READ = (3, 4, FORMAT)
 """Versions that `Detector.load` reads; the third has no threshold for pixels."""
+
+AS_BEFORE = {"dnfad": {"rectified": ("local", "global"), "upsampling": 1}}
+"""What flows of versions before the fifth were, whose configs do not say it."""
 
 
 SampleImages: TypeAlias = Image.Image | Sequence[Image.Image]
@@ -209,15 +212,16 @@ class Detector:
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise SprueError(f"{folder} is not a saved detector: {error}") from error
         if facts.get("format") not in READ:
-            known = " and ".join(map(str, READ))
+            known = ", ".join(map(str, READ))
             raise SprueError(f"{folder} has format {facts.get('format')}, this version of sprue reads {known}")
-        flow = build_flow(facts["flow"]["name"], **facts["flow"]["config"])
+        name = facts["flow"]["name"]
+        flow = build_flow(name, **AS_BEFORE.get(name, {}) | facts["flow"]["config"])
         flow.load_state_dict(state)
         calibration = facts["calibration"]
         return cls(
             facts["class_name"],
             replace(FeatureSpec.from_mapping(facts["spec"]), weights=f"file:{folder / 'backbone.safetensors'}"),
-            facts["flow"]["name"],
+            name,
             flow,
             Scoring(**facts["scoring"]),
             Calibration(**calibration | {"scores": tuple(calibration["scores"])}),

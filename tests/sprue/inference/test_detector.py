@@ -154,6 +154,21 @@ def test_a_detector_of_an_earlier_release_scores_alike_and_marks_nothing(detecto
     assert not earlier.marked(np.array([[1e30]], np.float32)).any()
 
 
+def test_a_dnfad_of_an_earlier_release_is_the_flow_that_was_fitted(detector, tmp_path):
+    settings = {"channels": (6,), "steps": 1, "position_channels": 4}
+    flow = build_flow("dnfad", **settings, rectified=("local", "global"), upsampling=1).eval()
+    for parameter in flow.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    replace(detector, flow_name="dnfad", flow=flow).save(tmp_path)
+    facts = json.loads((tmp_path / "detector.json").read_text())
+    for name in ("rectified", "upsampling"):
+        del facts["flow"]["config"][name]
+    (tmp_path / "detector.json").write_text(json.dumps(facts | {"format": 4}))
+    maps = [torch.randn(3, 6, 5, 5)]
+    with torch.no_grad():
+        torch.testing.assert_close(Detector.load(tmp_path).flow.eval().score(maps), flow.score(maps), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("damage", "match"),
     [
@@ -163,7 +178,7 @@ def test_a_detector_of_an_earlier_release_scores_alike_and_marks_nothing(detecto
         (lambda folder: (folder / "detector.json").write_text("{"), "is not a saved detector"),
         (
             lambda folder: (folder / "detector.json").write_text('{"format": 7}'),
-            "has format 7, this version of sprue reads 3 and 4",
+            "has format 7, this version of sprue reads 3, 4, 5",
         ),
     ],
 )
