@@ -65,8 +65,9 @@ class DNFADConfig(FlowConfig):
         adaptation: What is done to the channels first (paper: nothing).
         relative: Whether a branch's log-probabilities are counted from each picture's own maximum (authors' code).
             Then a picture that is unusual everywhere alike goes unnoticed.
-        upsampling: Of the map before the score is taken from it, bilinear with the corners aligned, so that a position
-            at the border, where a backbone sees padding, counts half (authors' code: to the picture's size, 8 times).
+        upsampling: Of the map before the score is taken from it, bilinear with the corners aligned (authors' code: to
+            the picture's size, 8 times). So a position at the border, where a backbone sees padding, counts half and
+            one in a corner a quarter.
     """
 
     steps: int = 6
@@ -97,8 +98,10 @@ class DNFADConfig(FlowConfig):
                 f"position_channels is a multiple of four and hidden at least 0; got {self.position_channels} and "
                 f"{self.hidden}"
             )
-        if self.upsampling < 1:
-            raise ValueError(f"upsampling: {self.upsampling} is below 1, which leaves the map as it is")
+        if self.upsampling < 1 or self.upsampling != int(self.upsampling):
+            raise ValueError(
+                f"upsampling: {self.upsampling} is not a whole number from 1, which leaves the map as it is"
+            )
         check_adaptation(self.adaptation)
 
     @classmethod

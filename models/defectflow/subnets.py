@@ -138,6 +138,8 @@ class DynamicSpatialAttention(nn.Module):
 
     def forward(self, map_BCHW: Tensor) -> Tensor:
         """A map [B, C, H, W], raised where attention falls."""
+        if not len(map_BCHW):
+            return map_BCHW  # torch has no convolution of no groups
         pooled = torch.cat([map_BCHW.mean(1, keepdim=True), map_BCHW.amax(1, keepdim=True)], dim=1)
         pictures, channels, rows, columns = pooled.shape
         kernels = self._mixed(F.adaptive_avg_pool2d(pooled, self.KERNEL), self.kernels)
@@ -162,7 +164,7 @@ class AttentionSubnet(nn.Module):
     """Dynamic spatial attention and two 3x3 convolutions, the same for every node (DNFAD's DSAM subnetwork)."""
 
     def __init__(self, c_in: int, c_out: int, hidden: int, rectified: bool = True) -> None:
-        """Makes the layers: `c_in` to `hidden` to `c_out` channels, the last ones no less than zero if `rectified`."""
+        """Makes the layers: `c_in` to `hidden` to `c_out` channels, the last all of gamma's sign if `rectified`."""
         super().__init__()
         self.rectified = rectified
         self.attention = DynamicSpatialAttention()

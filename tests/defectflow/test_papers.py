@@ -142,6 +142,7 @@ def test_dnfads_local_branch_alone_is_told_the_position():
 
 @pytest.mark.parametrize("rectified", [("local",), (), ("local", "global")])
 def test_what_a_rectified_branch_of_dnfad_adds_has_one_sign(rectified):
+    torch.manual_seed(0)
     flow = randomised(build_flow("dnfad", channels=(8,), steps=1, position_channels=4, rectified=rectified))
     for branch, couplings in flow.branches.items():
         for subnet in [each for each in couplings.modules() if isinstance(each, AttentionSubnet)]:
@@ -152,6 +153,7 @@ def test_what_a_rectified_branch_of_dnfad_adds_has_one_sign(rectified):
 
 @pytest.mark.parametrize("channels", [8, 768])
 def test_dnfads_probabilities_do_not_underflow(channels):
+    torch.manual_seed(0)
     flow = build_flow("dnfad", channels=(channels,), steps=1, position_channels=0).eval()
     maps = [torch.randn(2, channels, 4, 4)]
     maps[0][1, :, 1, 2] *= 4.0
@@ -174,6 +176,18 @@ def test_the_code_of_dnfad_hides_a_picture_that_is_strange_everywhere():
             scores[relative] = build_flow("dnfad", **settings, relative=relative).eval().score(maps, top=1.0)
     assert scores[False][1] > scores[False][0] + 0.3
     assert scores[True].max() < 1.0
+
+
+@pytest.mark.parametrize("upsampling", [0, 1.5])
+def test_dnfad_upsamples_by_whole_numbers(upsampling):
+    with pytest.raises(ValueError, match=f"upsampling: {upsampling} is not a whole number"):
+        build_flow("dnfad", channels=(4,), upsampling=upsampling)
+
+
+def test_dnfad_scores_no_pictures():
+    flow = build_flow("dnfad", channels=(4,), steps=1, position_channels=4).eval()
+    with torch.no_grad():
+        assert flow.score([torch.zeros(0, 4, 5, 5)]).shape == (0,)
 
 
 @pytest.mark.parametrize(("upsampling", "border"), [(1, 1.0), (8, 0.5)])

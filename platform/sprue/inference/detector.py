@@ -54,7 +54,8 @@ class Scoring:
 
     Attributes:
         evidence: ``latent`` for the latent norm, ``likelihood`` for the negative log-likelihood.
-        top: Share of the positions, those with the largest evidence, whose mean is the score; the flow's own if None.
+        top: Share of the positions (DNFAD: of its upsampled map), those with the largest evidence, whose mean is the
+            score; the flow's own if None.
     """
 
     evidence: Evidence = "latent"

@@ -54,7 +54,9 @@ class SearchConfig:
 def default_space(point: Point) -> dict[str, Any]:
     """Half to twice a recipe's depth and width, a quarter to four times its learning rate, noise from none to 0.5.
 
-    >>> default_space({"flow.steps": 4, "flow.noise": 0.3})
+    A width of 0, which leaves it to the flow, is not varied.
+
+    >>> default_space({"flow.steps": 4, "flow.noise": 0.3, "flow.hidden": 0})
     {'flow.steps': [2, 4, 8], 'flow.noise': {'low': 0.0, 'high': 0.6}}
     """
     space: dict[str, Any] = {}
@@ -64,7 +66,7 @@ def default_space(point: Point) -> dict[str, Any]:
                 space[name] = {"low": value / 4, "high": value * 4, "log": True}
             case "flow.noise":
                 space[name] = {"low": 0.0, "high": max(0.5, 2 * value)}
-            case _:
+            case _ if value:
                 space[name] = sorted({max(1, value // 2), value, 2 * value})
     return space
 
