@@ -49,9 +49,10 @@ class _Affine(torch.autograd.Function):
         of_s, of_t = torch.split(of_raw, x.shape[1], dim=1)
         of_t.copy_(of_y)
         of_x = of_y * scale
-        torch.mul(of_x, x, out=of_s).add_(of_log_det[:, None])
         raw_s = raw[:, : x.shape[1]]
-        of_s.div_((raw_s / ctx.clamp).square_().add_(1.0).mul_(math.pi / 2.0))
+        # The derivative of the clamp is one over this.
+        slope = torch.addcmul(raw.new_full((), math.pi / 2), raw_s, raw_s, value=math.pi / 2 / ctx.clamp**2)
+        torch.addcmul(of_log_det[:, None], of_x, x, out=of_s).div_(slope)
         return of_x, of_raw, None
 
 

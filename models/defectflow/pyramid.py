@@ -1,6 +1,7 @@
 """Fusion of a backbone's maps of several blocks and scales into one map, as PatchFlow reads it.
 
-Shapes: B pictures, C channels, H rows, W columns; D fused channels (the sum of all maps' C).
+Shapes: B pictures, C channels, H rows, W columns; D fused channels (the sum of all maps' C), A
+projected ones; R rows, S columns of a grid.
 """
 
 from collections.abc import Sequence
@@ -40,12 +41,24 @@ class Grid:
 
         Two matrix products, which on CPUs are faster than torch's own bilinear upsampling of many channels.
         """
-        rows, columns = (slice(first, None, self.stride) for first in self.offset)
         if map_BCHW.shape[-2:] == self.size:
+            rows, columns = (slice(first, None, self.stride) for first in self.offset)
             return map_BCHW[:, :, rows, columns]
-        down_HR = _interpolation(map_BCHW.shape[2], self.size[0], map_BCHW)[:, rows].contiguous()
-        across_WS = _interpolation(map_BCHW.shape[3], self.size[1], map_BCHW)[:, columns].contiguous()
+        down_HR, across_WS = self._interpolations(map_BCHW)
         return (map_BCHW.transpose(2, 3) @ down_HR).transpose(2, 3) @ across_WS
+
+    def add_sampled(self, total_BCRS: Tensor, map_BCHW: Tensor) -> None:
+        """Adds the grid's positions of a smaller map to a sum in place, which spares two passes over the sum."""
+        down_HR, across_WS = self._interpolations(map_BCHW)
+        wide_NHS = (map_BCHW @ across_WS).flatten(0, 1)
+        total_BCRS.flatten(0, 1).baddbmm_(down_HR.T.expand(len(wide_NHS), -1, -1), wide_NHS)
+
+    def _interpolations(self, map_BCHW: Tensor) -> list[Tensor]:
+        """The matrices that upsample a map's columns [H, R] and its rows [W, S] to R x S positions."""
+        return [
+            _interpolation(length, size, map_BCHW)[:, first :: self.stride].contiguous()
+            for length, size, first in zip(map_BCHW.shape[2:], self.size, self.offset, strict=True)
+        ]
 
 
 def _interpolation(length: int, size: int, like: Tensor) -> Tensor:
@@ -73,8 +86,8 @@ def fuse(maps: Sequence[Tensor], neighbourhood: int) -> Tensor:
 def fuse_projected(maps: Sequence[Tensor], neighbourhood: int, weight_AD: Tensor, bias_A: Tensor, grid: Grid) -> Tensor:
     """The fused map under a linear projection of its channels, ``weight @ fuse(maps) + bias``, at a grid's positions.
 
-    Averaging and upsampling work on space, the projection on channels, so they commute: each map is projected
-    where it is small, maps of one size are added, and only the sums are upsampled. With the default backbone
+    Averaging and upsampling work on space, the projection on channels, so they commute: maps are projected where
+    they are small, those of one size together, and only the projections are upsampled. With the default backbone
     this takes a tenth of the multiplications and never holds the fused map.
 
     >>> maps = [torch.randn(2, 4, 8, 8), torch.randn(2, 6, 4, 4), torch.randn(2, 2, 4, 4)]
@@ -85,16 +98,19 @@ def fuse_projected(maps: Sequence[Tensor], neighbourhood: int, weight_AD: Tensor
     >>> torch.allclose(whole, plain, atol=1e-5), torch.allclose(part, plain[:, :, 1::2, 0::2], atol=1e-5)
     (True, True)
     """
-    sums: dict[tuple[int, ...], Tensor] = {}
     weights = torch.split(weight_AD, [map_BCHW.shape[1] for map_BCHW in maps], dim=1)
-    for map_BCHW, weight_AC in zip(maps, weights, strict=True):
-        size = tuple(map_BCHW.shape[-2:])
-        map_BCHW = neighbourhood_mean(map_BCHW, neighbourhood)
-        if size == grid.size:
-            map_BCHW = grid.sample(map_BCHW)
-        projected = F.conv2d(map_BCHW, weight_AC[:, :, None, None])
-        sums[size] = sums[size] + projected if size in sums else projected
-    total = bias_A[:, None, None]
-    for size, map_BAHW in sums.items():
-        total = total + (map_BAHW if size == grid.size else grid.sample(map_BAHW))
-    return total
+    sizes: dict[tuple[int, ...], list[int]] = {}
+    for place, map_BCHW in enumerate(maps):
+        sizes.setdefault(tuple(map_BCHW.shape[-2:]), []).append(place)
+
+    def projected(size: tuple[int, ...], bias: Tensor | None) -> Tensor:
+        means = [neighbourhood_mean(maps[place], neighbourhood) for place in sizes[size]]
+        read = [grid.sample(mean) for mean in means] if size == grid.size else means
+        weight_AC = torch.cat([weights[place] for place in sizes[size]], dim=1)
+        return F.conv2d(torch.cat(read, dim=1), weight_AC[:, :, None, None], bias)
+
+    total_BARS = projected(grid.size, bias_A)
+    for size in sizes:
+        if size != grid.size:
+            grid.add_sampled(total_BARS, projected(size, None))
+    return total_BARS
