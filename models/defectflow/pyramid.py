@@ -1,7 +1,7 @@
 """Fusion of a backbone's maps of several blocks and scales into one map, as PatchFlow reads it.
 
-Shapes: B pictures, C channels, H rows, W columns; D fused channels (the sum of all maps' C), A
-projected ones; R rows, S columns of a grid.
+Shapes: B pictures, C channels, H rows, W columns; D fused channels (the sum of all maps' C), A projected
+ones; R rows, S columns of a grid.
 """
 
 from collections.abc import Sequence
@@ -48,10 +48,10 @@ class Grid:
         return (map_BCHW.transpose(2, 3) @ down_HR).transpose(2, 3) @ across_WS
 
     def add_sampled(self, total_BCRS: Tensor, map_BCHW: Tensor) -> None:
-        """Adds the grid's positions of a smaller map to a sum in place, which spares two passes over the sum."""
+        """Adds the grid's positions of a smaller map to a contiguous sum in place, which spares two passes over it."""
         down_HR, across_WS = self._interpolations(map_BCHW)
         wide_NHS = (map_BCHW @ across_WS).flatten(0, 1)
-        total_BCRS.flatten(0, 1).baddbmm_(down_HR.T.expand(len(wide_NHS), -1, -1), wide_NHS)
+        total_BCRS.view(-1, *total_BCRS.shape[2:]).baddbmm_(down_HR.T.expand(len(wide_NHS), -1, -1), wide_NHS)
 
     def _interpolations(self, map_BCHW: Tensor) -> list[Tensor]:
         """The matrices that upsample a map's columns [H, R] and its rows [W, S] to R x S positions."""
@@ -109,7 +109,8 @@ def fuse_projected(maps: Sequence[Tensor], neighbourhood: int, weight_AD: Tensor
         weight_AC = torch.cat([weights[place] for place in sizes[size]], dim=1)
         return F.conv2d(torch.cat(read, dim=1), weight_AC[:, :, None, None], bias)
 
-    total_BARS = projected(grid.size, bias_A)
+    # Maps whose channels come last in memory, as some engines put them out, would have such a sum.
+    total_BARS = projected(grid.size, bias_A).contiguous()
     for size in sizes:
         if size != grid.size:
             grid.add_sampled(total_BARS, projected(size, None))

@@ -35,8 +35,10 @@ def test_fusion_is_pooling_then_bilinear_upsampling_then_concatenation(sizes, st
     weight_AD, bias_A = torch.randn(4, expected_BDHW.shape[1], generator=generator), torch.randn(4, generator=generator)
     projected_BAHW = torch.einsum("ad,bdhw->bahw", weight_AD, expected_BDHW) + bias_A[:, None, None]
     part_BAHW = projected_BAHW[:, :, offset[0] :: stride, offset[1] :: stride]
-    result = fuse_projected(maps, 3, weight_AD, bias_A, Grid(sizes[0], stride, offset))
-    torch.testing.assert_close(result, part_BAHW, atol=1e-5, rtol=1e-5)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        laid = [each.to(memory_format=memory_format) for each in maps]
+        result = fuse_projected(laid, 3, weight_AD, bias_A, Grid(sizes[0], stride, offset))
+        torch.testing.assert_close(result, part_BAHW, atol=1e-5, rtol=1e-5)
 
 
 def test_the_finest_map_may_stand_anywhere():
