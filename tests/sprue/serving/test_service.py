@@ -393,5 +393,6 @@ def test_champions_are_followed(plant: Any) -> None:
     client = mlflow.MlflowClient()
     for name in ("brick", "gräs 2", "bolt"):
         client.delete_registered_model_alias(name, registry.CHAMPION)
-    assert "no champion" in plant.wait(lambda each: each["registry_error"] is not None)["registry_error"]
+    # A look at the registry while the alias goes away may say so in MLflow's words; the next says it in ours.
+    plant.wait(lambda each: "no champion" in (each["registry_error"] or ""))
     assert plant.post("brick", image).json()["model"]["version"] == version
