@@ -98,7 +98,7 @@ class DNFADConfig(FlowConfig):
                 f"position_channels is a multiple of four and hidden at least 0; got {self.position_channels} and "
                 f"{self.hidden}"
             )
-        if self.upsampling < 1 or self.upsampling != int(self.upsampling):
+        if not isinstance(self.upsampling, int) or self.upsampling < 1:
             raise ValueError(
                 f"upsampling: {self.upsampling} is not a whole number from 1, which leaves the map as it is"
             )

@@ -178,7 +178,7 @@ def test_the_code_of_dnfad_hides_a_picture_that_is_strange_everywhere():
     assert scores[True].max() < 1.0
 
 
-@pytest.mark.parametrize("upsampling", [0, 1.5])
+@pytest.mark.parametrize("upsampling", [0, 1.5, 8.0])
 def test_dnfad_upsamples_by_whole_numbers(upsampling):
     with pytest.raises(ValueError, match=f"upsampling: {upsampling} is not a whole number"):
         build_flow("dnfad", channels=(4,), upsampling=upsampling)
