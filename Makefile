@@ -8,8 +8,9 @@ RECIPE :=
 LAYOUT :=
 TRIALS :=
 HOST := 127.0.0.1
+KEYS :=
 
-.PHONY: help setup demo run serve mlflow tracking test lint
+.PHONY: help setup demo run serve mlflow tracking docs lint test
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -24,16 +25,16 @@ help: ## list the targets
 
 setup: .venv/installed ## make the virtual environment from the pinned versions
 
-demo: setup ## run the main job on the embedded dataset (minutes)
-	$(BIN)/python pipelines/demo.py
+demo: setup ## run the pipeline on an embedded dataset and score images over HTTP (minutes)
+	$(BIN)/sprue demo
 
 run: setup ## run the pipeline on your own folder: make run DATA=/path/to/folder [NAME=...] [RECIPE=...] [LAYOUT=...] [TRIALS=...]
 	@test -n "$(DATA)" || { echo 'name a folder: make run DATA=/path/to/folder'; exit 2; }
-	$(BIN)/python pipelines/run.py --data "$(DATA)" $(if $(NAME),--name "$(NAME)") $(if $(RECIPE),--recipe "$(RECIPE)") \
+	$(BIN)/sprue run "$(DATA)" $(if $(NAME),--name "$(NAME)") $(if $(RECIPE),--recipe "$(RECIPE)") \
 		$(if $(LAYOUT),--layout "$(LAYOUT)") $(if $(TRIALS),--trials "$(TRIALS)")
 
-serve: setup ## keep the scoring service up on the registered champions [PORT=8000 HOST=127.0.0.1]
-	$(BIN)/python pipelines/serve.py --host $(HOST) --port $(or $(PORT),8000)
+serve: setup ## serve the champions over HTTP until interrupted [PORT=8000 HOST=127.0.0.1 KEYS=keys.json]
+	$(BIN)/sprue serve --host $(HOST) --port $(or $(PORT),8000) $(if $(KEYS),--keys "$(KEYS)")
 
 mlflow: setup ## open the tracking UI on the same store [PORT=5000]
 	$(BIN)/mlflow ui --host 127.0.0.1 --port $(or $(PORT),5000) \
@@ -41,6 +42,9 @@ mlflow: setup ## open the tracking UI on the same store [PORT=5000]
 
 tracking: setup ## keep a tracking server up: MLflow on Postgres, files in an S3 store [PORT=5000]
 	$(BIN)/python infra/local/tracking.py --port $(or $(PORT),5000)
+
+docs: setup ## build the documentation site in dist/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: setup ## check style, types and the layers
 	$(BIN)/ruff check .

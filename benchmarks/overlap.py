@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-PICTURES, SIDE = 1000, 256
+IMAGES, SIDE = 1000, 256
 ROUNDS = 3
 
 OURS = """
@@ -52,12 +52,12 @@ print(json.dumps({"value": value, "seconds": seconds, "mib": peak / 1024}))
 
 
 def write_maps(folder: Path) -> tuple[Path, Path]:
-    """Smooth maps from 0 to 1, and masks with up to three discs on half of the pictures, where the maps are higher."""
+    """Smooth maps from 0 to 1, and masks with up to three discs on half of the images, where the maps are higher."""
     rng = np.random.default_rng(0)
     rows, columns = np.mgrid[:SIDE, :SIDE]
-    maps = np.empty((PICTURES, SIDE, SIDE), np.float32)
-    masks = np.zeros((PICTURES, SIDE, SIDE), bool)
-    for index in range(PICTURES):
+    maps = np.empty((IMAGES, SIDE, SIDE), np.float32)
+    masks = np.zeros((IMAGES, SIDE, SIDE), bool)
+    for index in range(IMAGES):
         for _ in range(rng.integers(1, 4) if index % 2 else 0):
             row, column, radius = *rng.integers(0, SIDE, 2), rng.integers(4, 24)
             masks[index] |= (rows - row) ** 2 + (columns - column) ** 2 < radius**2

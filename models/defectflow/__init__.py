@@ -1,7 +1,7 @@
-"""Normalizing flows that find defects in the feature maps of a frozen backbone.
+"""Normalizing flows that detect defects in the feature maps of a frozen backbone.
 
-Stands on torch, FrEIA and numpy alone, for use on a cluster, in a notebook or on an edge box. ``docs/flows.md`` is
-the guide: the mathematics, what differs between the flows, when to use which.
+Depends on torch, FrEIA and numpy only, so it runs on a cluster, in a notebook or on an edge box. The guide is
+``docs/explanation/flows.md``: the mathematics, how the flows differ, when to use which.
 
 >>> import torch
 >>> from defectflow import build_flow
@@ -12,12 +12,27 @@ the guide: the mathematics, what differs between the flows, when to use which.
 torch.Size([2])
 """
 
-from defectflow.csflow import CSFlow, CSFlowConfig
-from defectflow.dnfad import DNFAD, DNFADConfig
-from defectflow.flow import Flow, Maps
-from defectflow.multiflow import MultiFlow, MultiFlowConfig
-from defectflow.patchflow import PatchFlow, PatchFlowConfig
-from defectflow.registry import FLOWS, build_flow, fitting_config
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from defectflow.config import (
+        CSFlowConfig,
+        DNFADConfig,
+        FusionConfig,
+        GaussianConfig,
+        MultiFlowConfig,
+        PatchFlowConfig,
+        config_for_features,
+    )
+    from defectflow.csflow import CSFlow
+    from defectflow.dnfad import DNFAD
+    from defectflow.flow import Flow, Maps
+    from defectflow.fusion import Fusion
+    from defectflow.gaussian import Gaussian
+    from defectflow.multiflow import MultiFlow
+    from defectflow.patchflow import PatchFlow
+    from defectflow.registry import FLOWS, build_flow
 
 __all__ = [
     "DNFAD",
@@ -26,11 +41,27 @@ __all__ = [
     "CSFlowConfig",
     "DNFADConfig",
     "Flow",
+    "Fusion",
+    "FusionConfig",
+    "Gaussian",
+    "GaussianConfig",
     "Maps",
     "MultiFlow",
     "MultiFlowConfig",
     "PatchFlow",
     "PatchFlowConfig",
     "build_flow",
-    "fitting_config",
+    "config_for_features",
 ]
+
+_MODULES = ("config", "registry", "flow")
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the flows, and with them torch, only when they are used: settings are checked without."""
+    if name in __all__:
+        for module in _MODULES:
+            found = import_module(f"defectflow.{module}")
+            if hasattr(found, name):
+                return getattr(found, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

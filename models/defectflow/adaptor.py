@@ -1,35 +1,23 @@
 """The frozen linear map between the backbone's features and the couplings, for flows whose nodes are single maps.
 
-Shapes: B pictures, C channels, H rows, W columns of a feature map, N feature vectors.
+Shapes: B images, C channels, H rows, W columns of a feature map, N feature vectors.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, get_args
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from defectflow.whitening import fit_whitening
-
-Adaptation = Literal["whiten", "standardise", "none"]
-"""Whether a node's channels are decorrelated to unit variance, only brought to unit variance, or left as they are."""
-
-POSITIONS = 256
-"""Positions of a picture that an adaptor is fitted on; neighbours are nearly copies of each other."""
-
-
-def check_adaptation(adaptation: str) -> None:
-    """Raises: ValueError: If there is no such adaptation."""
-    if adaptation not in get_args(Adaptation):
-        raise ValueError(f"adaptation: {adaptation!r} is none of {', '.join(map(repr, get_args(Adaptation)))}")
+from defectflow.config import Adaptation
+from defectflow.whitening import fit_whitening, sample_vectors
 
 
 class ChannelAdaptor(nn.Module):
-    """Maps each node's channels by a matrix of its own, the same at every position.
+    """Multiplies each node's channels by a matrix of the node, the same at every position.
 
-    The papers feed raw backbone features, and spend their first epochs on learning the mean and the variance. The
-    matrix is invertible and constant, so it changes the log-likelihood by a constant, which is left out.
+    The papers use raw backbone features, so their first epochs learn the mean and the variance. The matrix is
+    invertible and constant. It changes the log-likelihood by a constant, which the flows omit.
 
     >>> adaptor = ChannelAdaptor(nodes=1, channels=3, adaptation="whiten")
     >>> maps = [5 + 4 * torch.randn(20, 3, 8, 8)]
@@ -40,7 +28,7 @@ class ChannelAdaptor(nn.Module):
     """
 
     def __init__(self, nodes: int, channels: int, adaptation: Adaptation) -> None:
-        """Makes the identity."""
+        """Starts as the identity."""
         super().__init__()
         self.adaptation = adaptation
         if adaptation != "none":
@@ -48,20 +36,21 @@ class ChannelAdaptor(nn.Module):
             self.register_buffer("bias", torch.zeros(nodes, channels))
 
     def fit(self, batches: Iterable[Sequence[Tensor]]) -> None:
-        """Fits the matrices on batches of nodes, read once.
+        """Fits the matrices in one pass over batches of nodes.
 
         Raises:
-            ValueError: If there are too few positions for the channels, or features are not finite.
+            ValueError: If there are fewer than two positions, or a feature is not finite.
         """
         if self.adaptation == "none":
             return
         weight, bias = self.get_buffer("weight"), self.get_buffer("bias")
-        channels = weight.shape[1]
-        for node, vectors in enumerate(_vectors(batches, len(weight))):
-            weight[node], bias[node] = fit_whitening(vectors, channels, decorrelate=self.adaptation == "whiten")
+        sampled = [[sample_vectors(map_BCHW) for map_BCHW in batch] for batch in batches]
+        for node in range(len(weight)):
+            vectors = (batch[node] for batch in sampled)
+            weight[node], bias[node] = fit_whitening(vectors, weight.shape[1], decorrelate=self.adaptation == "whiten")
 
     def forward(self, nodes: Sequence[Tensor]) -> list[Tensor]:
-        """Maps [B, C, H, W] to maps of the same shapes."""
+        """Adapts the nodes' maps [B, C, H, W]; shapes stay."""
         if self.adaptation == "none":
             return list(nodes)
         weight, bias = self.get_buffer("weight"), self.get_buffer("bias")
@@ -69,15 +58,3 @@ class ChannelAdaptor(nn.Module):
             F.conv2d(map_BCHW, weight_CC[:, :, None, None], bias_C)
             for map_BCHW, weight_CC, bias_C in zip(nodes, weight, bias, strict=True)
         ]
-
-
-@torch.no_grad()
-def _vectors(batches: Iterable[Sequence[Tensor]], nodes: int) -> Iterator[list[Tensor]]:
-    """For each node, batches [N, C] of its feature vectors at positions on a fixed grid."""
-    kept: list[list[Tensor]] = [[] for _ in range(nodes)]
-    for batch in batches:
-        for vectors, map_BCHW in zip(kept, batch, strict=True):
-            map_BCP = map_BCHW.flatten(2)
-            stride = max(1, map_BCP.shape[2] // POSITIONS)
-            vectors.append(map_BCP[:, :, ::stride].transpose(1, 2).flatten(0, 1))
-    yield from kept

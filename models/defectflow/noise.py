@@ -1,81 +1,64 @@
-"""Noise on the features in training, and what the couplings are told of it.
+"""Noise on the features in training, and the condition that reports its level to the couplings.
 
-Noise keeps a flow from fitting single pictures; a flow that is told how much there is can be asked for none.
+Noise keeps a flow from overfitting single images. A flow that is conditioned on the level can be evaluated at level 0.
 
-Shapes: B pictures, C channels, H rows, W columns of a feature map.
+Shapes: B images, C channels, H rows, W columns of a feature map.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
-NoiseScheme = Literal["simplenet", "softflow", "uniform"]
-"""How the noise's deviation is drawn: one for all and untold; one for each picture; one for each position."""
+from defectflow.config import NoiseScheme
 
 CONDITION_SCALE = 20.0
-"""The condition is this times the deviation. (In Multi-Flow's code it is this times the noise itself.)"""
+"""The condition is this times the standard deviation. (Multi-Flow's code: this times the noise itself.)"""
 
 
 @dataclass(frozen=True)
-class Part:
-    """Which samples of a step's batch a process has, where several share it: every ``step``-th from ``first`` on.
+class Shard:
+    """The samples of a global batch that one process has: every ``world_size``-th from ``rank`` on.
 
-    Each process draws the whole batch's noise and takes its part, so that all together add the noise that one would.
-
-    Attributes:
-        first: The first sample.
-        step: How many processes there are.
-        whole: Samples of the whole batch.
+    Each process draws the noise of the global batch, of `batch_size` samples, and takes its own rows. So the noise does
+    not depend on the world size.
     """
 
-    first: int
-    step: int
-    whole: int
+    rank: int
+    world_size: int
+    batch_size: int
 
-    def of(self, whole: Tensor) -> Tensor:
-        """This process's rows of a tensor for the whole batch."""
-        return whole[self.first :: self.step]
-
-
-def condition_channels(scheme: NoiseScheme, deviation: float) -> int:
-    """Channels of the condition that a scheme tells the couplings: none without noise."""
-    return 1 if deviation > 0 and scheme != "simplenet" else 0
+    def select(self, batch: Tensor) -> Tensor:
+        """This process's rows of a tensor for the global batch."""
+        return batch[self.rank :: self.world_size]
 
 
 def add_noise(
-    nodes: Sequence[Tensor], scheme: NoiseScheme, deviation: float, part: Part | None = None
+    nodes: Sequence[Tensor], scheme: NoiseScheme, deviation: float, shard: Shard | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Adds Gaussian noise to a graph's maps.
+    """Adds Gaussian noise to the maps of a graph.
 
-    With ``simplenet`` every position has the whole deviation; with ``softflow`` a picture's is uniform between 0
-    and it, the same for all nodes; with ``uniform`` every position of every node has its own.
+    The standard deviation is `deviation` everywhere (``simplenet``); uniform in [0, `deviation`] per image, the same
+    for all nodes (``softflow``); or uniform in [0, `deviation`] per position and node (``uniform``).
 
     Sources: Liu et al., "SimpleNet" (2023); Kim et al., "SoftFlow" (2020), section 3.2. Multi-Flow's code has schemes
     of the same names, but one noise map [B, 1, H, W] for all channels and views.
 
-    Args:
-        nodes: Maps [B, C, H, W].
-        scheme: How deviations are drawn.
-        deviation: The largest standard deviation.
-        part: Which part of a batch the maps are; all of it if None.
-
-    Returns:
-        The noisy maps, and the condition [B, 1, H, W] of each.
+    Returns the noisy maps [B, C, H, W], and the condition [B, 1, H, W] of each. The shard says which samples of a
+    global batch the maps are of; without it they are the global batch.
 
     >>> import torch
     >>> noisy, conditions = add_noise([torch.zeros(2, 3, 4, 4)], "softflow", 0.2)
     >>> conditions[0].shape, bool((conditions[0] <= CONDITION_SCALE * 0.2).all())
     (torch.Size([2, 1, 4, 4]), True)
     """
-    part = part or Part(0, 1, len(nodes[0]))
+    shard = shard or Shard(0, 1, len(nodes[0]))
 
-    def drawn(node: Tensor, *shape: int) -> Tensor:
-        """Uniform between 0 and the deviation."""
-        return part.of(node.new_empty(part.whole, *shape).uniform_(0, deviation))
+    def uniform(like: Tensor, *shape: int) -> Tensor:
+        """Uniform in [0, deviation]."""
+        return shard.select(like.new_empty(shard.batch_size, *shape).uniform_(0, deviation))
 
-    shared_B111 = drawn(nodes[0], 1, 1, 1)
+    shared_B111 = uniform(nodes[0], 1, 1, 1)
     noisy, conditions = [], []
     for map_BCHW in nodes:
         size = map_BCHW.shape[2:]
@@ -85,8 +68,8 @@ def add_noise(
             case "softflow":
                 deviation_B1HW = shared_B111.expand(-1, 1, *size)
             case "uniform":
-                deviation_B1HW = drawn(map_BCHW, 1, *size)
-        normal_BCHW = part.of(map_BCHW.new_empty(part.whole, *map_BCHW.shape[1:]).normal_())
+                deviation_B1HW = uniform(map_BCHW, 1, *size)
+        normal_BCHW = shard.select(map_BCHW.new_empty(shard.batch_size, *map_BCHW.shape[1:]).normal_())
         noisy.append(map_BCHW + deviation_B1HW * normal_BCHW)
         conditions.append(CONDITION_SCALE * deviation_B1HW)
     return noisy, conditions

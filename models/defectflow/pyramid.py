@@ -1,7 +1,7 @@
-"""Fusion of a backbone's maps of several blocks and scales into one map, as PatchFlow reads it.
+"""Fusion of a backbone's maps of several blocks and scales into one map.
 
-Shapes: B pictures, C channels, H rows, W columns; D fused channels (the sum of all maps' C), A projected
-ones; R rows, S columns of a grid.
+Shapes: B images, C channels, N images times channels, H rows, W columns of a map; D fused channels (the sum of all
+maps' C), A projected channels; R rows, S columns of a grid.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def neighbourhood_mean(map_BCHW: Tensor, size: int) -> Tensor:
-    """Mean over the size x size neighbourhood of each position; at the border over what lies inside.
+    """Mean over the size x size neighbourhood of each position; padding does not count.
 
     Source: PatchFlow, equation 2; after Roth et al., "Towards Total Recall in Industrial Anomaly Detection" (2022).
     """
@@ -24,22 +24,16 @@ def neighbourhood_mean(map_BCHW: Tensor, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Grid:
-    """The positions of the finest map that are read: every stride-th row and column from an offset.
-
-    Attributes:
-        size: Rows and columns of the finest map.
-        stride: Step between positions.
-        offset: First row and column.
-    """
+    """Positions of the finest map, of `size` rows and columns: every stride-th row and column from an offset."""
 
     size: tuple[int, int]
     stride: int = 1
     offset: tuple[int, int] = (0, 0)
 
     def sample(self, map_BCHW: Tensor) -> Tensor:
-        """The grid's positions of a map: a slice if it is the finest, else bilinear upsampling at these positions.
+        """A map's values at the grid's positions: a slice of the finest map, bilinear upsampling of a smaller one.
 
-        Two matrix products, which on CPUs are faster than torch's own bilinear upsampling of many channels.
+        Upsampling is two matrix products, which on CPUs are faster than torch's bilinear upsampling of many channels.
         """
         if map_BCHW.shape[-2:] == self.size:
             rows, columns = (slice(first, None, self.stride) for first in self.offset)
@@ -48,13 +42,13 @@ class Grid:
         return (map_BCHW.transpose(2, 3) @ down_HR).transpose(2, 3) @ across_WS
 
     def add_sampled(self, total_BCRS: Tensor, map_BCHW: Tensor) -> None:
-        """Adds the grid's positions of a smaller map to a contiguous sum in place, which spares two passes over it."""
+        """Adds `sample` of a smaller map to a contiguous sum in place, which saves two passes over it."""
         down_HR, across_WS = self._interpolations(map_BCHW)
         wide_NHS = (map_BCHW @ across_WS).flatten(0, 1)
         total_BCRS.view(-1, *total_BCRS.shape[2:]).baddbmm_(down_HR.T.expand(len(wide_NHS), -1, -1), wide_NHS)
 
     def _interpolations(self, map_BCHW: Tensor) -> list[Tensor]:
-        """The matrices that upsample a map's columns [H, R] and its rows [W, S] to R x S positions."""
+        """The matrices that upsample along a map's rows [H, R] and columns [W, S]."""
         return [
             _interpolation(length, size, map_BCHW)[:, first :: self.stride].contiguous()
             for length, size, first in zip(map_BCHW.shape[2:], self.size, self.offset, strict=True)
@@ -68,7 +62,7 @@ def _interpolation(length: int, size: int, like: Tensor) -> Tensor:
 
 
 def finest_size(maps: Sequence[Tensor]) -> tuple[int, int]:
-    """Rows and columns of the map with the most positions, which the others are brought to."""
+    """Rows and columns of the map with the most positions."""
     height, width = max((tuple(map_BCHW.shape[-2:]) for map_BCHW in maps), key=lambda size: size[0] * size[1])
     return height, width
 
@@ -84,32 +78,32 @@ def fuse(maps: Sequence[Tensor], neighbourhood: int) -> Tensor:
 
 
 def fuse_projected(maps: Sequence[Tensor], neighbourhood: int, weight_AD: Tensor, bias_A: Tensor, grid: Grid) -> Tensor:
-    """The fused map under a linear projection of its channels, ``weight @ fuse(maps) + bias``, at a grid's positions.
+    """A linear projection of the fused map's channels, ``weight @ fuse(maps) + bias``, at a grid's positions.
 
-    Averaging and upsampling work on space, the projection on channels, so they commute: maps are projected where
-    they are small, those of one size together, and only the projections are upsampled. With the default backbone
-    this takes a tenth of the multiplications and never holds the fused map.
+    Averaging and upsampling act on space and the projection on channels, so they commute. Maps are projected at
+    their own size, those of one size together, and only the projections are upsampled. With the default backbone this
+    takes a tenth of the multiplications and never allocates the fused map.
 
     >>> maps = [torch.randn(2, 4, 8, 8), torch.randn(2, 6, 4, 4), torch.randn(2, 2, 4, 4)]
     >>> weight_AD, bias_A = torch.randn(3, 12), torch.randn(3)
     >>> plain = torch.einsum("ad,bdhw->bahw", weight_AD, fuse(maps, 3)) + bias_A[:, None, None]
-    >>> whole = fuse_projected(maps, 3, weight_AD, bias_A, Grid((8, 8)))
-    >>> part = fuse_projected(maps, 3, weight_AD, bias_A, Grid((8, 8), stride=2, offset=(1, 0)))
-    >>> torch.allclose(whole, plain, atol=1e-5), torch.allclose(part, plain[:, :, 1::2, 0::2], atol=1e-5)
+    >>> all_BAHW = fuse_projected(maps, 3, weight_AD, bias_A, Grid((8, 8)))
+    >>> some_BARS = fuse_projected(maps, 3, weight_AD, bias_A, Grid((8, 8), stride=2, offset=(1, 0)))
+    >>> torch.allclose(all_BAHW, plain, atol=1e-5), torch.allclose(some_BARS, plain[:, :, 1::2, 0::2], atol=1e-5)
     (True, True)
     """
     weights = torch.split(weight_AD, [map_BCHW.shape[1] for map_BCHW in maps], dim=1)
     sizes: dict[tuple[int, ...], list[int]] = {}
-    for place, map_BCHW in enumerate(maps):
-        sizes.setdefault(tuple(map_BCHW.shape[-2:]), []).append(place)
+    for index, map_BCHW in enumerate(maps):
+        sizes.setdefault(tuple(map_BCHW.shape[-2:]), []).append(index)
 
     def projected(size: tuple[int, ...], bias: Tensor | None) -> Tensor:
-        means = [neighbourhood_mean(maps[place], neighbourhood) for place in sizes[size]]
-        read = [grid.sample(mean) for mean in means] if size == grid.size else means
-        weight_AC = torch.cat([weights[place] for place in sizes[size]], dim=1)
-        return F.conv2d(torch.cat(read, dim=1), weight_AC[:, :, None, None], bias)
+        means = [neighbourhood_mean(maps[index], neighbourhood) for index in sizes[size]]
+        sampled = [grid.sample(mean) for mean in means] if size == grid.size else means
+        weight_AC = torch.cat([weights[index] for index in sizes[size]], dim=1)
+        return F.conv2d(torch.cat(sampled, dim=1), weight_AC[:, :, None, None], bias)
 
-    # Maps whose channels come last in memory, as some engines put them out, would have such a sum.
+    # Some engines return maps in channels-last memory, and so would be the sum.
     total_BARS = projected(grid.size, bias_A).contiguous()
     for size in sizes:
         if size != grid.size:

@@ -1,8 +1,8 @@
-"""Subnetworks of the coupling block: from the halves that are read to log-scales and shifts.
+"""Subnetworks of the coupling block: from the nodes' halves to log-scales and shifts.
 
-Every output is multiplied by a learnable ``gamma`` that starts at zero, so that a new coupling is the identity.
+Every output is multiplied by a learnable ``gamma`` that starts at zero, so a new coupling is the identity.
 
-Shapes: B pictures, C channels, H rows, W columns of a node's map, P positions of it; D channels that are put out.
+Shapes: B images, C channels, H rows, W columns, P positions of a node's map; D output channels; K kernel side.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ class BottleneckSubnet(nn.Module):
     """Three 1x1 convolutions through a bottleneck, the same for every node, without messages (PatchFlow)."""
 
     def __init__(self, c_in: int, c_out: int, bottleneck: int) -> None:
-        """Makes the layers: `c_in` to `bottleneck` to `bottleneck` to `c_out` channels."""
+        """Builds the layers: `c_in` to `bottleneck` to `bottleneck` to `c_out` channels."""
         super().__init__()
         self.layers = nn.Sequential(
             nn.Conv2d(c_in, bottleneck, 1),
@@ -33,7 +33,7 @@ class BottleneckSubnet(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Maps [B, c_in, H, W] to [B, c_out, H, W], node by node."""
         *hidden, last = [layer for layer in self.layers if isinstance(layer, nn.Conv2d)]
-        # The last layer's weights are fewer than its outputs, so gamma is brought to these.
+        # The last layer has fewer weights than outputs, so scaling the weights by gamma is cheaper.
         weight = last.weight * self.gamma[..., None]
         bias = cast(Tensor, last.bias) * self.gamma.flatten()
 
@@ -47,22 +47,22 @@ class BottleneckSubnet(nn.Module):
 
 
 def _pointwise(map_BCP: Tensor, weight_DC11: Tensor, bias_D: Tensor) -> Tensor:
-    """A 1x1 convolution as matrix products, whose backward on CPUs is up to twice as fast as torch's convolution's."""
+    """A 1x1 convolution as matrix products; on CPUs its backward is up to twice as fast as torch's convolution."""
     weight_BDC = weight_DC11.flatten(1).expand(len(map_BCP), -1, -1)
     return torch.baddbmm(bias_D[:, None], weight_BDC, map_BCP)
 
 
 class CrossScaleSubnet(nn.Module):
-    """Two convolutions a scale, and messages from the hidden maps to the next smaller and larger scale (CS-Flow).
+    """Two convolutions per scale, and messages from the hidden maps to the next smaller and larger scale (CS-Flow).
 
-    A message to the next larger scale is a convolution of the upsampled hidden map, so it and the scale's own
-    second convolution are one convolution of both hidden maps, stacked: one larger matrix product.
+    A message to the next larger scale is a convolution of the upsampled hidden map. It and the scale's own second
+    convolution are computed as one convolution of both hidden maps, stacked.
 
     Source: Rudolph et al. (2022), figure 4; leaky ReLU of slope 0.1 from the authors' code.
     """
 
     def __init__(self, c_in: int, c_out: int, nodes: int, hidden: int, kernel: int) -> None:
-        """Makes the convolutions of `nodes` scales, the largest first, all with square kernels of side `kernel`."""
+        """Builds the convolutions of `nodes` scales, the largest first, with square kernels of side `kernel`."""
         super().__init__()
         self.lift = nn.ModuleList(nn.Conv2d(c_in, hidden, kernel, padding=kernel // 2) for _ in range(nodes))
         self.gather = nn.ModuleList(
@@ -78,10 +78,10 @@ class CrossScaleSubnet(nn.Module):
         hidden = [F.leaky_relu(lift(map_BCHW), 0.1) for lift, map_BCHW in zip(self.lift, maps, strict=True)]
         outputs = []
         for node, gather in enumerate(self.gather):
-            seen = [hidden[node]]
+            stacked = [hidden[node]]
             if node + 1 < len(hidden):
-                seen.append(Grid((hidden[node].shape[2], hidden[node].shape[3])).sample(hidden[node + 1]))
-            out = gather(torch.cat(seen, dim=1))
+                stacked.append(Grid((hidden[node].shape[2], hidden[node].shape[3])).sample(hidden[node + 1]))
+            out = gather(torch.cat(stacked, dim=1))
             if node > 0:
                 out = out + self.down[node - 1](hidden[node - 1])
             outputs.append(out * self.gamma[node])
@@ -89,24 +89,16 @@ class CrossScaleSubnet(nn.Module):
 
 
 class CrossViewSubnet(nn.Module):
-    """Two convolutions a view, and the mean of messages from the neighbours' hidden maps (Multi-Flow).
+    """Two convolutions per view, and the mean of messages from the neighbours' hidden maps (Multi-Flow).
 
-    A view's second convolution and its messages are one convolution of the stacked hidden maps of the view and of
-    its neighbours, these divided by their number.
+    A view's second convolution and its messages are computed as one convolution of the stacked hidden maps of the view
+    and of its neighbours, the latter divided by their number.
 
     Source: Kruse and Rosenhahn, "Multi-Flow" (2025); ReLU and replication at the border from the authors' code.
     """
 
     def __init__(self, c_in: int, c_out: int, neighbours: Sequence[Sequence[int]], hidden: int, kernel: int) -> None:
-        """Makes the convolutions of all views.
-
-        Args:
-            c_in: Channels that are read.
-            c_out: Channels of the output.
-            neighbours: For each view, the views that it gets messages from.
-            hidden: Channels of the hidden maps.
-            kernel: Side of the kernels.
-        """
+        """Builds the convolutions with square kernels of side `kernel`; `neighbours` lists each view's senders."""
         super().__init__()
         self.neighbours = [tuple(sources) for sources in neighbours]
         self.lift = nn.ModuleList(
@@ -122,17 +114,17 @@ class CrossViewSubnet(nn.Module):
         hidden = [F.relu(lift(map_BCHW)) for lift, map_BCHW in zip(self.lift, maps, strict=True)]
         outputs = []
         for node, (gather, sources) in enumerate(zip(self.gather, self.neighbours, strict=True)):
-            seen = [hidden[node], *(hidden[source] / len(sources) for source in sources)]
-            outputs.append(gather(torch.cat(seen, dim=1)) * self.gamma[node])
+            stacked = [hidden[node], *(hidden[source] / len(sources) for source in sources)]
+            outputs.append(gather(torch.cat(stacked, dim=1)) * self.gamma[node])
         return outputs
 
 
 class DynamicSpatialAttention(nn.Module):
-    """Weights a map's positions by what is in the picture (the attention of DNFAD's DSAM).
+    """Spatial attention with input-dependent kernels (the attention of DNFAD's DSAM).
 
-    The mean and the maximum over the channels are filtered by a depthwise convolution whose kernel is a mixture of
-    `groups` kernels, weighted by the picture itself, then by one that makes one channel of the two; this times its
-    own sigmoid is added to every channel of the map.
+    A depthwise convolution filters the mean and the maximum over the channels. Its kernel is a mixture of `groups`
+    kernels with weights that depend on the image. A second convolution combines both channels into one. This channel
+    times its own sigmoid is added to every channel of the map.
 
     Sources: DNFAD, figure of the DSAM; the input-dependent convolution is of Lou et al., "TransXNet" (2023).
     """
@@ -140,7 +132,7 @@ class DynamicSpatialAttention(nn.Module):
     KERNEL = 3
 
     def __init__(self, groups: int = 8) -> None:
-        """Makes the kernels that are mixed."""
+        """Initialises `groups` kernels."""
         super().__init__()
         self.groups = groups
         self.kernels = nn.Parameter(torch.empty(groups, 2, self.KERNEL, self.KERNEL))
@@ -150,34 +142,34 @@ class DynamicSpatialAttention(nn.Module):
         self.combine = nn.Conv2d(2, 1, self.KERNEL, padding=1, bias=False)
 
     def forward(self, map_BCHW: Tensor) -> Tensor:
-        """A map [B, C, H, W], raised where attention falls."""
+        """Adds the attention to a map [B, C, H, W]."""
         if not len(map_BCHW):
-            return map_BCHW  # torch has no convolution of no groups
+            return map_BCHW  # torch has no convolution with zero groups
         pooled = torch.cat([map_BCHW.mean(1, keepdim=True), map_BCHW.amax(1, keepdim=True)], dim=1)
-        pictures, channels, rows, columns = pooled.shape
-        kernels = self._mixed(F.adaptive_avg_pool2d(pooled, self.KERNEL), self.kernels)
-        biases = self._mixed(pooled.mean((2, 3), keepdim=True), self.biases[:, :, None, None])
+        images, channels, rows, columns = pooled.shape
+        kernels = self._mix(F.adaptive_avg_pool2d(pooled, self.KERNEL), self.kernels)
+        biases = self._mix(pooled.mean((2, 3), keepdim=True), self.biases[:, :, None, None])
         filtered = F.conv2d(
-            pooled.reshape(1, pictures * channels, rows, columns),
-            kernels.reshape(pictures * channels, 1, self.KERNEL, self.KERNEL),
+            pooled.reshape(1, images * channels, rows, columns),
+            kernels.reshape(images * channels, 1, self.KERNEL, self.KERNEL),
             biases.flatten(),
             padding=1,
-            groups=pictures * channels,
+            groups=images * channels,
         )
-        attention = self.combine(filtered.reshape(pictures, channels, rows, columns))
+        attention = self.combine(filtered.reshape(images, channels, rows, columns))
         return map_BCHW + attention * attention.sigmoid()
 
-    def _mixed(self, pooled: Tensor, mixed: Tensor) -> Tensor:
-        """The mixture of `mixed` [groups, 2, K, K] for each picture, [B, 2, K, K], by weights made of `pooled`."""
+    def _mix(self, pooled: Tensor, components: Tensor) -> Tensor:
+        """Each image's mixture [B, 2, K, K] of `components` [groups, 2, K, K], with weights computed from `pooled`."""
         weights = self.mixture(pooled).reshape(len(pooled), self.groups, 2, *pooled.shape[2:]).softmax(1)
-        return (weights * mixed).sum(1)
+        return (weights * components).sum(1)
 
 
 class AttentionSubnet(nn.Module):
     """Dynamic spatial attention and two 3x3 convolutions, the same for every node (DNFAD's DSAM subnetwork)."""
 
     def __init__(self, c_in: int, c_out: int, hidden: int, rectified: bool = True) -> None:
-        """Makes the layers: `c_in` to `hidden` to `c_out` channels, the last all of gamma's sign if `rectified`."""
+        """Builds the layers: `c_in` to `hidden` to `c_out` channels; ends in a ReLU if `rectified`."""
         super().__init__()
         self.rectified = rectified
         self.attention = DynamicSpatialAttention()
@@ -200,9 +192,9 @@ class AttentionSubnet(nn.Module):
 def _stacked(
     hidden: int, sources: int, c_out: int, kernel: int, padding_mode: Literal["zeros", "replicate"]
 ) -> nn.Conv2d:
-    """A convolution of stacked hidden maps whose weights start as those of one convolution for each of them."""
+    """A convolution of stacked hidden maps, initialised as one convolution per hidden map."""
     stacked = nn.Conv2d(hidden * sources, c_out, kernel, padding=kernel // 2, padding_mode=padding_mode)
     with torch.no_grad():
-        # The usual range falls with the root of the inputs, which are one map's for each source.
+        # The default range is proportional to one over the root of all input channels; this restores that of one map.
         stacked.weight.mul_(sources**0.5)
     return stacked

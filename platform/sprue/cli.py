@@ -1,205 +1,367 @@
-"""``sprue``: who is champion, why, and where a version comes from."""
+"""The command ``sprue``. Commands import what they need when they run, so that help and mistakes appear at once."""
 
-import argparse
-import hashlib
+import json
 import logging
+import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from mlflow.exceptions import MlflowException
+import click
 
-from sprue.data.labelled import LabelledSample, read_labelled
 from sprue.errors import SprueError
-from sprue.store import location
-from sprue.tracking import trail
-from sprue.tracking.aliases import crown, holder, reconcile, roll_back
-from sprue.tracking.lineage import Lineage, describe, uses
-from sprue.tracking.lock import class_lock
-from sprue.tracking.promotion import Rules, measure
-from sprue.tracking.registry import (
-    CHALLENGER,
-    CHAMPION,
-    RegisteredDetector,
-    class_names,
-    find_registered,
-    load_detector,
+
+EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+FOLDER = click.Path(path_type=Path)
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+model = click.argument("name", metavar="CLASS")
+keys_file = click.option(
+    "--keys", "file", type=FOLDER, default="keys.json", show_default=True, help="The file; made if it is missing."
 )
-from sprue.tracking.server import connect
-from sprue.training.again import fit_again
+SCOPE = "What it may do: score images and list classes, or see what is wrong with the service. May be repeated."
 
 
-def promote(arguments: argparse.Namespace) -> None:
-    """Makes a version champion if it stands the test on the named pictures."""
-    class_name = arguments.class_name
-    challenger = find_registered(class_name, arguments.version)
-    number = holder(class_name, CHAMPION)
-    if number == challenger.version:
-        raise SprueError(f"{class_name} version {challenger.version} is champion already")
-    if arguments.force is not None:
-        if not arguments.force.strip():
-            raise SprueError("--force wants a reason")
-        crown(class_name, challenger.version, number, "forced", arguments.force)
-        print(f"{class_name}: version {challenger.version} is champion, by force")
+class Failure(click.ClickException):
+    """A user's mistake or a missing service: one message, exit status 1."""
+
+    def __init__(self, context: click.Context, message: str) -> None:
+        """Remembers the command that failed."""
+        super().__init__(message)
+        self.command = f"{context.info_name} {context.invoked_subcommand or ''}".rstrip()
+
+    def show(self, file: Any = None) -> None:
+        """Prints the command and the message."""
+        click.echo(f"{self.command}: {self.message}", file=file or sys.stderr)
+
+
+class Commands(click.Group):
+    """Commands whose failures are one message: exit status 1 for the user's mistakes, 2 for wrong usage."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs a command."""
+        try:
+            return super().invoke(ctx)
+        except (SprueError, OSError) as error:
+            raise Failure(ctx, str(error)) from error
+        except KeyboardInterrupt as error:
+            raise Failure(ctx, "interrupted") from error
+        except Exception as error:
+            # Imported only now, for it takes seconds.
+            from mlflow.exceptions import MlflowException
+
+            if not isinstance(error, MlflowException):
+                raise
+            raise Failure(ctx, f"the registry answers: {error}") from error
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Finds a command; suggests one for a misspelled name."""
+        command = super().get_command(ctx, cmd_name)
+        if command is None:
+            ctx.fail(f"there is no command {cmd_name!r}; there are: {', '.join(self.list_commands(ctx))}")
+        return command
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="sprue")
+@click.option(
+    "--store", default="store", show_default=True, help="Folder or s3 URL of all results. MLFLOW_TRACKING_URI names "
+    "the registry if it is a server.",
+)  # fmt: skip
+@click.pass_context
+def main(context: click.Context, store: str) -> None:
+    """Trains, registers and serves detectors of defects, one for each product class.
+
+    CLASS is a class's name; where several datasets have a class of that name, it is DATASET.CLASS.
+    """
+    if store != "store" and context.invoked_subcommand in ("run", "demo", "search", "stage", "figures"):
+        raise click.UsageError(f"{context.invoked_subcommand} does not take --store before its name")
+    context.obj = store
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+
+
+def _connect(store: str) -> None:
+    """Connects to the registry; nothing but warnings is logged from here on."""
+    from sprue.store import location
+    from sprue.tracking.server import connect
+
+    logging.getLogger().setLevel(logging.WARNING)
+    connect(location(store))
+
+
+def _print(value: Any, text: str, as_json: bool) -> None:
+    click.echo(json.dumps(value, indent=2) if as_json else text)
+
+
+@main.command()
+@click.argument("folder", type=FOLDER)
+@click.option("--name", help="The dataset's name.  [default: the folder's]")
+@click.option(
+    "--recipe", help="A file, or a name in models/recipes.  [default: the dataset's; fusion-cpu if it is new]"
+)
+@click.option("--layout", type=click.Choice(["mvtec", "mvtec-views"]), help="Of its folders.")
+@click.option("--trials", type=click.IntRange(0), help="Settings that a search tries for each class.")
+def run(folder: Path, name: str | None, recipe: str | None, layout: str | None, trials: int | None) -> None:
+    """Run the pipeline on a FOLDER of images: from images to registered detectors.
+
+    FOLDER holds a folder for each class: CLASS/train/good with images of good parts and, to measure with,
+    CLASS/test/good, CLASS/test/DEFECT and CLASS/ground_truth/DEFECT.
+    """
+    from sprue.stages import dvc
+
+    dvc.run(name or folder.resolve().name, folder, recipe, layout, trials)
+
+
+@main.command()
+@click.option("--views", is_flag=True, help="Samples of three views, with Multi-Flow.")
+def demo(views: bool) -> None:
+    """Run the pipeline on an embedded dataset and score images over HTTP; leaves nothing running."""
+    from sprue.stages.demo import run_demo, run_views_demo
+
+    logging.getLogger().setLevel(logging.WARNING)
+    (run_views_demo if views else run_demo)()
+
+
+@main.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True}, add_help_option=False)
+@click.argument("name", metavar="NAME")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def stage(name: str, arguments: tuple[str, ...]) -> None:
+    """Run one stage: manifest, features, search, fit, evaluate or register.
+
+    `sprue stage NAME --help` lists its arguments.
+    """
+    from sprue.stages.runtime import STAGES, run_stage
+
+    if name not in STAGES:
+        raise click.UsageError(f"there is no stage {name!r}; there are: {', '.join(STAGES)}")
+    run_stage(name, arguments)
+
+
+@main.command()
+@click.argument("dataset")
+@click.option("--trials", type=click.IntRange(1), required=True, help="Settings that are tried for each class.")
+def search(dataset: str, trials: int) -> None:
+    """Search the settings of each class of a DATASET, and write its plan."""
+    from sprue.params import PARAMS, read_dataset, set_dataset
+    from sprue.stages.dvc import run_pipeline
+
+    read_dataset(PARAMS, dataset)
+    set_dataset(dataset, trials=trials)
+    run_pipeline(dataset, last_stage="search")
+
+
+@main.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=8000, show_default=True, help="Port to listen on.")
+@click.option("--keys", type=EXISTING_FILE, help="File of the keys that requests need; see `sprue keys`.")
+@click.option("--without-keys", is_flag=True, help="Serve everybody who reaches an address other than the loopback's.")
+@click.option("--allowed-host", "allowed_hosts", multiple=True, metavar="NAME", help="Another name of the service.")
+@click.pass_obj
+def serve(
+    store: str, host: str, port: int, keys: Path | None, without_keys: bool, allowed_hosts: tuple[str, ...]
+) -> None:
+    """Serve the champions over HTTP until interrupted."""
+    if keys and without_keys:
+        raise click.UsageError("give --keys FILE or --without-keys, not both")
+    from sprue.serving.launch import require_free_port, require_keys, serve_champions, stop_serving
+    from sprue.stages.runtime import connect_ray
+
+    require_keys(host, keys, without_keys)
+    require_free_port(host, port)
+    _connect(store)
+    connect_ray()
+    url = serve_champions(host, port, keys=keys, without_keys=without_keys, allowed_hosts=allowed_hosts)
+    click.echo(f"scoring at {url}  (its interface: {url}/docs; stop it with Ctrl-C)")
+    sys.stdout.flush()
+    signal.sigwait({signal.SIGINT, signal.SIGTERM})
+    stop_serving()
+
+
+@main.group()
+def keys() -> None:
+    """Make and revoke the keys of the service; a service that runs follows the file."""
+
+
+@keys.command("add")
+@click.argument("name")
+@click.option("--scope", "scopes", type=click.Choice(["score", "admin"]), multiple=True, required=True, help=SCOPE)
+@keys_file
+def add_key(name: str, scopes: tuple[Any, ...], file: Path) -> None:
+    """Make a key and print it, this once; the file keeps its hash."""
+    from sprue.serving.keys import add_key as add
+
+    click.echo(add(file, name, scopes))
+
+
+@keys.command("remove")
+@click.argument("name")
+@keys_file
+def remove_key(name: str, file: Path) -> None:
+    """Revoke a key."""
+    from sprue.serving.keys import remove_key as remove
+
+    remove(file, name)
+
+
+@main.command()
+@model
+@click.argument("images", nargs=-1, required=True, type=FOLDER)
+@click.option("--version", default="champion", show_default=True, help="Its number or alias.")
+@as_json
+@click.pass_obj
+def score(store: str, name: str, images: tuple[Path, ...], version: str, as_json: bool) -> None:
+    """Score IMAGES with a registered detector, in this process.
+
+    Where samples have several views, give a folder with an image of each view for each sample.
+    """
+    _connect(store)
+    import pandas as pd
+
+    from sprue.stages.score import score_files
+    from sprue.tracking.registry import find_registered
+
+    rows = score_files(find_registered(name, version), list(images))
+    _print(rows, pd.DataFrame(rows).to_string(index=False), as_json)
+
+
+@main.command()
+@model
+@click.option("--version", default="challenger", show_default=True, help="Its number or alias.")
+@click.option("--images", type=FOLDER, help="Folder with good/ and a folder for each defect, unseen by both versions.")
+@click.option("--margin", default=0.01, show_default=True, help="How much lower its AUROC may be.")
+@click.option("--latency", default=1000.0, show_default=True, metavar="MS", help="Milliseconds a sample.")
+@click.option("--force", metavar="REASON", help="Promote without a test, and record why.")
+@as_json
+@click.pass_obj
+def promote(
+    store: str,
+    name: str,
+    version: str,
+    images: Path | None,
+    margin: float,
+    latency: float,
+    force: str | None,
+    as_json: bool,
+) -> None:
+    """Make a version champion if it passes the test on labelled images."""
+    if (images is None) == (force is None):
+        raise click.UsageError("give labelled images with --images FOLDER, or promote without a test: --force REASON")
+    _connect(store)
+    from sprue.release import promotion
+
+    if images is not None:
+        decision = promotion.decide(name, version, images, promotion.Rules(margin, latency_s=latency / 1000))
+    else:
+        assert force is not None
+        decision = promotion.force(name, version, force)
+    _print(decision.as_json(), str(decision), as_json)
+    if decision.objections:
+        raise SprueError(f"version {decision.version} is not promoted: {'; '.join(decision.objections)}")
+
+
+@main.command()
+@model
+@click.option("--reason", required=True, help="Goes into the audit log.")
+@as_json
+@click.pass_obj
+def rollback(store: str, name: str, reason: str, as_json: bool) -> None:
+    """Make the previous champion champion again."""
+    _connect(store)
+    from sprue.release.aliases import roll_back
+    from sprue.tracking.registry import find_model
+
+    found = find_model(name)
+    version = roll_back(found, reason)
+    _print({"model": found, "champion": version}, f"{found}: version {version} is champion again", as_json)
+
+
+@main.command()
+@click.argument("name", metavar="[CLASS]", required=False)
+@as_json
+@click.pass_obj
+def audit(store: str, name: str | None, as_json: bool) -> None:
+    """Print the audit log: who changed which champion, when and why."""
+    _connect(store)
+    from sprue.release import audit_log
+    from sprue.release.aliases import reconcile
+    from sprue.tracking.lock import alias_lock
+    from sprue.tracking.registry import find_model, model_names
+
+    found = find_model(name) if name else None
+    for each in [found] if found else model_names():
+        with alias_lock(each):
+            reconcile(each)
+    entries = audit_log.entries(found)
+    text = "\n".join(map(str, entries)) or "no champion has changed yet"
+    _print([entry.as_json() for entry in entries], text, as_json)
+
+
+@main.command()
+@click.argument("name", metavar="[CLASS]", required=False)
+@click.option("--version", default="champion", show_default=True, help="Its number or alias.")
+@click.option("--list", "list_images", is_flag=True, help="List the images, as CSV.")
+@click.option("--image", type=EXISTING_FILE, help="Say which versions were made with this image.")
+@as_json
+@click.pass_obj
+def lineage(store: str, name: str | None, version: str, list_images: bool, image: Path | None, as_json: bool) -> None:
+    """Print what made a version: images, settings, code and machine."""
+    if (name is None) == (image is None):
+        raise click.UsageError("give a class, or a file with --image")
+    _connect(store)
+    from sprue.tracking import lineage as records
+    from sprue.tracking.registry import find_registered
+
+    if image is not None:
+        found, without_record = records.uses(image)
+        text = "\n".join(map(str, found)) or f"no version was made with {image}"
+        if without_record:
+            text += f"\nwithout a record of their images: {', '.join(without_record)}"
+        uses = [asdict(use) for use in found]
+        _print({"uses": uses, "without_record": without_record}, text, as_json)
         return
-    if arguments.pictures is None:
+    assert name is not None
+    registered = find_registered(name, version)
+    if list_images:
+        click.echo(records.Lineage.read(registered).images.to_csv(index=False), nl=False)
+        return
+    facts = records.describe(registered)
+    _print(facts, "\n".join(f"{heading:<10} {words}" for heading, words in facts.items()), as_json)
+
+
+@main.command()
+@model
+@click.option("--version", default="champion", show_default=True, help="Its number or alias.")
+@as_json
+@click.pass_obj
+def reproduce(store: str, name: str, version: str, as_json: bool) -> None:
+    """Fit a version once more from its record, and compare the weights."""
+    _connect(store)
+    from sprue.release.reproduce import reproduce as repeat
+    from sprue.store import location
+    from sprue.tracking.registry import find_registered
+
+    registered = find_registered(name, version)
+    found = repeat(registered, location(store), lambda epoch: click.echo(str(epoch), err=as_json))
+    _print(asdict(found), f"{registered}: the weights are equal, bit for bit" if found.equal else "", as_json)
+    if not found.equal:
         raise SprueError(
-            "name pictures to decide on with --pictures: a folder with good ones in good/ and, if there are any, "
-            "those of each defect in a folder beside it; or --force REASON"
+            f"{registered}: the weights differ by up to {found.largest:.3g}; compare the commit, the packages and the "
+            "machine that `sprue lineage` prints with those here"
         )
-    champion = find_registered(class_name, str(number)) if number is not None else None
-    detector = load_detector(challenger)
-    samples = read_labelled(arguments.pictures, detector.views)
-    for registered in (challenger, champion):
-        if registered is not None:
-            _require_new(samples, registered)
-    evidence = measure(detector, load_detector(champion) if champion else None, samples)
-    rules = Rules(margin=arguments.margin, latency_s=arguments.latency / 1000)
-    print(f"{class_name}: version {challenger.version} against champion {number or 'none'}\n{evidence}")
-    if evidence.drawn:
-        print("there is no defective picture among them: the defects are drawn, and say less than real ones would")
-    objections = evidence.objections(rules)
-    if objections:
-        with class_lock(class_name):
-            current, reason = reconcile(class_name), "; ".join(objections)
-            trail.record(class_name, "refused", current, current, reason, challenger.version, evidence.figures())
-        raise SprueError(f"version {challenger.version} is not promoted: {reason}")
-    crown(class_name, challenger.version, number, "promoted", str(evidence), evidence.figures())
-    print(f"{class_name}: version {challenger.version} is champion")
 
 
-def _require_new(samples: list[LabelledSample], registered: RegisteredDetector) -> None:
-    """Refuses pictures that a version was made or measured with; see `promote`."""
-    pictures = Lineage.read(registered).pictures
-    split_of = dict(zip(pictures["sha256"], pictures["split"], strict=True))
-    for sample in samples:
-        for path in sample.paths:
-            split = split_of.get(hashlib.sha256(path.read_bytes()).hexdigest())
-            if split:
-                raise SprueError(
-                    f"{path} is a {split} picture of {registered.class_name} version {registered.version}; decide on "
-                    "pictures that neither version has seen"
-                )
+@main.command()
+@click.argument("file", type=EXISTING_FILE)
+def figures(file: Path) -> None:
+    """Print all metrics of scores and maps in an .npz FILE, as JSON.
 
+    It holds scores_N and labels_N (0 or 1), and may hold maps_NHW and masks_NHW (anomalous where not 0). Metrics that
+    do not exist are null.
+    """
+    from sprue.evaluation.metrics_file import as_json, metrics_of_file
 
-def rollback(arguments: argparse.Namespace) -> None:
-    """Goes back to the champion before."""
-    version = roll_back(arguments.class_name, arguments.reason)
-    print(f"{arguments.class_name}: version {version} is champion again")
-
-
-def audit(arguments: argparse.Namespace) -> None:
-    """Prints the trail, after looking for changes that were made elsewhere."""
-    names = [arguments.class_name] if arguments.class_name else class_names()
-    for name in names:
-        with class_lock(name):
-            reconcile(name)
-    found = trail.entries(arguments.class_name)
-    print("\n".join(map(str, found)) if found else "nothing has been decided yet")
-
-
-def lineage(arguments: argparse.Namespace) -> None:
-    """Prints where a version comes from, or what a picture was used for."""
-    if arguments.picture:
-        _print_uses(arguments.picture)
-        return
-    if not arguments.class_name:
-        raise SprueError("name a class, or a file with --picture")
-    registered = find_registered(arguments.class_name, arguments.version)
-    if arguments.list:
-        print(Lineage.read(registered).pictures.to_csv(index=False), end="")
-        return
-    for heading, words in describe(registered):
-        print(f"{heading:<10} {words}")
-
-
-def _print_uses(path: Path) -> None:
-    try:
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise SprueError(f"{path} can't be read: {error.strerror}") from error
-    found, silent = uses(sha256)
-    for use in found:
-        print(f"{use.class_name} version {use.version} {' '.join(use.aliases):<10} {use.split:<12} {use.path}")
-    if not found:
-        print(f"no version knows {path}")
-    if silent:
-        print(f"without a record of their pictures: {', '.join(silent)}")
-
-
-def retrain(arguments: argparse.Namespace) -> None:
-    """Fits a version again, and says whether the weights are equal."""
-    registered = find_registered(arguments.class_name, arguments.version)
-    found = fit_again(registered, location(arguments.store), lambda epoch: print(epoch, flush=True))
-    if found.equal:
-        print(f"{registered.class_name} version {registered.version}: the weights are equal, bit for bit")
-        return
-    raise SprueError(
-        f"{registered.class_name} version {registered.version}: the weights differ by up to {found.largest:.3g}; "
-        "compare the commit, the packages and the machine that `sprue lineage` names with these here"
-    )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sprue", description=__doc__)
-    parser.add_argument(
-        "--store", default="store", help="folder or s3 URL of all results (default: %(default)s); MLFLOW_TRACKING_URI "
-        "names the registry if it is a server",
-    )  # fmt: skip
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    command = commands.add_parser("promote", help=promote.__doc__, description=promote.__doc__)
-    command.add_argument("class_name", metavar="CLASS")
-    command.add_argument("--version", default=CHALLENGER, help="its number or alias (default: %(default)s)")
-    command.add_argument(
-        "--pictures", type=Path, help="folder with good/ and a folder for each defect, seen by no version"
-    )
-    command.add_argument(
-        "--margin", type=float, default=Rules.margin, help="how much lower its AUROC may be (default: %(default)s)"
-    )
-    command.add_argument(
-        "--latency", type=float, default=1000 * Rules.latency_s, metavar="MS", help="a sample (default: %(default)g)"
-    )
-    command.add_argument("--force", metavar="REASON", help="promote without a test, and record why")
-    command.set_defaults(run=promote)
-
-    command = commands.add_parser("rollback", help=rollback.__doc__, description=rollback.__doc__)
-    command.add_argument("class_name", metavar="CLASS")
-    command.add_argument("--reason", required=True, help="is recorded")
-    command.set_defaults(run=rollback)
-
-    command = commands.add_parser("audit", help=audit.__doc__, description=audit.__doc__)
-    command.add_argument("class_name", metavar="CLASS", nargs="?")
-    command.set_defaults(run=audit)
-
-    command = commands.add_parser("lineage", help=lineage.__doc__, description=lineage.__doc__)
-    command.add_argument("class_name", metavar="CLASS", nargs="?")
-    command.add_argument("--version", default=CHAMPION, help="its number or alias (default: %(default)s)")
-    command.add_argument("--list", action="store_true", help="list the pictures, as CSV")
-    command.add_argument("--picture", type=Path, metavar="FILE", help="say which versions were made with this picture")
-    command.set_defaults(run=lineage)
-
-    command = commands.add_parser("retrain", help=retrain.__doc__, description=retrain.__doc__)
-    command.add_argument("class_name", metavar="CLASS")
-    command.add_argument("--version", default=CHAMPION, help="its number or alias (default: %(default)s)")
-    command.set_defaults(run=retrain)
-    return parser
-
-
-def main() -> None:
-    """Runs a command; what goes wrong is one line and exit status 1."""
-    arguments = _parser().parse_args()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    try:
-        connect(location(arguments.store))
-        arguments.run(arguments)
-    except SprueError as error:
-        sys.exit(f"sprue {arguments.command}: {error}")
-    except MlflowException as error:
-        sys.exit(f"sprue {arguments.command}: the registry answers: {error}")
-    except OSError as error:
-        sys.exit(f"sprue {arguments.command}: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"sprue {arguments.command}: interrupted")
+    click.echo(as_json(metrics_of_file(file)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The store: one folder or s3 URL that all stages read from and write to, on one machine and on a cluster alike."""
+"""The store: one folder or s3 URL that all stages read from and write to, on one machine or a cluster."""
 
 import hashlib
 import io
@@ -35,14 +35,14 @@ def location(text: str) -> UPath:
 
 
 class KeptBytes(io.BytesIO):
-    """A buffer that outlives a writer which closes its file, as fastparquet does."""
+    """A buffer that stays readable after its writer (fastparquet) has closed it."""
 
     def close(self) -> None:
         """Keeps the content."""
 
 
 def write_bytes(path: UPath, data: bytes) -> None:
-    """Writes a file whole or not at all: an object store's put is atomic, a local file is renamed into place."""
+    """Writes a file atomically: an object store's put is atomic, a local file is renamed into place."""
     if path.protocol not in ("", "file"):
         path.write_bytes(data)
         return
@@ -56,33 +56,40 @@ def write_bytes(path: UPath, data: bytes) -> None:
 
 
 def write_json(path: UPath, value: Any) -> None:
-    """Writes JSON with sorted keys, so that equal values are equal files."""
+    """Writes JSON with sorted keys, so that equal values give equal files."""
     write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
 
-def read_json(path: UPath, made_by: str) -> Any:
-    """Reads a JSON file.
+def read_text(path: UPath, made_by: str) -> str:
+    """Reads a text file.
 
     Args:
         path: The file.
         made_by: The stage that writes it, for the message.
 
     Raises:
-        SprueError: If it is missing or damaged.
+        SprueError: If it is missing.
     """
     if not path.is_file():
         raise SprueError(f"there is no {path}; run the {made_by} stage first")
+    return path.read_text(encoding="utf-8")
+
+
+def read_json(path: UPath, made_by: str) -> Any:
+    """Reads a JSON file; see `read_text`.
+
+    Raises:
+        SprueError: If it is missing or damaged.
+    """
+    text = read_text(path, made_by)
     try:
-        return json.loads(path.read_text())
+        return json.loads(text)
     except ValueError as error:
         raise SprueError(f"{path} is damaged ({error}); delete it and run the {made_by} stage again") from error
 
 
 def replace_folder(source: Path, target: UPath) -> None:
-    """Puts a local folder's files in the place of whatever is at the target.
-
-    On one machine the folder appears whole; in an object store file by file.
-    """
+    """Replaces the target by a local folder: at once on a file system, file by file in an object store."""
     if target.protocol not in ("", "file"):
         if target.exists():
             target.fs.rm(target.path, recursive=True)
@@ -96,7 +103,7 @@ def replace_folder(source: Path, target: UPath) -> None:
 
 
 def remove_folder(path: UPath) -> None:
-    """Deletes a folder with everything in it, if it is there."""
+    """Deletes a folder with everything in it, if it exists."""
     if path.exists():
         path.fs.rm(path.path, recursive=True)
 

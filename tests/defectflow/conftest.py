@@ -1,4 +1,4 @@
-"""Every test of the flows runs on the CPU, and on the GPU where there is one."""
+"""The tests run on the CPU, and on the GPU if there is one."""
 
 from collections.abc import Iterator
 
@@ -10,6 +10,6 @@ DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 @pytest.fixture(autouse=True, params=DEVICES)
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Where the test's tensors are made."""
+    """Makes the device the default of new tensors."""
     with torch.device(request.param) as device:
         yield device

@@ -1,9 +1,10 @@
-"""Every coupling is invertible, and its log-determinant is that of its Jacobian.
+"""Couplings are invertible, their log-determinant is that of the Jacobian, and FrEIA can compose them.
 
-Shapes: B pictures, C channels, H rows, W columns.
+Shapes: B images, C channels, H rows, W columns.
 """
 
 import FrEIA.framework as ff
+import FrEIA.modules as fm
 import pytest
 import torch
 from torch import nn
@@ -30,10 +31,11 @@ def bottleneck(c_in, c_out):
 
 
 def randomised(block, seed=0):
-    """A block with weights, biases and gammas drawn so that log-scales are well away from zero."""
+    """A block with random weights, biases and gammas; log-scales are far from zero."""
     generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     for parameter in block.parameters():
-        nn.init.normal_(parameter, std=0.5, generator=generator)
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.5, generator=generator)
     return block
 
 
@@ -52,12 +54,12 @@ CASES = [
 ]
 
 
-def inputs(case, size, dtype, pictures=2):
+def inputs(case, size, dtype, images=2):
     generator = torch.Generator(torch.get_default_device()).manual_seed(1)
-    shape = (pictures, case.get("channels", 6), *size)
+    shape = (images, case.get("channels", 6), *size)
     maps = [torch.randn(shape, generator=generator, dtype=dtype) for _ in range(case.get("nodes", 1))]
     extra = case.get("condition", 0)
-    condition = [torch.randn(pictures, extra, *size, generator=generator, dtype=dtype) for _ in maps] if extra else None
+    condition = [torch.randn(images, extra, *size, generator=generator, dtype=dtype) for _ in maps] if extra else None
     return maps, condition
 
 
@@ -87,16 +89,16 @@ def test_the_log_determinant_is_that_of_the_jacobian(case):
     _, log_det_B = block(maps, c=condition)
     _, log_dets = block.couple(maps, condition)
     torch.testing.assert_close(torch.stack([each.sum((1, 2)) for each in log_dets]).sum(0), log_det_B)
-    for picture in range(2):
-        one = None if condition is None else [each[picture : picture + 1] for each in condition]
+    for image in range(2):
+        one = None if condition is None else [each[image : image + 1] for each in condition]
 
-        def whole(flat, one=one):
+        def couple_flat(flat, one=one):
             latents, _ = block.couple(list(flat.view(len(maps), 1, -1, *size)), one)
             return torch.stack(latents).flatten()
 
-        flat = torch.stack([map_BCHW[picture] for map_BCHW in maps]).flatten()
-        _, expected = torch.linalg.slogdet(torch.autograd.functional.jacobian(whole, flat))
-        assert log_det_B[picture].item() == pytest.approx(expected.item(), rel=1e-9, abs=1e-9)
+        flat = torch.stack([map_BCHW[image] for map_BCHW in maps]).flatten()
+        _, expected = torch.linalg.slogdet(torch.autograd.functional.jacobian(couple_flat, flat))
+        assert log_det_B[image].item() == pytest.approx(expected.item(), rel=1e-9, abs=1e-9)
 
 
 def test_without_messages_each_position_has_its_own_jacobian():
@@ -110,7 +112,7 @@ def test_without_messages_each_position_has_its_own_jacobian():
             assert log_det_BHW[0, row, column].item() == pytest.approx(expected.item(), rel=1e-9)
 
 
-def test_a_new_block_is_the_identity_but_for_the_order_of_channels():
+def test_a_new_block_only_permutes_channels():
     block = GraphCoupling([(6, 1, 1)] * 2, bottleneck, clamp=1.9)
     maps, _ = inputs({"nodes": 2}, (4, 4), torch.float32)
     latents, log_dets = block.couple(maps)
@@ -127,7 +129,7 @@ def test_log_scales_stay_within_the_clamp(clamp):
     assert bounded.abs().max() > 0.99 * clamp
     assert bool((bounded.diff() > 0).all())
     torch.testing.assert_close(bounded, -bounded.flip(0))
-    # Half of the bound where the argument is the bound.
+    # Half of the bound if the argument is the bound.
     assert soft_clamp(torch.tensor(clamp), clamp).item() == pytest.approx(clamp / 2)
     block = coupling(bottleneck, clamp=clamp)
     with torch.no_grad():
@@ -137,12 +139,14 @@ def test_log_scales_stay_within_the_clamp(clamp):
     assert log_det_BHW.abs().max() <= 6 * clamp
 
 
-def test_freia_chains_it_in_a_sequence_and_in_a_graph():
+def test_freia_composes_it_in_a_sequence_and_in_a_graph():
     torch.manual_seed(0)
     arguments = {"subnet": bottleneck, "clamp": 1.0}
     sequence = ff.SequenceINN(6, 4, 4)
+    sequence.append(fm.ActNorm)
     for _ in range(2):
         sequence.append(GraphCoupling, **arguments)
+        sequence.append(fm.PermuteRandom, seed=0)
     randomised(sequence).double()
     x = torch.randn(3, 6, 4, 4, dtype=torch.float64)
     z, log_det_B = sequence(x)
@@ -174,7 +178,7 @@ def test_nodes_share_one_number_of_channels_of_at_least_two():
 @pytest.mark.parametrize("case", CASES)
 def test_the_gradients_of_inputs_and_weights_are_those_of_finite_differences(case):
     block = coupling(**case).double()
-    maps, condition = inputs(case, (2, 3), torch.float64, pictures=1)
+    maps, condition = inputs(case, (2, 3), torch.float64, images=1)
     names = [name for name, _ in block.named_parameters()]
 
     def couple(*tensors):

@@ -1,6 +1,6 @@
-"""What holds for every flow: it is invertible, and its likelihood is a density's.
+"""Properties of every flow: it is invertible, and its likelihood is that of a density.
 
-Shapes: B pictures, C channels, H rows, W columns of a map.
+Shapes: B images, C channels, H rows, W columns of a map.
 """
 
 import pytest
@@ -12,7 +12,7 @@ from defectflow.noise import add_noise
 
 CASES = {
     "patchflow": {"channels": (4, 3), "adapted": 6, "bottleneck": 8, "steps": 2},
-    "patchflow-told": {
+    "patchflow-conditioned": {
         "channels": (4, 3),
         "adapted": 5,
         "bottleneck": 8,
@@ -31,44 +31,45 @@ CASES = {
         "noise_scheme": "softflow",
     },
     "dnfad": {"channels": (4,), "steps": 2, "position_channels": 8},
-    "dnfad-told": {"channels": (3, 2), "steps": 2, "position_channels": 4, "noise": 0.2, "noise_scheme": "uniform"},
-    "dnfad-free": {"channels": (4,), "steps": 2, "position_channels": 4, "rectified": ()},
+    "dnfad-noise": {"channels": (3, 2), "steps": 2, "position_channels": 4, "noise": 0.2, "noise_scheme": "uniform"},
+    "dnfad-unrectified": {"channels": (4,), "steps": 2, "position_channels": 4, "rectified": ()},
     "multiflow": {"channels": (4,), "views": 5, "hidden": 6, "steps": 2},
-    "multiflow-alone": {"channels": (4,), "views": 1, "hidden": 6, "steps": 2, "noise": 0.0},
+    "multiflow-single": {"channels": (4,), "views": 1, "hidden": 6, "steps": 2, "noise": 0.0},
     "multiflow-chain": {"channels": (4,), "views": 3, "neighbours": ((1,), (0, 2), ()), "hidden": 6, "steps": 2},
 }
 
 
-def inputs(case, size=(8, 4), pictures=2, dtype=torch.float64, seed=1):
-    """A flow's maps: views of one size, or maps each half the one before."""
+def inputs(case, size=(8, 4), images=2, dtype=torch.float64, seed=1):
+    """A flow's input: views of one size, or maps that halve in size."""
     generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     name, config = case.split("-")[0], CASES[case]
     if name == "multiflow":
         shapes = [(channels, *size) for _ in range(config["views"]) for channels in config["channels"]]
     else:
         shapes = [(channels, size[0] >> i, size[1] >> i) for i, channels in enumerate(config["channels"])]
-    return [torch.randn(pictures, *shape, generator=generator, dtype=dtype) for shape in shapes]
+    return [torch.randn(images, *shape, generator=generator, dtype=dtype) for shape in shapes]
 
 
 def random_flow(case, seed=0):
-    """A fitted flow with random couplings whose log-scales stay below one, in evaluation."""
+    """A fitted flow with random couplings whose log-scales stay below one, in evaluation mode."""
     torch.manual_seed(seed)
     flow = build_flow(case.split("-")[0], **CASES[case] | {"clamp": 1.0})
-    flow.fit_adaptor([inputs(case, size=(16, 8), pictures=8, dtype=torch.float32)])
+    flow.fit_adaptor([inputs(case, size=(16, 8), images=8, dtype=torch.float32)])
     for parameter in flow.blocks.parameters() if hasattr(flow, "blocks") else flow.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return flow.eval()
 
 
-def test_every_flow_is_tried():
-    assert {case.split("-")[0] for case in CASES} == set(FLOWS)
+def test_every_flow_has_a_case():
+    # A fusion's couplings are those of its CS-Flow, and the baseline has none; they have tests of their own.
+    assert {case.split("-")[0] for case in CASES} | {"fusion", "gaussian"} == set(FLOWS)
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("size", [(8, 4), (4, 12)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_inverse_returns_what_the_couplings_read(case, size, dtype, tolerance, seed):
+def test_the_inverse_returns_the_adapted_maps(case, size, dtype, tolerance, seed):
     flow, maps = random_flow(case, seed).to(dtype), inputs(case, size, dtype=dtype, seed=seed)
     with torch.no_grad():
         latents, _ = flow(maps)
@@ -82,10 +83,10 @@ def test_the_inverse_returns_what_the_couplings_read(case, size, dtype, toleranc
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_log_determinant_is_that_of_the_jacobian(case):
-    flow, maps = random_flow(case).double(), inputs(case, size=(4, 4), pictures=1)
+    flow, maps = random_flow(case).double(), inputs(case, size=(4, 4), images=1)
     adapted = flow.adapt(maps)
     _, log_dets = flow(maps)
-    # DNFAD's branches are densities of their own, over the same map.
+    # DNFAD's branches are separate densities of the same map.
     groups = [[node] for node in range(len(adapted))] if case.startswith("dnfad") else [list(range(len(adapted)))]
     for group in groups:
         shapes = [adapted[node].shape for node in group]
@@ -116,7 +117,7 @@ def test_the_likelihood_is_that_of_a_standard_normal_under_the_change_of_variabl
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_new_flow_only_changes_the_order_of_channels(case):
+def test_a_new_flow_only_permutes_channels(case):
     torch.manual_seed(0)
     flow = build_flow(case.split("-")[0], **CASES[case]).double().eval()
     maps = inputs(case)
@@ -127,7 +128,7 @@ def test_a_new_flow_only_changes_the_order_of_channels(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bfloat16_differs_by_its_rounding_alone(case):
+def test_bfloat16_differs_only_by_rounding(case):
     flow, maps = random_flow(case), inputs(case, dtype=torch.float32)
     with torch.no_grad():
         exact_B = flow.nll(maps)
@@ -145,7 +146,7 @@ def test_training_lowers_the_likelihood_loss_and_every_parameter_has_a_gradient(
     torch.manual_seed(0)
     flow, maps = (
         build_flow(case.split("-")[0], **CASES[case]),
-        inputs(case, size=(16, 8), dtype=torch.float32, pictures=8),
+        inputs(case, size=(16, 8), dtype=torch.float32, images=8),
     )
     maps = [map_BCHW * map_BCHW.abs() for map_BCHW in maps]
     flow.fit_adaptor([maps])
@@ -156,8 +157,7 @@ def test_training_lowers_the_likelihood_loss_and_every_parameter_has_a_gradient(
         optimizer.zero_grad()
         flow.nll(maps).mean().backward()
         optimizer.step()
-    without = [name for name, parameter in flow.named_parameters() if parameter.grad is None]
-    assert not without
+    assert not [name for name, parameter in flow.named_parameters() if parameter.grad is None]
     assert flow.eval().nll(maps).mean().item() < before - 0.01
 
 
@@ -177,49 +177,49 @@ def test_recomputing_changes_no_gradient(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_scores_rise_where_a_picture_is_strange(case):
+def test_anomalous_images_have_higher_scores(case):
     flow, maps = random_flow(case), inputs(case, dtype=torch.float32)
-    strange = [map_BCHW.clone() for map_BCHW in maps]
-    strange[0][1, :, 2, 1] += 20.0
+    anomalous = [map_BCHW.clone() for map_BCHW in maps]
+    anomalous[0][1, :, 2, 1] += 20.0
     with torch.no_grad():
-        (usual_B, _), (odd_B, evidence) = flow.assess(maps), flow.assess(strange)
-    torch.testing.assert_close(odd_B[0], usual_B[0])
-    assert odd_B[1] > usual_B[1]
-    assert bool(torch.isfinite(evidence).all())
+        (normal_B, _), (anomalous_B, anomaly_map) = flow.predict(maps), flow.predict(anomalous)
+    torch.testing.assert_close(anomalous_B[0], normal_B[0])
+    assert anomalous_B[1] > normal_B[1]
+    assert bool(torch.isfinite(anomaly_map).all())
 
 
-@pytest.mark.parametrize("evidence", ["latent", "likelihood"])
+@pytest.mark.parametrize("score_type", ["latent", "likelihood"])
 @pytest.mark.parametrize("case", CASES)
-def test_nothing_is_found_outside_of_the_foreground(case, evidence):
+def test_the_background_has_the_foregrounds_minimum_score(case, score_type):
     flow, maps = random_flow(case), inputs(case, dtype=torch.float32)
     with torch.no_grad():
-        nodes = flow.evidence(maps, evidence)
+        nodes = flow.position_scores(maps, score_type)
         latents, _ = flow(maps)
         mask = [torch.zeros(len(z), 1, *z.shape[2:]) for z in latents]
-        for counts in mask:
-            counts[..., : max(1, counts.shape[-1] // 2)] = 1
-        kept = flow.evidence(maps, evidence, mask)
-        score_B, _ = flow.assess(maps, evidence, mask=mask)
-    for node_BHW, kept_BHW, counts in zip(nodes, kept, mask, strict=False):
-        inside_BHW = counts[:, 0] > 0
-        assert torch.equal(kept_BHW[inside_BHW], node_BHW[inside_BHW])
-        for within, picture, inside in zip(kept_BHW, node_BHW, inside_BHW, strict=True):
-            assert bool((within[~inside] == picture[inside].min()).all())
+        for mask_B1HW in mask:
+            mask_B1HW[..., : max(1, mask_B1HW.shape[-1] // 2)] = 1
+        masked = flow.position_scores(maps, score_type, mask)
+        score_B, _ = flow.predict(maps, score_type, mask=mask)
+    for node_BHW, masked_BHW, mask_B1HW in zip(nodes, masked, mask, strict=False):
+        inside_BHW = mask_B1HW[:, 0] > 0
+        assert torch.equal(masked_BHW[inside_BHW], node_BHW[inside_BHW])
+        for masked_HW, image_HW, inside_HW in zip(masked_BHW, node_BHW, inside_BHW, strict=True):
+            assert bool((masked_HW[~inside_HW] == image_HW[inside_HW].min()).all())
     assert bool(torch.isfinite(score_B).all())
 
 
 @pytest.mark.parametrize("scheme", ["simplenet", "softflow", "uniform"])
-def test_noise_has_the_deviation_that_is_told(scheme):
+def test_the_condition_is_the_noises_deviation(scheme):
     torch.manual_seed(0)
     nodes = [torch.zeros(4, 500, 3, 3), torch.zeros(4, 500, 2, 2)]
-    noisy, told = add_noise(nodes, scheme, 0.3)
-    for map_BCHW, told_B1HW in zip(noisy, told, strict=True):
-        assert told_B1HW.shape == (4, 1, *map_BCHW.shape[2:])
-        torch.testing.assert_close(map_BCHW.std(1, keepdim=True), told_B1HW / 20, rtol=0.15, atol=0.001)
-        assert told_B1HW.max() <= 6.0
-    same_in_a_picture = bool((told[0].std((2, 3)) == 0).all())
-    same_everywhere = bool((told[0] == told[0][0, 0, 0, 0]).all())
-    assert (same_in_a_picture, same_everywhere) == {
+    noisy, conditions = add_noise(nodes, scheme, 0.3)
+    for map_BCHW, condition_B1HW in zip(noisy, conditions, strict=True):
+        assert condition_B1HW.shape == (4, 1, *map_BCHW.shape[2:])
+        torch.testing.assert_close(map_BCHW.std(1, keepdim=True), condition_B1HW / 20, rtol=0.15, atol=0.001)
+        assert condition_B1HW.max() <= 6.0
+    constant_per_image = bool((conditions[0].std((2, 3)) == 0).all())
+    constant = bool((conditions[0] == conditions[0][0, 0, 0, 0]).all())
+    assert (constant_per_image, constant) == {
         "simplenet": (True, True),
         "softflow": (True, False),
         "uniform": (False, False),
@@ -227,12 +227,12 @@ def test_noise_has_the_deviation_that_is_told(scheme):
 
 
 @pytest.mark.parametrize("scheme", ["softflow", "uniform"])
-def test_a_flow_that_is_told_hears_of_noise_in_training_alone(scheme):
+def test_the_noise_condition_is_zero_in_evaluation(scheme):
     flow = build_flow("csflow", channels=(4, 4), hidden=4, noise=0.3, noise_scheme=scheme)
     nodes = [torch.zeros(2, 4, 4, 4), torch.zeros(2, 4, 2, 2)]
     assert isinstance(flow.blocks[0], GraphCoupling)
-    still, told = flow.eval().told(nodes)
-    assert not any(each.any() for each in (*still, *told))
-    noisy, told = flow.train().told(nodes)
-    assert all(each.any() for each in (*noisy, *told))
-    assert build_flow("csflow", channels=(4, 4), hidden=4, noise=0.3).train().told(nodes)[1] is None
+    clean, conditions = flow.eval().condition_with_noise(nodes)
+    assert not any(each.any() for each in (*clean, *conditions))
+    noisy, conditions = flow.train().condition_with_noise(nodes)
+    assert all(each.any() for each in (*noisy, *conditions))
+    assert build_flow("csflow", channels=(4, 4), hidden=4, noise=0.3).train().condition_with_noise(nodes)[1] is None

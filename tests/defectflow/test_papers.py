@@ -1,19 +1,19 @@
-"""What is particular to CS-Flow, DNFAD and Multi-Flow.
+"""Properties of CS-Flow, DNFAD and Multi-Flow that the papers state.
 
-Shapes: B pictures, V views, C channels, H rows, W columns of a map.
+Shapes: B images, V views, C channels, H rows, W columns of a map.
 """
 
 import pytest
 import torch
 
 from defectflow import CSFlowConfig, build_flow
+from defectflow.config import top_and_ring
 from defectflow.dnfad import position_code
-from defectflow.multiflow import top_and_ring
 from defectflow.subnets import AttentionSubnet
 
 
 def randomised(flow):
-    """The flow with random parameters, in evaluation."""
+    """The flow with random parameters, in evaluation mode."""
     for parameter in flow.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return flow.eval()
@@ -36,7 +36,7 @@ def test_the_defaults_are_the_published_ones():
     assert multiflow.noise**2 == pytest.approx(0.15)
 
 
-def test_csflow_messages_reach_the_neighbouring_scales_alone():
+def test_csflow_messages_reach_only_adjacent_scales():
     torch.manual_seed(0)
     flow = randomised(build_flow("csflow", channels=(4,) * 4, hidden=6, steps=1, clamp=1.0))
     subnet = flow.blocks[0].s1
@@ -54,20 +54,24 @@ def test_csflows_score_is_the_mean_over_all_scales_and_its_map_the_finest():
     flow = randomised(build_flow("csflow", channels=(4, 4), hidden=6, steps=2))
     with torch.no_grad():
         latents, _ = flow(maps)
-        score_B, evidence_BHW = flow.assess(maps)
+        score_B, position_scores_BHW = flow.predict(maps)
     squares_BN = torch.cat([z.flatten(1) for z in latents], dim=1).square()
     torch.testing.assert_close(score_B, squares_BN.mean(1) / 2)
-    torch.testing.assert_close(evidence_BHW, latents[0].square().mean(1) / 2)
+    torch.testing.assert_close(position_scores_BHW, latents[0].square().mean(1) / 2)
     both = build_flow("csflow", channels=(4, 4), hidden=6, steps=2, localise="all").eval()
     both.load_state_dict(flow.state_dict())
     with torch.no_grad():
-        assert not torch.allclose(both.assess(maps)[1], evidence_BHW)
+        assert not torch.allclose(both.predict(maps)[1], position_scores_BHW)
 
 
-def test_csflow_wants_scales_that_halve():
-    with pytest.raises(ValueError, match=r"scales halve one another, but map 1 is \(3, 3\) after \(7, 7\)"):
-        CSFlowConfig.fitting([[(8, 7, 7)], [(8, 3, 3)]], pictures=5)
-    with pytest.raises(ValueError, match=r"share one number of channels; they have \[4, 6\]"):
+def test_csflow_requires_scales_that_halve():
+    with pytest.raises(
+        ValueError, match=r"^maps: CS-Flow's scales halve one another, but map 1 is \(3, 3\) after \(7, 7\)"
+    ):
+        CSFlowConfig.for_features([[(8, 7, 7)], [(8, 3, 3)]], images=5)
+    with pytest.raises(ValueError, match=r"^maps: \[0, 2\] are not indices of the 2 feature maps"):
+        CSFlowConfig.for_features([[(8, 8, 8)], [(8, 4, 4)]], images=5, maps=(0, 2))
+    with pytest.raises(ValueError, match=r"^maps: the maps share one number of channels; they have \[4, 6\]"):
         build_flow("csflow", channels=(4, 6))
 
 
@@ -85,63 +89,64 @@ def test_multiflow_messages_follow_the_graph():
     assert changed == [0, 1, 2, 3]
 
 
-def test_multiflow_scores_pictures_and_samples():
+def test_multiflow_scores_images_and_samples():
     torch.manual_seed(0)
     settings = {"channels": (3, 4), "maps": (1,), "views": 3, "hidden": 6, "steps": 2}
     flow = randomised(build_flow("multiflow", **settings))
     maps = [torch.randn(2, channels, 4, 4) for _ in range(3) for channels in (3, 4)]
     with torch.no_grad():
-        sample_B, evidence_BVHW = flow.assess(maps)
-        picture_BV = flow.assess_pictures(maps)[1]
+        sample_B, position_scores_BVHW = flow.predict(maps)
+        image_BV = flow.predict_images(maps)[1]
         map_BVhw = flow.anomaly_map(maps, size=(8, 8))
-    torch.testing.assert_close(picture_BV, evidence_BVHW.amax((2, 3)))
-    torch.testing.assert_close(sample_B, picture_BV.amax(1))
-    upsampled = torch.nn.functional.interpolate(evidence_BVHW, size=(8, 8), mode="bilinear")
+    torch.testing.assert_close(image_BV, position_scores_BVHW.amax((2, 3)))
+    torch.testing.assert_close(sample_B, image_BV.amax(1))
+    upsampled = torch.nn.functional.interpolate(position_scores_BVHW, size=(8, 8), mode="bilinear")
     torch.testing.assert_close(map_BVhw, upsampled)
     mean = build_flow("multiflow", **settings, sample_score="mean").eval()
     mean.load_state_dict(flow.state_dict())
     with torch.no_grad():
-        torch.testing.assert_close(mean.score(maps), picture_BV.mean(1))
+        torch.testing.assert_close(mean.score(maps), image_BV.mean(1))
 
 
 @pytest.mark.parametrize(
     ("setting", "match"),
     [
-        ({"neighbours": ((1,), (3,), ())}, r"view 1 can't have \[3\] among 3 views"),
-        ({"neighbours": ((0,), (), ())}, r"view 0 can't have \[0\]"),
-        ({"neighbours": ((1,), (0,))}, "there are 3 views, but 2 lists"),
-        ({"views": 0}, "views and hidden are at least 1"),
-        ({"kernels": (2, 5)}, "kernels are odd"),
-        ({"maps": (0, 1)}, "reads one map of each view"),
-        ({"noise_scheme": "salt"}, "noise_scheme: 'salt' is none of"),
-        ({"adaptation": "most"}, "adaptation: 'most' is none of"),
-        ({"sample_score": "sum"}, "sample_score: 'sum' is neither"),
+        ({"neighbours": ((1,), (3,), ())}, r"neighbours: view 1 can't have \[3\] among 3 views"),
+        ({"neighbours": ((0,), (), ())}, r"neighbours: view 0 can't have \[0\]"),
+        ({"neighbours": ((1,), (0,))}, "neighbours: 2 lists of neighbours for 3 views"),
+        ({"views": 0}, "views: 0 is below 1"),
+        ({"hidden": 0}, "hidden: 0 is below 1"),
+        ({"kernels": (2, 5)}, "kernels: 2 is not an odd number"),
+        ({"maps": (0, 1)}, "maps: Multi-Flow reads one map of each view"),
+        ({"noise_scheme": "salt"}, "noise_scheme: 'salt' is not one of"),
+        ({"adaptation": "most"}, "adaptation: 'most' is not one of"),
+        ({"sample_score": "sum"}, "sample_score: 'sum' is not one of"),
     ],
 )
 def test_multiflow_settings_out_of_range_are_refused_by_name(setting, match):
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(ValueError, match=f"^{match}"):
         build_flow("multiflow", **{"channels": (4, 4), "maps": (0,), "views": 3} | setting)
 
 
-def test_the_position_code_tells_all_positions_apart():
+def test_all_positions_have_different_codes():
     code_PN = position_code(16, 9, 7).flatten(1)
     distances = torch.cdist(code_PN.T, code_PN.T) + 10 * torch.eye(63)
     assert distances.min() > 0.1
     assert position_code(16, 9, 7)[:, 2, 3].tolist() != position_code(16, 9, 7)[:, 3, 2].tolist()
 
 
-def test_dnfads_local_branch_alone_is_told_the_position():
+def test_only_dnfads_local_branch_depends_on_the_position():
     torch.manual_seed(0)
     flow = randomised(build_flow("dnfad", channels=(4,), steps=1, position_channels=8))
     with torch.no_grad():
-        (local, whole), _ = flow([torch.ones(1, 4, 24, 24)])
+        (local_z, global_z), _ = flow([torch.ones(1, 4, 24, 24)])
     inner = (slice(None), slice(None), slice(11, 13), slice(11, 13))
-    assert local[inner].flatten(2).std(2).max() > 1e-3
-    assert whole[inner].flatten(2).std(2).max() < 1e-5
+    assert local_z[inner].flatten(2).std(2).max() > 1e-3
+    assert global_z[inner].flatten(2).std(2).max() < 1e-5
 
 
 @pytest.mark.parametrize("rectified", [("local",), (), ("local", "global")])
-def test_what_a_rectified_branch_of_dnfad_adds_has_one_sign(rectified):
+def test_a_rectified_subnetworks_output_has_one_sign(rectified):
     torch.manual_seed(0)
     flow = randomised(build_flow("dnfad", channels=(8,), steps=1, position_channels=4, rectified=rectified))
     for branch, couplings in flow.branches.items():
@@ -158,15 +163,15 @@ def test_dnfads_probabilities_do_not_underflow(channels):
     maps = [torch.randn(2, channels, 4, 4)]
     maps[0][1, :, 1, 2] *= 4.0
     with torch.no_grad():
-        score_B, evidence_BHW = flow.assess(maps)
-    assert bool((evidence_BHW > 0).all())
-    assert bool((evidence_BHW < 1).all())
-    assert evidence_BHW[1].argmax().item() == 6
+        score_B, position_scores_BHW = flow.predict(maps)
+    assert bool((position_scores_BHW > 0).all())
+    assert bool((position_scores_BHW < 1).all())
+    assert position_scores_BHW[1].argmax().item() == 6
     assert score_B[1] > score_B[0]
-    torch.testing.assert_close(evidence_BHW, 1 - torch.exp(-maps[0].square().mean(1) / 2))
+    torch.testing.assert_close(position_scores_BHW, 1 - torch.exp(-maps[0].square().mean(1) / 2))
 
 
-def test_the_code_of_dnfad_hides_a_picture_that_is_strange_everywhere():
+def test_relative_probabilities_hide_an_image_that_is_anomalous_everywhere():
     settings = {"channels": (16,), "steps": 1, "position_channels": 0}
     maps = [torch.randn(2, 16, 6, 6)]
     maps[0][1] *= 3.0
@@ -178,20 +183,45 @@ def test_the_code_of_dnfad_hides_a_picture_that_is_strange_everywhere():
     assert scores[True].max() < 1.0
 
 
-@pytest.mark.parametrize("upsampling", [0, 1.5, 8.0])
-def test_dnfad_upsamples_by_whole_numbers(upsampling):
-    with pytest.raises(ValueError, match=f"upsampling: {upsampling} is not a whole number"):
-        build_flow("dnfad", channels=(4,), upsampling=upsampling)
+@pytest.mark.parametrize(
+    ("setting", "match"),
+    [
+        ({"upsampling": 0}, "upsampling: 0 is below 1"),
+        ({"hidden": -1}, "hidden: -1 is below 0"),
+        ({"position_channels": 6}, "position_channels: 6 is not a multiple of 4"),
+        ({"position_channels": -4}, "position_channels: -4 is not a multiple of 4 from 0"),
+        ({"branches": ()}, "branches: there is none"),
+        ({"branches": ("local", "both")}, "branches: 'both' is not one of 'local', 'global'"),
+        ({"rectified": ("both",)}, "rectified: 'both' is not one of 'local', 'global'"),
+        ({"adaptation": "most"}, "adaptation: 'most' is not one of"),
+    ],
+)
+def test_dnfad_settings_out_of_range_are_refused_by_name(setting, match):
+    with pytest.raises(ValueError, match=f"^{match}"):
+        build_flow("dnfad", channels=(4,), **setting)
 
 
-def test_dnfad_scores_no_pictures():
+@pytest.mark.parametrize(
+    ("setting", "match"),
+    [
+        ({"hidden": 0}, "hidden: 0 is below 1"),
+        ({"kernels": (3, -1)}, "kernels: -1 is not an odd number from 1"),
+        ({"localise": "coarsest"}, "localise: 'coarsest' is not one of 'finest', 'all'"),
+    ],
+)
+def test_csflow_settings_out_of_range_are_refused_by_name(setting, match):
+    with pytest.raises(ValueError, match=f"^{match}"):
+        build_flow("csflow", channels=(4,), **setting)
+
+
+def test_dnfad_scores_no_images():
     flow = build_flow("dnfad", channels=(4,), steps=1, position_channels=4).eval()
     with torch.no_grad():
         assert flow.score([torch.zeros(0, 4, 5, 5)]).shape == (0,)
 
 
 @pytest.mark.parametrize(("upsampling", "border"), [(1, 1.0), (8, 0.5)])
-def test_dnfads_score_counts_a_position_at_the_border_half(upsampling, border):
+def test_dnfads_upsampling_halves_the_weight_of_the_border(upsampling, border):
     settings = {"channels": (4,), "steps": 1, "position_channels": 0}
     flow = build_flow("dnfad", **settings, upsampling=upsampling).eval()
     maps = [torch.zeros(3, 4, 9, 9)]

@@ -1,6 +1,6 @@
-"""PatchFlow is a density: whitened, normalised, in nats per dimension.
+"""PatchFlow is a normalised density of whitened features, in nats per dimension.
 
-Shapes: B pictures, C channels, A adapted channels, H rows, W columns.
+Shapes: B images, C channels, A adapted channels, H rows, W columns.
 """
 
 import math
@@ -16,19 +16,19 @@ from defectflow.pyramid import fuse
 CHANNELS = (4, 6)
 
 
-def feature_maps(pictures=6, size=(8, 6), seed=0):
-    """Correlated, shifted maps of two sizes, the second at half of the first's."""
+def feature_maps(images=6, size=(8, 6), seed=0):
+    """Correlated maps with a mean of 3, the second half the size of the first."""
     generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     maps = []
     for channels, (rows, columns) in zip(CHANNELS, (size, (size[0] // 2, size[1] // 2)), strict=True):
         mixing = torch.randn(channels, channels, generator=generator)
-        noise = torch.randn(pictures, channels, rows, columns, generator=generator)
+        noise = torch.randn(images, channels, rows, columns, generator=generator)
         maps.append(torch.einsum("dc,bchw->bdhw", mixing, noise) + 3.0)
     return maps
 
 
 def fitted(seed=0, **config):
-    """A flow with fitted adaptor and random couplings, in evaluation."""
+    """A flow with fitted adaptor and random couplings, in evaluation mode."""
     torch.manual_seed(seed)
     flow = PatchFlow(PatchFlowConfig(CHANNELS, **{"adapted": 10, "bottleneck": 8, "steps": 2} | config))
     flow.fit_adaptor([feature_maps(seed=1), feature_maps(seed=2)])
@@ -47,7 +47,7 @@ def test_no_more_channels_are_adapted_than_there_are():
     assert PatchFlowConfig(CHANNELS, maps=(1,)).adapted == 6
 
 
-def test_maps_that_are_not_chosen_have_no_part():
+def test_maps_that_are_not_selected_are_ignored():
     torch.manual_seed(0)
     maps = feature_maps(seed=1)
     flow = PatchFlow(PatchFlowConfig(CHANNELS, maps=(1,))).fit_adaptor([maps]).eval()
@@ -76,7 +76,7 @@ def test_the_adaptor_keeps_the_directions_with_the_largest_variance():
     torch.testing.assert_close(weight_AD.max(1).values, torch.tensor([1 / 9, 1 / 4]), rtol=0.1, atol=0)
 
 
-def test_a_dead_channel_does_not_blow_features_up():
+def test_a_constant_channel_is_not_amplified():
     maps = feature_maps()
     maps[1][:, 2] = 1.5
     flow = build_flow("patchflow", channels=CHANNELS, adapted=10, bottleneck=8).fit_adaptor([maps]).eval()
@@ -89,9 +89,9 @@ def test_the_adaptor_has_no_gradient():
 
 
 def trained_hard(**config):
-    """A flow after a training that would let a free adaptor collapse, and the maps that it saw."""
+    """A flow after a training in which an unconstrained adaptor would collapse, and its training maps."""
     torch.manual_seed(0)
-    maps = feature_maps(pictures=20, seed=1)
+    maps = feature_maps(images=20, seed=1)
     flow = PatchFlow(PatchFlowConfig(CHANNELS, adapted=4, bottleneck=8, steps=1, **config)).fit_adaptor([maps])
     optimizer = torch.optim.Adam(flow.parameters(), 0.05)
     for _ in range(100):
@@ -101,12 +101,12 @@ def trained_hard(**config):
     return flow.eval(), maps
 
 
-def test_the_likelihood_of_a_trained_adaptor_cannot_run_away():
+def test_a_trained_adaptor_does_not_collapse():
     flow, maps = trained_hard(adaptor="trained")
     start = PatchFlow(flow.config).fit_adaptor([maps])
     with torch.no_grad():
         (adapted_BAHW,), (before_BAHW,) = flow.adapt(maps), start.adapt(maps)
-    # It has turned, and what it keeps is as wide as before: there is nothing that the couplings are paid to stretch.
+    # The adaptor has rotated, and its output's covariance is still the identity, so stretching gains no likelihood.
     assert not torch.allclose(adapted_BAHW, before_BAHW, atol=0.1)
     values_NA = adapted_BAHW.permute(0, 2, 3, 1).flatten(0, 2).double()
     torch.testing.assert_close(torch.cov(values_NA.T, correction=0), torch.eye(4).double(), atol=1e-3, rtol=0)
@@ -116,19 +116,19 @@ def test_the_likelihood_of_a_trained_adaptor_cannot_run_away():
 
 def test_a_random_orthogonal_adaptor_is_frozen_and_the_same_for_the_same_seed():
     flow, maps = trained_hard(adaptor="orthogonal")
-    again, _ = trained_hard(adaptor="orthogonal")
+    other, _ = trained_hard(adaptor="orthogonal")
     weight_AD = flow.get_buffer("adaptor_weight")
-    assert torch.equal(weight_AD, again.get_buffer("adaptor_weight"))
+    assert torch.equal(weight_AD, other.get_buffer("adaptor_weight"))
     fused_ND = fuse(maps, 3).permute(0, 2, 3, 1).flatten(0, 2)
     directions_AD = weight_AD * fused_ND.std(0, correction=0)
     torch.testing.assert_close(directions_AD @ directions_AD.T, torch.eye(4), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize(("pictures", "match"), [(0, "got 0"), (1, "needs more than 10 vectors; got 4")])
-def test_too_few_positions_for_the_adaptor_are_refused(pictures, match):
+@pytest.mark.parametrize(("images", "match"), [(0, "got 0"), (1, "the 4 vectors are all equal")])
+def test_too_few_positions_for_the_adaptor_are_refused(images, match):
     flow = PatchFlow(PatchFlowConfig(CHANNELS, adapted=10))
     with pytest.raises(ValueError, match=match):
-        flow.fit_adaptor([feature_maps(pictures, (2, 2))] * pictures)
+        flow.fit_adaptor([feature_maps(images, (2, 2))] * images)
 
 
 def test_features_that_are_not_finite_are_refused():
@@ -146,14 +146,14 @@ def test_a_new_flows_likelihood_is_a_gaussians():
     log_likelihood_BHW = MultivariateNormal(torch.zeros(5), torch.eye(5)).log_prob(values_BHWA)
     expected_B = -log_likelihood_BHW.sum((1, 2)) / (5 * 8 * 6)
     torch.testing.assert_close(flow.nll(maps), expected_B)
-    norms, wholes = flow.position_nll(maps)
-    torch.testing.assert_close(wholes[0], -log_likelihood_BHW / 5)
+    norms, nlls = flow.position_nll(maps)
+    torch.testing.assert_close(nlls[0], -log_likelihood_BHW / 5)
     torch.testing.assert_close(norms[0], 0.5 * values_BHWA.square().mean(-1))
 
 
 def test_the_likelihood_counts_the_change_of_variables():
     flow = fitted().double()
-    maps = [map_BCHW.double() for map_BCHW in feature_maps(pictures=1, size=(2, 2), seed=3)]
+    maps = [map_BCHW.double() for map_BCHW in feature_maps(images=1, size=(2, 2), seed=3)]
     (adapted_BAHW,) = flow.adapt(maps)
 
     def through_the_couplings(x_BAHW):
@@ -193,44 +193,44 @@ def test_the_inverse_returns_the_adapted_maps():
     torch.testing.assert_close(restored_BAHW, adapted_BAHW, rtol=1e-3, atol=1e-3)
 
 
-def test_training_reads_exactly_a_sub_grid_and_evaluation_every_position():
+def test_training_reads_a_strided_grid_and_evaluation_every_position():
     flow = fitted(stride=2)
     maps = feature_maps(size=(8, 6), seed=3)
     with torch.no_grad():
-        (whole_BAHW,) = flow.adapt(maps)
-        assert whole_BAHW.shape == (6, 10, 8, 6)
+        (all_BAHW,) = flow.adapt(maps)
+        assert all_BAHW.shape == (6, 10, 8, 6)
         flow.train()
         seen = set()
         for _ in range(40):
-            (part_BAHW,) = flow.adapt(maps)
-            assert part_BAHW.shape == (6, 10, 4, 3)
+            (grid_BAHW,) = flow.adapt(maps)
+            assert grid_BAHW.shape == (6, 10, 4, 3)
             matching = [
                 (top, left)
                 for top in range(2)
                 for left in range(2)
-                if torch.allclose(part_BAHW, whole_BAHW[:, :, top::2, left::2], atol=1e-4)
+                if torch.allclose(grid_BAHW, all_BAHW[:, :, top::2, left::2], atol=1e-4)
             ]
             assert len(matching) == 1
             seen.update(matching)
     assert seen == {(0, 0), (0, 1), (1, 0), (1, 1)}
 
 
-def test_noise_is_added_in_training_alone():
+def test_noise_is_added_only_in_training():
     flow = fitted(noise=0.25)
     for parameter in flow.parameters():
         torch.nn.init.zeros_(parameter)
-    maps = feature_maps(pictures=40, seed=3)
+    maps = feature_maps(images=40, seed=3)
     with torch.no_grad():
-        (still_BAHW,), _ = flow(maps)
-        assert torch.equal(flow(maps)[0][0], still_BAHW)
+        (clean_BAHW,), _ = flow(maps)
+        assert torch.equal(flow(maps)[0][0], clean_BAHW)
         flow.train()
-        difference = flow(maps)[0][0] - still_BAHW
+        difference = flow(maps)[0][0] - clean_BAHW
         assert not torch.equal(flow(maps)[0][0], flow(maps)[0][0])
     assert difference.std().item() == pytest.approx(0.25, rel=0.05)
     assert abs(difference.mean().item()) < 0.01
 
 
-def test_what_is_masked_counts_for_nothing():
+def test_masked_positions_do_not_count():
     flow = fitted()
     maps = feature_maps(seed=3)
     mask = torch.ones(6, 1, 8, 6)
@@ -243,47 +243,47 @@ def test_what_is_masked_counts_for_nothing():
     assert not masked_z[:, :, 4:].any()
     assert not masked_log_det_BHW[:, 4:].any()
     torch.testing.assert_close(flow.nll(maps, mask=[torch.ones(6, 1, 8, 6)]), flow.nll(maps))
-    _, (whole_BHW,) = flow.position_nll(maps)
-    torch.testing.assert_close(flow.nll(maps, mask=[mask]), whole_BHW[:, :4].mean((1, 2)))
+    _, (nll_BHW,) = flow.position_nll(maps)
+    torch.testing.assert_close(flow.nll(maps, mask=[mask]), nll_BHW[:, :4].mean((1, 2)))
 
 
-@pytest.mark.parametrize("evidence", ["latent", "likelihood"])
-def test_scores_are_the_mean_of_the_largest_evidence(evidence):
+@pytest.mark.parametrize("score_type", ["latent", "likelihood"])
+def test_scores_are_the_mean_of_the_highest_position_scores(score_type):
     flow = fitted()
     maps = feature_maps(seed=3)
     with torch.no_grad():
         (z,), (log_det_BHW,) = flow(maps)
         expected_BHW = 0.5 * z.square().mean(1)
-        if evidence == "likelihood":
+        if score_type == "likelihood":
             expected_BHW = expected_BHW + 0.5 * math.log(2 * math.pi) - log_det_BHW / 10
-        torch.testing.assert_close(flow.assess(maps, evidence)[1], expected_BHW)
+        torch.testing.assert_close(flow.predict(maps, score_type)[1], expected_BHW)
         top_five_B = expected_BHW.flatten(1).sort(1).values[:, -5:].mean(1)
-        torch.testing.assert_close(flow.score(maps, evidence, top=5 / 48), top_five_B)
-        torch.testing.assert_close(flow.score(maps, evidence, top=1e-6), expected_BHW.amax((1, 2)))
+        torch.testing.assert_close(flow.score(maps, score_type, top=5 / 48), top_five_B)
+        torch.testing.assert_close(flow.score(maps, score_type, top=1e-6), expected_BHW.amax((1, 2)))
     assert not torch.allclose(flow.score(maps, "latent"), flow.score(maps, "likelihood"))
 
 
 @pytest.mark.parametrize("size", [(8, 6), (31, 47), (384, 384), (5, 4)])
-def test_anomaly_maps_have_the_pictures_size(size):
+def test_anomaly_maps_have_the_images_size(size):
     flow = fitted()
-    maps = feature_maps(pictures=2, seed=3)
+    maps = feature_maps(images=2, seed=3)
     with torch.no_grad():
         map_BHW = flow.anomaly_map(maps, size)
-        _, evidence_BHW = flow.assess(maps)
+        _, position_scores_BHW = flow.predict(maps)
     assert map_BHW.shape == (2, *size)
-    expected = F.interpolate(evidence_BHW[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+    expected = F.interpolate(position_scores_BHW[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
     torch.testing.assert_close(map_BHW, expected)
 
 
-def test_a_strange_position_stands_out_where_it_is():
+def test_an_anomalous_position_has_the_highest_score():
     flow = fitted()
     maps = feature_maps(seed=3)
     maps[0][:, :, 6, 1] += 30.0
     with torch.no_grad():
         map_BHW = flow.anomaly_map(maps, (80, 60))
-    for picture in map_BHW:
-        row, column = divmod(int(picture.argmax()), 60)
-        # Within the neighbourhood that is averaged.
+    for image in map_BHW:
+        row, column = divmod(int(image.argmax()), 60)
+        # Within the averaged neighbourhood.
         assert abs(row / 10 - 6.5) <= 1.5
         assert abs(column / 10 - 1.5) <= 1.5
 
@@ -292,25 +292,28 @@ def test_a_strange_position_stands_out_where_it_is():
     ("setting", "match"),
     [
         ({"adapted": 1}, "adapted: 1 is below 2"),
-        ({"maps": (0, 2)}, r"maps: \[0, 2\] are not places among the 2"),
-        ({"bottleneck": 0}, "bottleneck and stride are at least 1"),
-        ({"steps": 0}, "steps is at least 1"),
-        ({"stride": 0}, "bottleneck and stride are at least 1"),
-        ({"adaptor": "free"}, "adaptor: 'free' is none of"),
+        ({"maps": (0, 2)}, r"maps: \[0, 2\] are not indices of the 2"),
+        ({"bottleneck": 0}, "bottleneck: 0 is below 1"),
+        ({"steps": 0}, "steps: 0 is below 1"),
+        ({"stride": 0}, "stride: 0 is below 1"),
+        ({"adaptor": "free"}, "adaptor: 'free' is not one of"),
         ({"neighbourhood": 2}, "neighbourhood: 2 is not an odd number"),
         ({"neighbourhood": -1}, "neighbourhood: -1 is not an odd number"),
-        ({"clamp": 0.0}, "clamp is above"),
-        ({"noise": -0.1}, "noise not below zero"),
-        ({"depth": 3}, "patchflow has no setting 'depth'; it has: channels"),
+        ({"clamp": 0.0}, "clamp: 0.0 is not above 0"),
+        ({"noise": -0.1}, "noise: -0.1 is below 0"),
+        ({"depth": 3}, "depth: patchflow has no such setting; it has channels"),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(setting, match):
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(ValueError, match=f"^{match}"):
         build_flow("patchflow", channels=CHANNELS, **{"adapted": 4} | setting)
 
 
-def test_an_unknown_flow_is_refused_with_those_that_there_are():
-    with pytest.raises(ValueError, match="there is no flow 'nice'; there are: csflow, dnfad, multiflow, patchflow"):
+def test_an_unknown_flow_is_refused_and_the_flows_are_named():
+    with pytest.raises(
+        ValueError,
+        match=r"^name: there is no flow 'nice'; there are csflow, dnfad, fusion, gaussian, multiflow, patchflow",
+    ):
         build_flow("nice", channels=CHANNELS)
 
 

@@ -1,6 +1,6 @@
-"""Fusion equals torch's own pooling and upsampling.
+"""Fusion equals torch's pooling and upsampling.
 
-Shapes: B pictures, C channels, D fused channels, A projected channels, H rows, W columns.
+Shapes: B images, C channels, D fused channels, A projected channels, H rows, W columns.
 """
 
 import pytest
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from defectflow.pyramid import Grid, fuse, fuse_projected, neighbourhood_mean
 
 
-def test_the_neighbourhood_mean_counts_what_lies_inside():
+def test_the_neighbourhood_mean_ignores_padding():
     map_BCHW = torch.arange(12.0).view(1, 1, 3, 4)
     mean_HW = neighbourhood_mean(map_BCHW, 3)[0, 0]
     for row in range(3):
@@ -34,14 +34,14 @@ def test_fusion_is_pooling_then_bilinear_upsampling_then_concatenation(sizes, st
     torch.testing.assert_close(fuse(maps, 3), expected_BDHW, atol=1e-5, rtol=1e-5)
     weight_AD, bias_A = torch.randn(4, expected_BDHW.shape[1], generator=generator), torch.randn(4, generator=generator)
     projected_BAHW = torch.einsum("ad,bdhw->bahw", weight_AD, expected_BDHW) + bias_A[:, None, None]
-    part_BAHW = projected_BAHW[:, :, offset[0] :: stride, offset[1] :: stride]
+    grid_BAHW = projected_BAHW[:, :, offset[0] :: stride, offset[1] :: stride]
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        laid = [each.to(memory_format=memory_format) for each in maps]
-        result = fuse_projected(laid, 3, weight_AD, bias_A, Grid(sizes[0], stride, offset))
-        torch.testing.assert_close(result, part_BAHW, atol=1e-5, rtol=1e-5)
+        formatted = [each.to(memory_format=memory_format) for each in maps]
+        result = fuse_projected(formatted, 3, weight_AD, bias_A, Grid(sizes[0], stride, offset))
+        torch.testing.assert_close(result, grid_BAHW, atol=1e-5, rtol=1e-5)
 
 
-def test_the_finest_map_may_stand_anywhere():
+def test_the_finest_map_may_have_any_index():
     coarse, fine = torch.randn(1, 2, 4, 4), torch.randn(1, 3, 8, 8)
     fused_BDHW = fuse([coarse, fine], 1)
     assert fused_BDHW.shape == (1, 5, 8, 8)

@@ -1,79 +1,96 @@
-"""A folder of pictures comes under DVC, follows its source, and is never replaced where somebody has worked on it."""
+"""Two datasets with a class of one name, run at once in a checkout that has a third; all are served."""
 
-import os
-import shutil
 import subprocess
-import sys
-from pathlib import Path
+import time
 
+import mlflow
 import pytest
+import requests
+from ruamel.yaml import YAML
 
-from sprue.errors import SprueError
-from sprue.workspace import track_dataset
-
-
-@pytest.fixture
-def workspace(tmp_path, environment, monkeypatch):
-    """An empty repository with DVC; the process stands in it."""
-    folder = tmp_path / "workspace"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    for command in (["git", "init", "--quiet"], [sys.executable, "-m", "dvc", "init", "--quiet"]):
-        subprocess.run(command, check=True, env=os.environ)
-    return folder
+NAMES = ("left", "right")
 
 
-def write(folder: Path, *names: str) -> Path:
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(name)
-    return folder
+@pytest.fixture(scope="module")
+def recipe(checkout, parameters, tmp_path_factory):
+    """A recipe file with quick settings, as ``sprue run --recipe`` takes it."""
+    folder = tmp_path_factory.mktemp("recipe")
+    parameters(folder / "params.yaml", {"calibration": {"alpha": 0.05}})
+    settings = YAML().load(folder / "params.yaml")["datasets"]["tiny"]
+    sections = ("features", "flow", "fit", "scoring")
+    YAML().dump({name: settings[name] for name in sections}, folder / "quick.yaml")
+    return folder / "quick.yaml"
 
 
-def files(folder: str) -> set[str]:
-    return {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
+@pytest.fixture(scope="module")
+def datasets(checkout, ray_head, images, recipe, tmp_path_factory):
+    """A checkout in which the pipelines of two datasets have run at the same time; their outputs."""
+    folder = tmp_path_factory.mktemp("datasets")
+    shared = checkout.copy(folder / "checkout")
+    before = (shared.folder / "params.yaml").read_text()
+    commands = {}
+    for name in NAMES:
+        source = images(folder / "sources" / name, classes=("brick",))
+        command = ("python", "-m", "sprue.cli", "run", str(source), "--name", name, "--recipe", str(recipe))
+        commands[name] = shared.start(*command, RAY_ADDRESS=ray_head.address)
+    said = {name: process.communicate(timeout=1000)[0] for name, process in commands.items()}
+    for name, process in commands.items():
+        assert process.returncode == 0, said[name]
+    return shared, said, before
 
 
-@pytest.mark.parametrize("place", ["elsewhere", "workspace/incoming"])
-def test_a_dataset_follows_its_source(workspace, tmp_path, place):
-    source = write(tmp_path / place, "bolt/train/good/1.png")
-    track_dataset(source, "bolts")
-    assert files("data/bolts") == {"bolt/train/good/1.png"}
-    write(source, "bolt/train/good/2.png")
-    track_dataset(source, "bolts")
-    assert files("data/bolts") == {"bolt/train/good/1.png", "bolt/train/good/2.png"}
-    # As in a clone, where only the .dvc file has come along.
-    shutil.rmtree("data/bolts")
-    track_dataset(source, "bolts")
-    assert files("data/bolts") == files(str(source))
+def test_both_have_run_and_neither_has_changed_the_other(datasets):
+    shared, said, before = datasets
+    params = YAML(typ="safe").load(shared.folder / "params.yaml")["datasets"]
+    assert list(params) == ["tiny", *sorted(NAMES, key=list(params).index)]
+    assert (shared.folder / "params.yaml").read_text().startswith(before.rstrip("\n"))
+    for name in NAMES:
+        assert f"store/{name}/evaluation/index.html" in said[name]
+        status = shared.dvc("status", *(f"{stage}@{name}" for stage in ("manifest", "features", "search", "fit")))
+        assert "up to date" in status
+    uri = f"sqlite:///{shared.folder}/store/mlflow/mlflow.db"
+    models = mlflow.MlflowClient(uri, uri).search_registered_models()
+    assert {model.name: model.aliases for model in models} == {f"{name}.brick": {"champion": 1} for name in NAMES}
 
 
-def test_what_was_changed_by_hand_is_not_replaced(workspace, tmp_path):
-    source = write(tmp_path / "elsewhere", "bolt/train/good/1.png")
-    track_dataset(source, "bolts")
-    write(Path("data/bolts"), "bolt/train/good/mine.png")
-    with pytest.raises(SprueError, match=r"data/bolts is a copy of .*elsewhere and has been changed"):
-        track_dataset(source, "bolts")
-    assert "bolt/train/good/mine.png" in files("data/bolts")
+def test_a_change_of_one_reruns_its_stages_alone(datasets):
+    shared, _, _ = datasets
+    shared.set_params({"fit": {"epochs": 3}}, dataset="left")
+    status = shared.dvc("status", *(f"search@{name}" for name in NAMES))
+    assert "search@left" in status and "search@right" not in status
+    shared.set_params({"fit": {"epochs": 2}}, dataset="left")
 
 
-def test_another_source_does_not_take_a_datasets_place(workspace, tmp_path):
-    track_dataset(write(tmp_path / "one", "bolt/train/good/1.png"), "bolts")
-    with pytest.raises(SprueError, match=r"data/bolts is there already and not from .*two; give another NAME="):
-        track_dataset(write(tmp_path / "two", "bolt/train/good/1.png"), "bolts")
+def test_both_are_served_by_their_full_names(datasets, ray_head, ports):
+    shared, _, _ = datasets
+    (port,) = ports(1)
+    image = next((shared.folder / "data/left/brick/test/spot").iterdir()).read_bytes()
+    url = f"http://127.0.0.1:{port}/v1/classes"
 
+    def score(name):
+        return requests.post(f"{url}/{name}/score", data=image, headers={"Content-Type": "image/png"}, timeout=60)
 
-def test_an_interrupted_import_is_named(workspace, tmp_path):
-    write(Path("data/bolts"), "bolt/train/good/1.png")
-    with pytest.raises(SprueError, match="data/bolts is there already"):
-        track_dataset(write(tmp_path / "one", "bolt/train/good/1.png"), "bolts")
-
-
-def test_a_folder_in_its_place_is_taken_as_it_is(workspace):
-    write(Path("data/bolts"), "bolt/train/good/1.png")
-    track_dataset(Path("data/bolts"), "bolts")
-    write(Path("data/bolts"), "bolt/train/good/2.png")
-    track_dataset(Path("data/bolts"), "bolts")
-    assert Path("data/bolts.dvc").is_file()
+    service = shared.start("python", "-m", "sprue.cli", "serve", "--port", str(port), RAY_ADDRESS=ray_head.address)
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and service.poll() is None:
+            try:
+                requests.get(url, timeout=5).raise_for_status()
+                break
+            except requests.RequestException:
+                time.sleep(0.5)
+        for name in NAMES:
+            answer = score(f"{name}.brick")
+            assert answer.ok, answer.text
+            assert answer.json()["dataset"] == name and answer.json()["class_name"] == "brick"
+            assert answer.json()["model"] == {"name": f"{name}.brick", "version": 1}
+        ambiguous = score("brick")
+        assert ambiguous.status_code == 409
+        assert "left.brick" in ambiguous.json()["error"]["message"]
+        assert "right.brick" in ambiguous.json()["error"]["message"]
+    finally:
+        service.send_signal(2)
+        try:
+            service.wait(30)
+        except subprocess.TimeoutExpired:
+            service.kill()

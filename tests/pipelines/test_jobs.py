@@ -1,5 +1,6 @@
 """Every stage as a Ray job: from a checkout to a head that runs elsewhere, with the data and the store shared."""
 
+import hashlib
 import json
 import subprocess
 import uuid
@@ -12,13 +13,6 @@ import s3fs
 STAGES = ("manifest", "features", "search", "fit", "evaluate", "register")
 CLASS_NAME = "brick"
 LEARNING_RATES = {"low": 0.0001, "high": 0.01, "log": True}
-OUTPUTS = {
-    "manifest": {"manifest"},
-    "features": {"features"},
-    "search": {"search"},
-    "fit": {"fits"},
-    "evaluate": {"detectors", "evaluation", "metrics", "plots"},
-}
 
 
 class Jobs:
@@ -55,36 +49,31 @@ class Jobs:
 
 @pytest.fixture
 def one_class(checkout, tmp_path):
-    """A folder with one class's pictures alone, outside of the checkout."""
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / CLASS_NAME).symlink_to(checkout.folder / "data/tiny" / CLASS_NAME)
-    return tmp_path / "pictures"
+    """A folder with one class's images alone, outside of the checkout."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / CLASS_NAME).symlink_to(checkout.folder / "data/tiny" / CLASS_NAME)
+    return tmp_path / "images"
 
 
 def check_store(read, commit):
-    """Receipts name what was read and written; each stage read what the one before it wrote."""
-    receipts = {stage: json.loads(read(f"receipts/{stage}.json")) for stage in OUTPUTS}
-    for stage, receipt in receipts.items():
-        assert receipt["stage"] == stage
-        assert receipt["commit"] == commit
-        assert set(receipt["outputs"]) == OUTPUTS[stage]
-        assert all(len(digest) == 64 for digest in [*receipt["inputs"].values(), *receipt["outputs"].values()])
-    assert receipts["features"]["inputs"]["manifest"] == receipts["manifest"]["outputs"]["manifest"]
-    assert receipts["evaluate"]["inputs"]["features"] == receipts["features"]["outputs"]["features"]
-    assert receipts["evaluate"]["inputs"]["fits"] == receipts["fit"]["outputs"]["fits"]
-    assert json.loads(read(f"metrics/{CLASS_NAME}.json"))["image_auroc"] > 0.5
+    """The fit is of the plan; the evaluation is complete."""
+    plan, fit = json.loads(read(f"plan/{CLASS_NAME}.json")), json.loads(read(f"fits/{CLASS_NAME}/fit.json"))
+    assert fit["spec"] == plan
+    assert fit["commit"] == commit
+    assert plan["manifest"] == hashlib.sha256(read("manifest.parquet")).hexdigest()
+    assert json.loads(read(f"metrics/{CLASS_NAME}.json"))["sample_auroc"] > 0.5
     assert read(f"evaluation/{CLASS_NAME}/heatmaps.png").startswith(b"\x89PNG")
 
 
 def champion(tracking_uri):
     """The registered version that is served."""
-    return mlflow.MlflowClient(tracking_uri, tracking_uri).get_model_version_by_alias(CLASS_NAME, "champion")
+    return mlflow.MlflowClient(tracking_uri, tracking_uri).get_model_version_by_alias(f"tiny.{CLASS_NAME}", "champion")
 
 
 def check_search(said, version, tracking_uri, artifacts):
     """The champion is the search's best trial, with its curves, below the search's run."""
     assert "trial  3 of 3" in said["search"]
-    assert "finds drawn defects with an AUROC of" in said["search"]
+    assert "the best of 3 trials, by synthetic defects" in said["search"]
     assert "is kept as the search fitted it" in said["fit"]
     assert "0 of 1 classes are to be fitted" in said["fit"]
     client = mlflow.MlflowClient(tracking_uri, tracking_uri)
@@ -104,9 +93,9 @@ def check_search(said, version, tracking_uri, artifacts):
 def test_stages_run_as_jobs_on_a_shared_folder(checkout, ray_head, one_class, tmp_path):
     store = tmp_path / "store"
     said = Jobs(checkout, ray_head).run(("manifest", "features"), one_class, store)
-    assert "38 extracted, 0 were there" in said["features"]
-    receipts = {stage: json.loads((store / f"tiny/receipts/{stage}.json").read_text()) for stage in said}
-    assert receipts["features"]["inputs"]["manifest"] == receipts["manifest"]["outputs"]["manifest"]
+    assert "38 extracted, 0 were stored already" in said["features"]
+    assert (store / "tiny/manifest.parquet").is_file()
+    assert (store / "tiny/features/spec.json").is_file()
 
 
 def test_stages_run_as_jobs_on_an_object_store(checkout, ray_head, object_store, bucket, parameters, tmp_path):
@@ -120,11 +109,11 @@ def test_stages_run_as_jobs_on_an_object_store(checkout, ray_head, object_store,
         secret=object_store["AWS_SECRET_ACCESS_KEY"],
         use_listings_cache=False,
     )
-    remote.put(str(checkout.folder / "data/tiny" / CLASS_NAME), f"{bucket}/pictures/", recursive=True)
+    remote.put(str(checkout.folder / "data/tiny" / CLASS_NAME), f"{bucket}/images/", recursive=True)
     tracking_uri = f"sqlite:///{tmp_path}/mlflow.db"
     jobs = Jobs(checkout, ray_head, SPRUE_COMMIT=commit, MLFLOW_TRACKING_URI=tracking_uri)
-    said = jobs.run(STAGES, f"s3://{bucket}/pictures", f"s3://{bucket}/store", "searched.yaml")
-    assert "38 extracted, 0 were there" in said["features"]
+    said = jobs.run(STAGES, f"s3://{bucket}/images", f"s3://{bucket}/store", "searched.yaml")
+    assert "38 extracted, 0 were stored already" in said["features"]
     check_store(lambda name: remote.cat_file(f"{bucket}/store/tiny/{name}"), commit)
     version = champion(tracking_uri)
     assert version.tags["sprue.commit"] == commit
@@ -136,7 +125,7 @@ def test_a_job_that_fails_says_why(checkout, ray_head, tmp_path):
         "python", "pipelines/features.py", "--data", str(tmp_path), "--store", str(tmp_path / "store")
     )
     assert status == "FAILED"
-    assert f"sprue features: There is no manifest at {tmp_path}/store/tiny/manifest.parquet: run the manifest" in said
+    assert f"sprue features: there is no manifest at {tmp_path}/store/tiny/manifest.parquet; run the manifest" in said
     assert "Traceback" not in said
 
 

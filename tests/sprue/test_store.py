@@ -50,9 +50,9 @@ def test_what_is_written_is_read_and_nothing_else_is_left(store):
     write_json(path, {"second": [1, 2], "first": "ü"})
     write_json(path, {"first": "ü", "second": [1, 2]})
     assert read_json(path, made_by="fit") == {"first": "ü", "second": [1, 2]}
-    again = store / "a" / "c.json"
-    write_json(again, {"first": "ü", "second": [1, 2]})
-    assert path.read_bytes() == again.read_bytes()
+    second = store / "a" / "c.json"
+    write_json(second, {"first": "ü", "second": [1, 2]})
+    assert path.read_bytes() == second.read_bytes()
     assert set(files(store)) == {"a/b.json", "a/c.json"}
 
 
@@ -61,7 +61,7 @@ def test_a_missing_file_names_the_stage_that_writes_it(store):
         read_json(store / "nothing.json", made_by="fit")
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+def test_a_write_that_fails_keeps_the_old_file_and_leaves_no_other(tmp_path, monkeypatch):
     path = location(str(tmp_path / "file"))
     write_bytes(path, b"old")
 
@@ -80,13 +80,13 @@ def test_a_digest_is_that_of_names_and_contents(store):
     write_bytes(store / "y" / "sub" / "b", b"2")
     write_bytes(store / "y" / "a", b"1")
     assert digest(store / "x" / "a") == hashlib.sha256(b"1").hexdigest()
-    whole = digest(store / "x")
-    assert whole == digest(store / "y")
+    folder = digest(store / "x")
+    assert folder == digest(store / "y")
     write_bytes(store / "y" / "a", b"3")
-    assert digest(store / "y") != whole
+    assert digest(store / "y") != folder
     write_bytes(store / "z" / "a2", b"1")
     write_bytes(store / "z" / "sub" / "b", b"2")
-    assert digest(store / "z") != whole
+    assert digest(store / "z") != folder
     with pytest.raises(SprueError, match="there is nothing at"):
         digest(store / "missing")
 
@@ -98,7 +98,7 @@ def test_a_digest_is_the_same_here_and_in_an_object_store(s3_bucket, tmp_path):
     assert digest(remote) == digest(location(str(source)))
 
 
-def test_a_folder_takes_the_place_of_what_was_there(store, tmp_path):
+def test_a_folder_replaces_what_was_there(store, tmp_path):
     target = store / "detectors" / "brick"
     replace_folder(tree(tmp_path / "one", {"a": "1", "sub/b": "2", "gone/c": "3"}), target)
     assert files(target) == {"a": b"1", "sub/b": b"2", "gone/c": b"3"}

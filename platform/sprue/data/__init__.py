@@ -1,1 +1,1 @@
-"""From folders of pictures to a manifest: layouts, splits, drawn defects and the embedded textures."""
+"""From folders of images to a manifest: layouts, samples, splits and synthetic defects."""

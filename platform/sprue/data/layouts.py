@@ -1,37 +1,38 @@
-"""Layouts: what a dataset's folder convention says about each picture.
+"""Layouts: folder conventions that say each image's class, split, defect, sample and view.
 
-A layout lists files and reads none of them; digests, damage and splits are the manifest's.
+A layout lists files without reading them.
 """
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Protocol
+from typing import ClassVar
 
 from upath import UPath
 
+from sprue.config import LayoutName
 from sprue.data.splits import TEST, TRAIN
 from sprue.errors import SprueError
 
 GOOD = "good"
+"""The defect type of images without a defect."""
 
-# Class names become URLs, names of registered models and folders.
 _CLASS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 @dataclass(frozen=True)
-class PictureRecord:
-    """What a layout knows of one picture.
+class ImageRecord:
+    """One image, as its path describes it.
 
-    Args:
+    Attributes:
         class_name: The product class.
-        split: ``train`` or ``test``; the manifest divides the former further.
+        split: ``train`` or ``test``; the manifest divides the training images further.
         defect_type: ``good`` or the name of the defect.
-        sample_id: The part that the picture shows; views of one part share it. Unique in the dataset.
+        sample_id: The sample that the image belongs to; its views share it. Unique in the dataset.
         view: Name of the view, empty where samples have one view.
         path: Path relative to the root, with forward slashes.
-        mask_path: Path of the ground truth relative to the root, empty if there is none.
+        mask_path: Path of the ground truth, likewise; empty if there is none.
     """
 
     class_name: str
@@ -44,34 +45,11 @@ class PictureRecord:
 
 
 @dataclass(frozen=True, order=True)
-class LeftOut:
-    """A file that takes no part, and why.
-
-    Args:
-        path: Path relative to the root, with forward slashes.
-        reason: Ready to be printed behind the path.
-    """
+class SkippedFile:
+    """A file, or a sample's folder, that the manifest excludes, by its path relative to the root; and why."""
 
     path: str
     reason: str
-
-
-class Layout(Protocol):
-    """Reads one folder convention."""
-
-    def read(self, root: UPath) -> tuple[list[PictureRecord], list[LeftOut]]:
-        """Lists the pictures under ``root``.
-
-        Args:
-            root: Folder of the dataset, local or remote.
-
-        Returns:
-            One record per picture file, and the files that are none of the dataset's pictures.
-
-        Raises:
-            SprueError: The folders do not follow the convention.
-        """
-        ...
 
 
 class MVTecLayout:
@@ -81,123 +59,135 @@ class MVTecLayout:
     (or ``<stem>.png``); ``test`` and ``ground_truth`` are optional.
     """
 
-    def read(self, root: UPath) -> tuple[list[PictureRecord], list[LeftOut]]:
-        """Lists the pictures under ``root``; see `Layout.read`."""
-        names = _class_names(root)
-        empty = [name for name in names if not _files(root, f"{name}/train/{GOOD}", [])]
-        if empty:
-            raise SprueError(
-                f"No pictures in train/good of class {', '.join(empty)} under {root}: put its good pictures there, or "
-                "set manifest.layout to mvtec-views if it holds a folder of views for each sample."
-            )
-        return _read_classes(root, names, of_views=False)
+    of_views: ClassVar[bool] = False
+    advice: ClassVar[str] = (
+        "put its good images there, or set manifest.layout to mvtec-views if it holds a folder of views for each sample"
+    )
+
+    def read(self, root: UPath) -> tuple[list[ImageRecord], list[SkippedFile]]:
+        """A record for each image file under a root, local or remote, and the skipped files.
+
+        Raises:
+            SprueError: If the folders do not follow the convention, or no class has good training images.
+        """
+        names, empty = _class_names(root), self.empty_classes(root)
+        if len(empty) == len(names):
+            what = "samples" if self.of_views else "images"
+            raise SprueError(f"no {what} in train/good of class {', '.join(empty)} under {root}: {self.advice}")
+        names = [name for name in names if name not in empty]
+        return _read_classes(root, names, self.of_views)
+
+    def empty_classes(self, root: UPath) -> dict[str, str]:
+        """For each class without any file in its folder of good training images: what to do; `read` leaves it out.
+
+        Raises:
+            SprueError: If the folders do not follow the convention.
+        """
+        samples, what = (_visible_folders, "samples") if self.of_views else (_files, "images")
+        return {
+            name: f"class {name!r} has no {what} in {name}/train/{GOOD}: {self.advice}"
+            for name in _class_names(root)
+            if not samples(root, f"{name}/train/{GOOD}")
+        }
 
 
-class MVTecViewsLayout:
-    """MVTec AD's layout with a folder of views in the place of each picture.
+class MVTecViewsLayout(MVTecLayout):
+    """MVTec AD's layout with a folder of views instead of each image.
 
     ``<class>/train/good/<sample>/<view>.png``, ``<class>/test/<defect>/<sample>/<view>.png`` and
     ``<class>/ground_truth/<defect>/<sample>/<view>_mask.png`` (or ``<view>.png``); ``test`` and ``ground_truth`` are
-    optional. A view is called by its file's stem, the same in all samples of a class, and a class's views are in the
-    order of their names: where one view sees most, as the one from the top does, give it the first name.
+    optional. A view's name is its file's stem, the same in all samples of a class. A class's views are sorted by name;
+    give the view that sees most, such as the one from the top, the first name.
 
-    Not every view shows a sample's defect, and one that does not needs no mask: where a defective sample has a mask
-    for any of its views, a view without one shows no defect, and is a good picture. A defective sample without any
-    mask has no ground truth, and none of its pictures counts as good or as defective.
+    A view that does not show its sample's defect needs no mask: if any view of a defective sample has a mask, the
+    views without one are good images. A defective sample without any mask has no ground truth: its images count
+    neither as good nor as defective.
     """
 
-    def read(self, root: UPath) -> tuple[list[PictureRecord], list[LeftOut]]:
-        """Lists the pictures under ``root``; see `Layout.read`."""
-        names = _class_names(root)
-        empty = [name for name in names if not _visible_folders(root, f"{name}/train/{GOOD}")]
-        if empty:
-            raise SprueError(
-                f"No samples in train/good of class {', '.join(empty)} under {root}: put a folder of views there for "
-                "each, or set manifest.layout to mvtec if it holds the pictures themselves."
-            )
-        return _read_classes(root, names, of_views=True)
+    of_views = True
+    advice = "put a folder of views there for each, or set manifest.layout to mvtec if it holds the images themselves"
 
 
-LAYOUTS: dict[str, Layout] = {"mvtec": MVTecLayout(), "mvtec-views": MVTecViewsLayout()}
+LAYOUTS: dict[LayoutName, MVTecLayout] = {"mvtec": MVTecLayout(), "mvtec-views": MVTecViewsLayout()}
 
 
 def _class_names(root: UPath) -> list[str]:
-    """Names of the class folders, sorted; raises SprueError unless all of them can be trained on."""
+    """Names of the class folders, sorted; raises SprueError if one can't be trained on."""
     if not root.is_dir():
-        raise SprueError(f"The dataset {root} is not a folder: give a folder that holds <class>/train/good.")
+        raise SprueError(f"the dataset {root} is not a folder: give a folder that holds <class>/train/good")
     if (root / "train" / GOOD).is_dir():
         raise SprueError(
-            f"The dataset {root} seems to be a class folder itself, as it holds train/good: "
-            f"give its parent, {root.parent}."
+            f"the dataset {root} seems to be a class folder itself, as it holds train/good: "
+            f"give its parent, {root.parent}"
         )
     names = [name for name in _folders(root) if not name.startswith(".")]
     if not names:
-        raise SprueError(f"The dataset {root} holds no class folder: put good pictures into {root}/<class>/train/good.")
+        raise SprueError(f"the dataset {root} holds no class folder: put good images into {root}/<class>/train/good")
     invalid = [repr(name) for name in names if not _CLASS_NAME.fullmatch(name)]
     if invalid:
         raise SprueError(
-            f"Class names become URLs and model names: rename {', '.join(invalid)} under {root}, "
-            "using letters, digits, '_', '.' and '-', with a letter or digit first."
+            f"class names become URLs and model names: rename {', '.join(invalid)} under {root}, "
+            "using letters, digits, '_' and '-', with a letter or digit first"
         )
     untrained = [name for name in names if not (root / name / "train" / GOOD).is_dir()]
     if untrained:
         raise SprueError(
-            f"No train/good folder in class {', '.join(untrained)} under {root}: put its good pictures there, or move "
-            "the folder out of the dataset if it is no class."
+            f"no train/good folder in class {', '.join(untrained)} under {root}: put its good images there, or move "
+            "the folder out of the dataset if it is no class"
         )
     return names
 
 
-def _read_classes(root: UPath, names: list[str], of_views: bool) -> tuple[list[PictureRecord], list[LeftOut]]:
-    records: list[PictureRecord] = []
-    left_out: list[LeftOut] = []
+def _read_classes(root: UPath, names: list[str], of_views: bool) -> tuple[list[ImageRecord], list[SkippedFile]]:
+    records: list[ImageRecord] = []
+    skipped: list[SkippedFile] = []
     for class_name in names:
-        masks = _masks(root, class_name, of_views, left_out)
-        pictures = _read_class(root, class_name, of_views, masks, left_out)
-        used = {record.mask_path for record in pictures}
-        left_out += [
-            LeftOut(path, "ground truth without a test picture of its name")
+        masks = _masks(root, class_name, of_views, skipped)
+        images = _read_class(root, class_name, of_views, masks, skipped)
+        used = {record.mask_path for record in images}
+        skipped += [
+            SkippedFile(path, "ground truth without a test image of its name")
             for of_stem in masks.values()
             for path in of_stem.values()
             if path not in used
         ]
-        records += pictures
-    return records, left_out
+        records += images
+    return records, skipped
 
 
 def _read_class(
-    root: UPath, class_name: str, of_views: bool, masks: dict[str, dict[str, str]], left_out: list[LeftOut]
-) -> list[PictureRecord]:
+    root: UPath, class_name: str, of_views: bool, masks: dict[str, dict[str, str]], skipped: list[SkippedFile]
+) -> list[ImageRecord]:
     records = []
-    for split, defect_type in [(TRAIN, GOOD)] + [
-        (TEST, defect) for defect in _visible_folders(root, f"{class_name}/test")
-    ]:
-        for group in _groups(root, f"{class_name}/{split}", defect_type, of_views, left_out):
+    defect_types = [(TEST, defect_type) for defect_type in _visible_folders(root, f"{class_name}/test")]
+    for split, defect_type in [(TRAIN, GOOD), *defect_types]:
+        for group in _groups(root, f"{class_name}/{split}", defect_type, of_views, skipped):
             folder = f"{class_name}/{split}/{group}"
-            for stem, path in _by_stem(root, folder, of_views, "view", left_out):
-                mask_path = _mask_of(path, masks.get(group, {})) if split == TEST else ""
+            of_stem = masks.get(group, {}) if split == TEST else {}
+            for stem, path in _by_stem(root, folder, of_views, "view", skipped):
+                mask_path = of_stem.get(f"{stem}_mask") or of_stem.get(stem, "")
                 sample_id, view = (folder, stem) if of_views else (path, "")
-                records.append(PictureRecord(class_name, split, defect_type, sample_id, view, path, mask_path))
-    left_out += [
-        LeftOut(f"{class_name}/train/{folder}", "not read: only train/good is trained on")
+                records.append(ImageRecord(class_name, split, defect_type, sample_id, view, path, mask_path))
+    skipped += [
+        SkippedFile(f"{class_name}/train/{folder}", "not read: only train/good is trained on")
         for folder in _folders(root / class_name / "train")
         if folder != GOOD
     ]
     return records
 
 
-def _masks(root: UPath, class_name: str, of_views: bool, left_out: list[LeftOut]) -> dict[str, dict[str, str]]:
-    """Path of each mask by the folder of its picture below ``test``, and its own stem."""
+def _masks(root: UPath, class_name: str, of_views: bool, skipped: list[SkippedFile]) -> dict[str, dict[str, str]]:
+    """Paths of the masks, by their images' folder below ``test`` and their own stem."""
     parent = f"{class_name}/ground_truth"
     return {
-        group: dict(_by_stem(root, f"{parent}/{group}", True, "mask", left_out))
+        group: dict(_by_stem(root, f"{parent}/{group}", True, "mask", skipped))
         for defect_type in _visible_folders(root, parent)
-        for group in _groups(root, parent, defect_type, of_views, left_out)
+        for group in _groups(root, parent, defect_type, of_views, skipped)
     }
 
 
-def _groups(root: UPath, parent: str, defect_type: str, of_views: bool, left_out: list[LeftOut]) -> list[str]:
-    """The folders of one defect type that hold files, relative to ``parent``: itself, or one for each sample."""
+def _groups(root: UPath, parent: str, defect_type: str, of_views: bool, skipped: list[SkippedFile]) -> list[str]:
+    """The folders of one defect type that hold files, relative to ``parent``: its own, or one for each sample."""
     if not of_views:
         return [defect_type]
     groups = []
@@ -206,38 +196,37 @@ def _groups(root: UPath, parent: str, defect_type: str, of_views: bool, left_out
             groups.append(f"{defect_type}/{child.name}")
         else:
             reason = "hidden" if child.name.startswith(".") else "a file among the samples' folders"
-            left_out.append(LeftOut(_printable(f"{parent}/{defect_type}/{child.name}"), reason))
+            skipped.append(SkippedFile(_printable(f"{parent}/{defect_type}/{child.name}"), reason))
     return groups
 
 
-def _by_stem(root: UPath, folder: str, unique: bool, what: str, left_out: list[LeftOut]) -> Iterator[tuple[str, str]]:
-    """Stem and path of a folder's files; where stems are to be unique, the second of one goes to ``left_out``."""
+def _by_stem(
+    root: UPath, folder: str, unique: bool, what: str, skipped: list[SkippedFile]
+) -> Iterator[tuple[str, str]]:
+    """Stem and path of a folder's files; if stems must be unique, further files of a stem go to ``skipped``."""
     first_of: dict[str, str] = {}
-    for path in _files(root, folder, left_out):
-        first = first_of.setdefault(_stem(path), path)
+    for path in _files(root, folder, skipped):
+        stem = PurePosixPath(path).stem
+        first = first_of.setdefault(stem, path)
         if unique and first != path:
-            left_out.append(LeftOut(path, f"{first} is the {what} of this name already"))
+            skipped.append(SkippedFile(path, f"{first} is already the {what} of this name"))
         else:
-            yield _stem(path), path
+            yield stem, path
 
 
-def _mask_of(path: str, mask_of_stem: dict[str, str]) -> str:
-    stem = _stem(path)
-    return mask_of_stem.get(f"{stem}_mask") or mask_of_stem.get(stem, "")
-
-
-def _files(root: UPath, folder: str, left_out: list[LeftOut]) -> list[str]:
-    """Files of a folder, sorted; hidden files and folders in it go to ``left_out``."""
+def _files(root: UPath, folder: str, skipped: list[SkippedFile] | None = None) -> list[str]:
+    """Files of a folder, sorted; hidden files and folders in it go to ``skipped``."""
     files = []
+    skipped = [] if skipped is None else skipped
     for child in _children(root / folder):
         path = f"{folder}/{child.name}"
         printable = _printable(path)
         if child.name.startswith("."):
-            left_out.append(LeftOut(path, "hidden"))
+            skipped.append(SkippedFile(path, "hidden"))
         elif child.is_dir():
-            left_out.append(LeftOut(path, "a folder among the pictures"))
+            skipped.append(SkippedFile(path, "a folder among the images"))
         elif path != printable:
-            left_out.append(LeftOut(printable, "its name is not UTF-8"))
+            skipped.append(SkippedFile(printable, "its name is not UTF-8"))
         else:
             files.append(path)
     return files
@@ -257,7 +246,3 @@ def _children(folder: UPath) -> list[UPath]:
 
 def _printable(path: str) -> str:
     return path.encode(errors="backslashreplace").decode()
-
-
-def _stem(path: str) -> str:
-    return PurePosixPath(path).stem

@@ -1,6 +1,6 @@
-"""Samples: the views of one part, in one order, with none missing.
+"""Samples: one part in one image or in several views.
 
-A sample's views are the pictures that share its sample_id; a single-view sample is one picture, of the view "".
+A sample's images share its sample_id. A sample of one image has one view, with the name "".
 """
 
 from collections import Counter, defaultdict
@@ -8,55 +8,49 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from sprue.data.layouts import LeftOut, PictureRecord
+from sprue.data.layouts import ImageRecord, SkippedFile
 from sprue.errors import SprueError
 
 Sample = tuple[str, ...]
-"""Digests of a sample's pictures, in the order of its class's views."""
+"""Digests of a sample's images, in the order of the views."""
 
 
-def complete_samples(records: Sequence[PictureRecord]) -> tuple[list[PictureRecord], list[LeftOut]]:
-    """Takes samples that lack a view of their class out, and pictures of views that are not the class's.
+def complete_samples(records: Sequence[ImageRecord]) -> tuple[list[ImageRecord], list[SkippedFile]]:
+    """Skips samples that lack a view of their class, and images of other views.
 
-    A class's views are those that at least half of its samples have, so that a stray file spoils no more than
-    itself.
-
-    Args:
-        records: The usable pictures.
-
-    Returns:
-        The pictures of whole samples, and what is left out.
+    A class's views are those that at least half of its samples have, so that a stray file is skipped alone. Returns the
+    images of complete samples, and the skipped samples and images.
 
     Raises:
-        SprueError: A class has no such view.
+        SprueError: If a class has no such view.
     """
-    samples: dict[str, dict[str, list[PictureRecord]]] = defaultdict(lambda: defaultdict(list))
+    samples: dict[str, dict[str, list[ImageRecord]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         samples[record.class_name][record.sample_id].append(record)
-    kept: list[PictureRecord] = []
-    left_out: list[LeftOut] = []
+    kept: list[ImageRecord] = []
+    skipped: list[SkippedFile] = []
     for class_name, of_class in samples.items():
         views = _views(class_name, list(of_class.values()))
-        for sample_id, pictures in of_class.items():
-            missing = sorted(views - {picture.view for picture in pictures})
+        for sample_id, images in of_class.items():
+            missing = sorted(views - {image.view for image in images})
             if missing:
-                left_out.append(LeftOut(sample_id, f"the sample has no usable picture of view {', '.join(missing)}"))
+                skipped.append(SkippedFile(sample_id, f"the sample has no usable image of view {', '.join(missing)}"))
                 continue
-            kept += [picture for picture in pictures if picture.view in views]
-            left_out += [
-                LeftOut(picture.path, "a view that most samples of its class do not have")
-                for picture in pictures
-                if picture.view not in views
+            kept += [image for image in images if image.view in views]
+            skipped += [
+                SkippedFile(image.path, "a view that most samples of its class do not have")
+                for image in images
+                if image.view not in views
             ]
-    return kept, left_out
+    return kept, skipped
 
 
-def _views(class_name: str, samples: list[list[PictureRecord]]) -> set[str]:
-    counts = Counter(picture.view for pictures in samples for picture in pictures)
+def _views(class_name: str, samples: list[list[ImageRecord]]) -> set[str]:
+    counts = Counter(image.view for images in samples for image in images)
     views = {view for view, count in counts.items() if 2 * count >= len(samples)}
     if not views:
         raise SprueError(
-            f"class {class_name!r}: no view is found in half of its {len(samples)} samples: give the pictures of one "
+            f"class {class_name!r}: no view is found in half of its {len(samples)} samples: give the images of one "
             f"view the same name in all samples' folders; there are {', '.join(sorted(counts)[:3])} ..."
         )
     return views
@@ -73,5 +67,5 @@ def samples_of(rows: pd.DataFrame) -> tuple[Sample, ...]:
 
 
 def views_of(rows: pd.DataFrame) -> tuple[str, ...]:
-    """Names of the views of one class's manifest rows, in their order; one empty name for single-view samples."""
+    """Names of the views of one class's manifest rows, in order; ``("",)`` for samples of one image."""
     return tuple(rows["view"].unique())

@@ -1,116 +1,143 @@
-"""Which good training pictures calibrate, validate and train.
+"""Splits the good training samples into calibration, validation and training.
 
-The pictures of a class are ranked by a seeded digest of their content: the first go to calibration, the
-next to validation, the rest to training. A rank depends on the picture alone, so adding pictures moves
-only those near the two borders, and identical pictures always share a split.
+The samples of a class are ranked by a seeded digest of their content: the first are for calibration, the next for
+validation, the rest for training. A rank depends on the sample alone. So added samples move only those near the two
+borders, and identical samples always share a split.
+
+A class with too few samples for the fractions and the wanted false-alarm rate is still split, down to `FEWEST` samples:
+fewer calibrate, and the rate that its detector can promise is higher; see `lowest_alpha`.
 """
 
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 
+from sprue.config import CalibrationSettings, ManifestSettings
 from sprue.errors import SprueError
-from sprue.inference.calibration import pictures_needed
+from sprue.inference.calibration import calibration_samples_needed
 
 TRAIN, CALIBRATION, VALIDATION, TEST = "train", "calibration", "validation", "test"
-SPLITS = (TRAIN, CALIBRATION, VALIDATION, TEST)
 
 MINIMUM_VALIDATION = 1
 MINIMUM_TRAIN = 8
+FEWEST = 12
+"""Distinct good samples without which a class is refused: 8 to train on, 1 to validate and 3 to calibrate, which can
+promise a false-alarm rate of 25 %."""
 
 
-@dataclass(frozen=True)
-class SplitConfig:
-    """How the good training pictures of a class are divided.
+def split_counts(settings: ManifestSettings, total: int, least_calibration: int) -> tuple[int, int, int]:
+    """Numbers of calibration, validation and training samples out of ``total``.
 
-    Args:
-        seed: Another seed gives another division.
-        calibration: Fraction of the good pictures that turn scores into p-values.
-        validation: Fraction held out for early stopping and search.
+    Calibration may get more than its fraction, because small classes still need ``least_calibration`` samples.
 
-    Raises:
-        SprueError: A value is out of range.
+    >>> split_counts(ManifestSettings(), 100, least_calibration=19)
+    (19, 15, 66)
+    >>> split_counts(ManifestSettings(), 30, least_calibration=19)
+    (19, 3, 8)
     """
+    calibration = max(math.ceil(_decimal(settings.calibration) * total), least_calibration)
+    spare = total - calibration - MINIMUM_TRAIN
+    validation = max(MINIMUM_VALIDATION, min(round(_decimal(settings.validation) * total), spare))
+    return calibration, validation, total - calibration - validation
 
-    seed: int = 0
-    calibration: float = 0.05
-    validation: float = 0.05
 
-    def __post_init__(self) -> None:
-        for field in ("calibration", "validation"):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-                raise SprueError(f"{field} is {value!r}: give a number between 0 and 1, both excluded.")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise SprueError(f"seed is {self.seed!r}: give a whole number.")
-        if self.calibration + self.validation >= 1:
-            raise SprueError(
-                f"calibration ({self.calibration}) and validation ({self.validation}) leave no picture to train on: "
-                "their sum must be below 1."
-            )
+def minimum_total(settings: ManifestSettings, least_calibration: int) -> int:
+    """The fewest distinct good samples that can be split.
 
-    def counts(self, total: int, least_calibration: int) -> tuple[int, int, int]:
-        """Pictures for calibration, validation and training out of ``total``.
+    >>> minimum_total(ManifestSettings(), least_calibration=19)
+    28
+    """
+    total = least_calibration + MINIMUM_VALIDATION + MINIMUM_TRAIN
+    while split_counts(settings, total, least_calibration)[2] < MINIMUM_TRAIN:
+        total += 1
+    return total
 
-        Small classes give calibration more than its fraction, if the false-alarm rate needs it.
 
-        >>> SplitConfig().counts(100, least_calibration=19), SplitConfig().counts(60, least_calibration=19)
-        ((19, 5, 76), (19, 3, 38))
-        """
-        calibration = max(math.ceil(_decimal(self.calibration) * total), least_calibration)
-        validation = max(MINIMUM_VALIDATION, round(_decimal(self.validation) * total))
-        return calibration, validation, total - calibration - validation
+def few_counts(settings: ManifestSettings, total: int, least_calibration: int) -> tuple[int, int, int]:
+    """Numbers of calibration, validation and training samples where ``total`` is below `minimum_total`.
 
-    def minimum_total(self, least_calibration: int) -> int:
-        """Fewest distinct good pictures that a class can be divided with.
+    One sample validates. Half of the others calibrate, but no more than `split_counts` would take, and no more than
+    leave `MINIMUM_TRAIN` to train on.
 
-        >>> SplitConfig().minimum_total(least_calibration=19)
-        28
-        """
-        total = least_calibration + MINIMUM_VALIDATION + MINIMUM_TRAIN
-        while self.counts(total, least_calibration)[2] < MINIMUM_TRAIN:
-            total += 1
-        return total
+    >>> few_counts(ManifestSettings(), 20, least_calibration=19), few_counts(ManifestSettings(), 12, 19)
+    ((9, 1, 10), (3, 1, 8))
+    """
+    others = total - MINIMUM_VALIDATION
+    wanted, _, _ = split_counts(settings, total, least_calibration)
+    calibration = min(wanted, others // 2, others - MINIMUM_TRAIN)
+    return calibration, MINIMUM_VALIDATION, others - calibration
+
+
+def lowest_alpha(settings: CalibrationSettings, calibration: int) -> float:
+    """The false-alarm rate of a class: ``alpha``, or the lowest that its number of calibration samples can promise.
+
+    A conformal p-value of n calibration samples is at least ``1 / (n + 1)``. The conditional guarantee needs
+    ``1 - (1 - alpha) ** n >= confidence``, too; see `calibration_samples_needed`. That rate is rounded up.
+
+    >>> lowest_alpha(CalibrationSettings(), calibration=19), lowest_alpha(CalibrationSettings(), calibration=9)
+    (0.05, 0.1)
+    >>> lowest_alpha(CalibrationSettings(guarantee="conditional"), calibration=9)
+    0.28313
+    """
+    if calibration >= _least(settings):
+        return settings.alpha
+    marginal = 1 / (calibration + 1)
+    if settings.guarantee == "marginal":
+        return marginal
+    return max(marginal, math.ceil(1e5 * (1 - (1 - settings.confidence) ** (1 / calibration))) / 1e5)
 
 
 def assign_splits(
-    class_name: str, digests: Sequence[str], config: SplitConfig, alpha: float, what: str = "pictures"
+    class_name: str,
+    digests: Sequence[str],
+    settings: ManifestSettings,
+    calibration: CalibrationSettings,
+    what: str = "images",
 ) -> list[str]:
-    """Assigns each good training sample of one class to calibration, validation or training.
+    """The split of each good training sample of one class: calibration, validation or train.
 
-    Args:
-        class_name: Named in the error.
-        digests: Hexadecimal digest of each sample's content; equal digests share a split.
-        config: Fractions and seed.
-        alpha: The false-alarm rate that the calibration has to be able to express.
-        what: What the error calls them.
-
-    Returns:
-        A split's name per sample, in the order given.
+    Samples are given by the hexadecimal digests of their contents; equal digests share a split. The guarantee of the
+    calibration asks for a minimum of calibration samples; a class that lacks them gets fewer, see `few_counts`. The
+    error calls the samples `what`.
 
     Raises:
-        SprueError: Too few distinct samples for the fractions and alpha.
+        SprueError: If there are too few distinct samples for any detector.
 
-    >>> splits = assign_splits("brick", [str(number) for number in range(100)], SplitConfig(), alpha=0.05)
+    >>> digests = [str(number) for number in range(100)]
+    >>> splits = assign_splits("brick", digests, ManifestSettings(), CalibrationSettings())
     >>> {name: splits.count(name) for name in ("train", "calibration", "validation")}
-    {'train': 76, 'calibration': 19, 'validation': 5}
+    {'train': 66, 'calibration': 19, 'validation': 15}
     """
-    distinct = sorted(set(digests), key=lambda digest: (_rank_key(config.seed, digest), digest))
-    least = pictures_needed(alpha)
-    needed = config.minimum_total(least)
-    if len(distinct) < needed:
+    distinct = sorted(set(digests), key=lambda digest: (_rank_key(settings.seed, digest), digest))
+    least = _least(calibration)
+    needed = minimum_total(settings, least)
+    if len(distinct) < min(needed, FEWEST):
         duplicates = f" ({len(distinct)} of them distinct)" if len(distinct) < len(digests) else ""
+        enough = f", and {needed} for {promise(calibration)}" if needed > FEWEST else ""
         raise SprueError(
-            f"class {class_name!r} has {len(digests)} good training {what}{duplicates}, but {needed} distinct ones "
-            f"are needed: at least {least} for calibration at alpha={alpha}, {MINIMUM_TRAIN} to train on and the "
-            f"validation fraction of {config.validation}. Add good {what}, or raise alpha."
+            f"class {class_name!r} has {len(digests)} good training {what}{duplicates}, but at least "
+            f"{min(needed, FEWEST)} distinct ones are needed{enough}. Add good {what}."
         )
-    calibration, validation, train = config.counts(len(distinct), least)
-    ordered = [CALIBRATION] * calibration + [VALIDATION] * validation + [TRAIN] * train
+    counts = split_counts if len(distinct) >= needed else few_counts
+    held_out, validation, train = counts(settings, len(distinct), least)
+    ordered = [CALIBRATION] * held_out + [VALIDATION] * validation + [TRAIN] * train
     split_of = dict(zip(distinct, ordered, strict=True))
     return [split_of[digest] for digest in digests]
+
+
+def promise(settings: CalibrationSettings) -> str:
+    """The guarantee in a few words.
+
+    >>> promise(CalibrationSettings()), promise(CalibrationSettings(guarantee="conditional"))
+    ('alpha=0.05', 'alpha=0.05 with confidence 0.95')
+    """
+    confidence = f" with confidence {settings.confidence}" if settings.guarantee == "conditional" else ""
+    return f"alpha={settings.alpha}{confidence}"
+
+
+def _least(settings: CalibrationSettings) -> int:
+    return calibration_samples_needed(settings.alpha, settings.guarantee, settings.confidence)
 
 
 def _rank_key(seed: int, digest: str) -> bytes:

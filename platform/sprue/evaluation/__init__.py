@@ -1,1 +1,1 @@
-"""Calibrates and evaluates fitted flows; writes figures and pictures, logs nothing."""
+"""Calibrates and evaluates fitted flows; writes metrics, images and reports."""

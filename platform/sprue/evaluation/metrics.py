@@ -1,10 +1,11 @@
-"""Figures of detection and localisation, with their bootstrap intervals.
+"""Metrics of detection and localisation, with their bootstrap intervals.
 
-Shapes: N items (samples or pictures), D draws of a bootstrap, H rows, W columns of a picture, K thresholds, Q bins.
+Shapes: N items (samples or images), D resamples of a bootstrap, G groups of items, H rows, W columns of an image,
+Q bins.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,68 +17,73 @@ from sprue.errors import SprueError
 from sprue.evaluation.curves import Counts, Curve
 from sprue.evaluation.pixels import PixelCounts
 
-DRAWS = 1000
-"""Draws of a bootstrap."""
+RESAMPLES = 1000
+"""Resamples of a bootstrap."""
 
 COVERAGE = 0.95
 """Of the intervals."""
 
-TOGETHER = 4_000_000
-"""Weights that are held at once, at most."""
+WEIGHTS_AT_ONCE = 4_000_000
+"""Resampled weights in memory at once, at most."""
 
-OF_CURVE: Mapping[str, Callable[[Curve], Counts]] = {
+RANKING_METRICS: Mapping[str, Callable[[Curve], Counts]] = {
     "auroc": Curve.area,
     "average_precision": Curve.average_precision,
     "best_f1": Curve.best_f1,
 }
-OF_PLANT: Mapping[str, Callable[[Curve], Counts]] = {"pb2": Curve.caught, "pg2": Curve.passed}
+SCORE_METRICS: Mapping[str, Callable[[Curve], Counts]] = {
+    **RANKING_METRICS,
+    "pb2": Curve.tpr_at_fpr,
+    "pg2": Curve.tnr_at_fnr,
+}
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A figure and its 95 % interval, by the bootstrap where nothing else is said; NaN where it does not exist.
+class Estimate:
+    """A metric and its 95 % interval; NaN where it does not exist. The interval is a bootstrap's unless said otherwise.
 
-    An interval tells how far the figure would move with another test split of the same kind, for this one detector; it
-    says nothing of another fit's. It is bias-corrected (Efron, 1981), for a figure that is the best over all thresholds
-    is flattered by every draw. With few items it is too narrow all the same, and where no draw differs, as at an AUROC
-    of 1, it has no width.
+    The interval estimates how far the metric would vary over other test splits of the same kind, for this one detector;
+    it does not cover the variation between fits. It is bias-corrected (Efron, 1981), because every resample flatters a
+    metric that is the best over all thresholds. It is still too narrow with few items, and has no width where all
+    resamples agree, as at an AUROC of 1.
     """
 
     value: float
     low: float
     high: float
 
+    @classmethod
+    def missing(cls) -> "Estimate":
+        """The estimate of a metric that does not exist."""
+        return cls(math.nan, math.nan, math.nan)
+
     def as_json(self) -> dict[str, float | None]:
-        """As JSON has it: None for NaN."""
+        """The fields, None for NaN."""
         return {name: None if math.isnan(value) else value for name, value in asdict(self).items()}
 
 
-def image_figures(
+def score_estimates(
     scores_N: NDArray[np.floating[Any]], labels_N: NDArray[np.integer[Any]], seed: int = 0
-) -> dict[str, Figure]:
-    """Figures of samples by their scores: AUROC, average precision, best F1, PB2 and PG2.
+) -> dict[str, Estimate]:
+    """Metrics of items by their scores: AUROC, average precision, best F1, PB2 and PG2.
 
-    Args:
-        scores_N: Higher is more anomalous.
-        labels_N: 1 for a defective sample, 0 for a good one.
-        seed: Of the bootstrap, which draws good and defective samples apart.
+    Higher scores are more anomalous. Labels are 1 for a defective item, 0 for a good one. The bootstrap resamples good
+    and defective items separately.
 
     Raises:
         SprueError: If a score is NaN or a label neither 0 nor 1.
 
-    >>> figures = image_figures(np.array([0.1, 0.4, 0.3, 0.9]), np.array([0, 0, 1, 1]))
-    >>> figures["auroc"].value, round(figures["average_precision"].value, 4)
+    >>> estimates = score_estimates(np.array([0.1, 0.4, 0.3, 0.9]), np.array([0, 0, 1, 1]))
+    >>> estimates["auroc"].value, round(estimates["average_precision"].value, 4)
     (0.75, 0.8333)
     """
     _check(scores_N, labels_N)
-    measures = {**OF_CURVE, **OF_PLANT}
-    exact = Curve.of_scores(scores_N, labels_N)
-    draws: dict[str, list[Counts]] = {name: [] for name in measures}
-    for weights_DN in _weights(labels_N, len(scores_N), seed):
-        drawn = Curve.of_scores(scores_N, labels_N, weights_DN)
-        for name, measure in measures.items():
-            draws[name].append(measure(drawn))
-    return {name: _figure(float(measure(exact)), draws[name]) for name, measure in measures.items()}
+
+    def metrics(weights_DN: Counts | None = None) -> dict[str, Counts]:
+        curve = Curve.of_scores(scores_N, labels_N, weights_DN)
+        return {name: metric(curve) for name, metric in SCORE_METRICS.items()}
+
+    return _estimates(metrics(), map(metrics, _weights(labels_N, len(scores_N), seed)))
 
 
 def auroc_difference(
@@ -86,16 +92,12 @@ def auroc_difference(
     labels_N: NDArray[np.integer[Any]],
     groups_N: NDArray[np.integer[Any]] | None = None,
     seed: int = 0,
-) -> Figure:
-    """How much higher one detector's AUROC is than another's on the same samples, each draw being of the same for both.
+) -> Estimate:
+    """The AUROC of one detector minus that of another on the same samples, with a paired bootstrap.
 
-    Args:
-        one_N: Scores of the one; higher is more anomalous.
-        other_N: Scores of the other.
-        labels_N: 1 for a defective sample, 0 for a good one.
-        groups_N: Numbers, from 0, of what is drawn as a whole: samples that are variants of one picture are no
-            independent ones. Without, each sample stands for itself, and good and defective ones are drawn apart.
-        seed: Of the bootstrap.
+    Scores and labels are those of `score_estimates`. Groups, numbered from 0, are resampled as units, because variants
+    of one image are not independent. Without them, good and defective samples are resampled separately, each on its
+    own.
 
     Raises:
         SprueError: If a score is NaN or a label neither 0 nor 1.
@@ -111,98 +113,115 @@ def auroc_difference(
         return one - other
 
     if groups_N is None:
-        draws = [difference(weights_DN) for weights_DN in _weights(labels_N, len(one_N), seed)]
+        resamples = [difference(weights_DN) for weights_DN in _weights(labels_N, len(one_N), seed)]
     else:
-        alike_G = np.zeros(groups_N.max() + 1, int)
-        draws = [difference(weights_DG[:, groups_N]) for weights_DG in _weights(alike_G, len(one_N), seed)]
-    return _figure(float(difference()), draws)
+        strata_G = np.zeros(groups_N.max() + 1, int)
+        resamples = [difference(weights_DG[:, groups_N]) for weights_DG in _weights(strata_G, len(one_N), seed)]
+    return _estimate(float(difference()), resamples)
 
 
-def pixel_figures(counts: PixelCounts, seed: int = 0) -> dict[str, Figure]:
-    """Figures of pixels by the evidence for them: AUROC, AUPRO, average precision, best F1.
+def aupro_difference(one: PixelCounts, other: PixelCounts, seed: int = 0) -> Estimate:
+    """The AUPRO of one detector minus that of another on the same images, with a paired bootstrap.
 
-    They are exact; their intervals, which come of drawing pictures, take values within one of 1,024 bins as tied.
+    Both are resampled as in `pixel_estimates`; missing where there is no ground truth of a defect.
+    """
 
-    Args:
-        counts: Of the test split's pixels.
-        seed: Of the bootstrap, which draws pictures with and without anomalous pixels apart.
+    def difference(weights_DN: Counts) -> Counts:
+        first, second = (
+            curve.overlap_area(overlap) for curve, overlap in (_resampled(each, weights_DN) for each in (one, other))
+        )
+        return first - second
+
+    width = max(each.anomalous_NQ.shape[1] for each in (one, other))
+    resamples = [difference(weights_DN) for weights_DN in _weights(one.is_defective_N.astype(int), width, seed)]
+    return _estimate(float(one.aupro - other.aupro), resamples)
+
+
+def pixel_estimates(counts: PixelCounts, seed: int = 0) -> dict[str, Estimate]:
+    """Metrics of pixels by their anomaly scores: AUROC, AUPRO, average precision, best F1.
+
+    The values are exact. The intervals come from resampling images, those with and without anomalous pixels separately;
+    in them, values within one of 1,024 bins are tied.
 
     >>> from sprue.evaluation.pixels import count_pixels
-    >>> values, truth = np.array([[0.1, 0.4, 0.3, 0.9]]), np.array([[False, False, True, True]])
-    >>> counts = count_pixels(lambda i: values, lambda i: truth, pictures=1)
-    >>> round(pixel_figures(counts)["auroc"].value, 4)
+    >>> map_HW, mask_HW = np.array([[0.1, 0.4, 0.3, 0.9]]), np.array([[False, False, True, True]])
+    >>> counts = count_pixels(lambda i: map_HW, lambda i: mask_HW, images=1)
+    >>> round(pixel_estimates(counts)["auroc"].value, 4)
     0.75
     """
-    draws: dict[str, list[Counts]] = {name: [] for name in (*OF_CURVE, "aupro")}
-    shown_N = (counts.found_NQ.sum(1) > 0).astype(int)
-    for weights_DN in _weights(shown_N, counts.found_NQ.shape[1], seed):
-        drawn, overlap_DQ = _drawn(counts, weights_DN)
-        for name, measure in OF_CURVE.items():
-            draws[name].append(measure(drawn))
-        draws["aupro"].append(drawn.overlap_area(overlap_DQ))
-    values = {name: measure(counts.curve) for name, measure in OF_CURVE.items()}
-    values["aupro"] = counts.curve.overlap_area(counts.overlap_K)
-    return {name: _figure(float(value), draws[name]) for name, value in values.items()}
+
+    def metrics(curve: Curve, overlap: Counts) -> dict[str, Counts]:
+        ranking = {name: metric(curve) for name, metric in RANKING_METRICS.items()}
+        return ranking | {"aupro": curve.overlap_area(overlap)}
+
+    weights = _weights(counts.is_defective_N.astype(int), counts.anomalous_NQ.shape[1], seed)
+    resampled = (metrics(*_resampled(counts, weights_DN)) for weights_DN in weights)
+    return _estimates(metrics(counts.curve, counts.overlap_K), resampled)
 
 
-def share(called_N: NDArray[np.bool_]) -> Figure:
-    """The share of items that are called anomalous, with its exact (Clopper-Pearson) interval."""
-    if not len(called_N):
-        return Figure(math.nan, math.nan, math.nan)
-    interval = binomtest(int(called_N.sum()), len(called_N)).proportion_ci(COVERAGE, method="exact")
-    return Figure(float(called_N.mean()), float(interval.low), float(interval.high))
+def fraction(is_anomalous_N: NDArray[np.bool_]) -> Estimate:
+    """The fraction of items that are called anomalous, with its exact (Clopper-Pearson) interval."""
+    if not len(is_anomalous_N):
+        return Estimate.missing()
+    interval = binomtest(int(is_anomalous_N.sum()), len(is_anomalous_N)).proportion_ci(COVERAGE, method="exact")
+    return Estimate(float(is_anomalous_N.mean()), float(interval.low), float(interval.high))
 
 
-def mean(values_N: NDArray[np.floating[Any]], seed: int = 0) -> Figure:
-    """The mean of one value for each picture, such as a share of its pixels.
+def mean(values_N: NDArray[np.floating[Any]], seed: int = 0) -> Estimate:
+    """The mean of one value for each image, such as a fraction of its pixels.
 
     >>> mean(np.array([0.0, 0.5])).value
     0.25
     """
     if not len(values_N):
-        return Figure(math.nan, math.nan, math.nan)
-    alike_N = np.zeros(len(values_N), int)
-    draws = [weights_DN @ values_N / len(values_N) for weights_DN in _weights(alike_N, len(values_N), seed)]
-    return _figure(float(values_N.mean()), draws)
+        return Estimate.missing()
+    strata_N = np.zeros(len(values_N), int)
+    resamples = [weights_DN @ values_N / len(values_N) for weights_DN in _weights(strata_N, len(values_N), seed)]
+    return _estimate(float(values_N.mean()), resamples)
 
 
-def _drawn(counts: PixelCounts, weights_DN: Counts) -> tuple[Curve, Counts]:
-    """The curve of each draw of pictures, and its regions' mean overlap, [D, Q]."""
-    curve = Curve.of_bins(*(np.cumsum(weights_DN @ each, -1) for each in (counts.found_NQ, counts.alarms_NQ)))
+def _resampled(counts: PixelCounts, weights_DN: Counts) -> tuple[Curve, Counts]:
+    """The curve of each resample of images, and its regions' mean overlap, [D, Q]."""
+    curve = Curve.of_bins(*(np.cumsum(weights_DN @ each, -1) for each in (counts.anomalous_NQ, counts.normal_NQ)))
     regions_D1 = np.maximum(weights_DN @ counts.regions_N, 1.0)[:, None]
     return curve, np.cumsum(weights_DN @ counts.overlap_NQ, -1) / regions_D1
 
 
-def _weights(labels_N: NDArray[np.integer[Any]], width: int, seed: int) -> Iterator[Counts]:
-    """How often each draw holds each item, [D, N], in parts; as many of each label as there are."""
+def _weights(strata_N: NDArray[np.integer[Any]], width: int, seed: int) -> Iterator[Counts]:
+    """How often each resample holds each item, [D, N], in parts; the size of each stratum is kept."""
     rng = np.random.default_rng(seed)
-    together = max(1, min(DRAWS, TOGETHER // max(1, width)))
-    for start in range(0, DRAWS, together):
-        weights_DN = np.zeros((min(together, DRAWS - start), len(labels_N)))
-        for label in np.unique(labels_N):
-            of_label = np.flatnonzero(labels_N == label)
-            equally = np.full(len(of_label), 1 / len(of_label))
-            weights_DN[:, of_label] = rng.multinomial(len(of_label), equally, len(weights_DN))
+    at_once = max(1, min(RESAMPLES, WEIGHTS_AT_ONCE // max(1, width)))
+    for start in range(0, RESAMPLES, at_once):
+        weights_DN = np.zeros((min(at_once, RESAMPLES - start), len(strata_N)))
+        for stratum in np.unique(strata_N):
+            members = np.flatnonzero(strata_N == stratum)
+            equally = np.full(len(members), 1 / len(members))
+            weights_DN[:, members] = rng.multinomial(len(members), equally, len(weights_DN))
         yield weights_DN
 
 
-def _figure(value: float, draws: list[Counts]) -> Figure:
-    drawn_D = np.concatenate(draws)
-    drawn_D = drawn_D[np.isfinite(drawn_D)]
-    if math.isnan(value) or not len(drawn_D):
-        return Figure(value, math.nan, math.nan)
-    below = ((drawn_D < value).mean() + (drawn_D <= value).mean()) / 2
-    shift = norm.ppf(np.clip(below, 0.5 / len(drawn_D), 1 - 0.5 / len(drawn_D)))
+def _estimates(exact: Mapping[str, Counts], resampled: Iterable[Mapping[str, Counts]]) -> dict[str, Estimate]:
+    parts = list(resampled)
+    return {name: _estimate(float(value), [part[name] for part in parts]) for name, value in exact.items()}
+
+
+def _estimate(value: float, resamples: list[Counts]) -> Estimate:
+    values_D = np.concatenate(resamples)
+    values_D = values_D[np.isfinite(values_D)]
+    if math.isnan(value) or not len(values_D):
+        return Estimate(value, math.nan, math.nan)
+    below = ((values_D < value).mean() + (values_D <= value).mean()) / 2
+    shift = norm.ppf(np.clip(below, 0.5 / len(values_D), 1 - 0.5 / len(values_D)))
     levels = norm.cdf(2 * shift + norm.ppf([(1 - COVERAGE) / 2, (1 + COVERAGE) / 2]))
-    low, high = np.quantile(drawn_D, levels)
-    # The draws of pixels know values by their bins alone.
-    return Figure(value, min(float(low), value), max(float(high), value))
+    low, high = np.quantile(values_D, levels)
+    # The bins of pixels shift the resamples' values a little against the exact one.
+    return Estimate(value, min(float(low), value), max(float(high), value))
 
 
 def _check(scores_N: NDArray[np.floating[Any]], labels_N: NDArray[np.integer[Any]]) -> None:
     if scores_N.ndim != 1 or scores_N.shape != labels_N.shape:
         raise SprueError(f"scores and labels are lists of one length; they are {scores_N.shape} and {labels_N.shape}")
     if np.isnan(scores_N).any():
-        raise SprueError(f"{int(np.isnan(scores_N).sum())} of {len(scores_N)} scores are no numbers")
+        raise SprueError(f"{int(np.isnan(scores_N).sum())} of {len(scores_N)} scores are NaN")
     if not np.isin(labels_N, (0, 1)).all():
         raise SprueError("labels are 0 (good) or 1 (defective)")

@@ -1,87 +1,78 @@
-"""A report that a quality manager can read: one HTML file for each class and one over all, without any other file.
+"""A class's report for quality managers: one HTML file, complete in itself.
 
 Shapes: N samples.
 """
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.figure import Figure as Drawing
-from numpy.typing import NDArray
+from matplotlib.figure import Figure
 from PIL import Image
 from upath import UPath
 
+from sprue.config import Guarantee
+from sprue.evaluation.baseline import in_words
 from sprue.evaluation.evaluate import Evaluation, sample_panel
-from sprue.evaluation.metrics import Figure
-from sprue.evaluation.pictures import histogram
+from sprue.evaluation.metrics import Estimate
+from sprue.evaluation.outliers import outliers
+from sprue.evaluation.render import histogram
+from sprue.evaluation.summary import wrong_samples
+from sprue.inference.calibration import RATE_COVERAGE, Calibration, calibration_samples_needed
 from sprue.inference.detector import Detector
 
 WORST = 4
-"""False alarms, and misses, that are shown."""
+"""False alarms and misses in a report, at most of each."""
 
 MEANINGS = {
     "detection_rate": "of the defective parts raise an alarm at the calibrated threshold",
     "false_alarm_rate": "of the good parts raise a false alarm at the calibrated threshold",
-    "image_auroc": "chance that a defective part scores above a good one (AUROC)",
-    "image_average_precision": "average precision over all thresholds",
-    "image_best_f1": "F1 at the best threshold, which needs defective parts to be found",
-    "image_pb2": "of the defective parts are caught if at most 2 % of these good ones may be lost (PB2)",
-    "image_pg2": "of the good parts are passed if at most 2 % of these defective ones may slip (PG2)",
-    "picture_auroc": "AUROC of single pictures instead of parts",
-    "picture_average_precision": "average precision of single pictures",
-    "picture_best_f1": "F1 of single pictures at the best threshold",
-    "picture_pb2": "PB2 of single pictures",
-    "picture_pg2": "PG2 of single pictures",
+    "sample_auroc": "chance that a defective part scores above a good one (AUROC)",
+    "sample_average_precision": "average precision over all thresholds",
+    "sample_best_f1": "F1 at the best threshold, which takes defective parts to find",
+    "sample_pb2": "of the defective parts raise an alarm where at most 2 % of the good ones do (PB2: TPR at 2 % FPR)",
+    "sample_pg2": "of the good parts raise none where at most 2 % of defective ones are missed (PG2: TNR at 2 % FNR)",
+    "image_auroc": "AUROC of single images instead of parts",
+    "image_average_precision": "average precision of single images",
+    "image_best_f1": "F1 of single images at the best threshold",
+    "image_pb2": "PB2 of single images",
+    "image_pg2": "PG2 of single images",
     "pixel_aupro": "mean overlap with a defect's region, up to 30 % false pixels (AUPRO)",
-    "pixel_detection_rate": "of a defect's pixels are marked, on average over the defective pictures",
-    "pixel_false_alarm_rate": "of a good picture's pixels are marked, on average over the good pictures",
+    "pixel_detection_rate": "of a defect's pixels are in the predicted mask, on average over the defective images",
+    "pixel_false_alarm_rate": "of a good image's pixels are in the predicted mask, on average over the good images",
     "pixel_auroc": "chance that a pixel of a defect lies above a good one (pixel AUROC)",
     "pixel_average_precision": "average precision of pixels",
     "pixel_best_f1": "F1 of pixels at the best threshold",
 }
-"""What each figure says, in the order of the report."""
+"""The meaning of each metric, in the report's order."""
 
-_PAGES = Environment(loader=PackageLoader("sprue.evaluation", "pages"), autoescape=True, undefined=StrictUndefined)
-_PAGES.filters["percent"] = lambda figure: f"{100 * figure.value:.1f} %" if np.isfinite(figure.value) else "–"
-_PAGES.filters["interval"] = lambda figure: (
-    f"{100 * figure.low:.1f} to {100 * figure.high:.1f}" if figure.low < figure.high else ""
+PAGES = Environment(loader=PackageLoader("sprue.evaluation", "pages"), autoescape=True, undefined=StrictUndefined)
+PAGES.filters["percent"] = lambda estimate: f"{100 * estimate.value:.1f} %" if np.isfinite(estimate.value) else "–"
+PAGES.filters["interval"] = lambda estimate: (
+    f"{100 * estimate.low:.1f} to {100 * estimate.high:.1f}" if estimate.low < estimate.high else ""
 )
 
 
-@dataclass(frozen=True)
-class ClassReport:
-    """A class's report, and what the page over all classes says of it.
-
-    Attributes:
-        class_name: The product class.
-        page: The HTML.
-        figures: By name.
-    """
-
-    class_name: str
-    page: str
-    figures: Mapping[str, Figure]
+PROMISES: dict[Guarantee, str] = {
+    "marginal": "at most {alpha:.3g} % of exchangeable good samples are called anomalous, on average over calibrations",
+    "conditional": "with {confidence:.3g} % confidence in this one calibration, at most {alpha:.3g} % of exchangeable "
+    "good samples are called anomalous",
+}
+"""What each guarantee says of its threshold."""
 
 
-def class_report(evaluation: Evaluation, detector: Detector, origin: Mapping[str, str], root: UPath) -> ClassReport:
-    """Writes a class's page.
-
-    Args:
-        evaluation: What was measured.
-        detector: What was measured on.
-        origin: What was fitted on what, by the names that the page shows.
-        root: Folder or URL of the pictures.
-    """
-    page = _PAGES.get_template("class.html").render(
+def class_report(evaluation: Evaluation, detector: Detector, origin: Mapping[str, str], root: UPath) -> str:
+    """A class's page; `origin` holds facts about data and fit, by the names that the page shows."""
+    estimates = shown(evaluation.estimates)
+    return PAGES.get_template("class.html").render(
         detector=detector,
+        guarantee=guarantee_in_words(detector.calibration),
+        over_gaussian=in_words(detector.flow_name, evaluation.metrics),
         facts=evaluation.facts,
-        figures=[(MEANINGS[name], evaluation.figures[name]) for name in MEANINGS if name in evaluation.figures],
-        by_name=evaluation.figures,
+        metrics=[(MEANINGS[name], estimate) for name, estimate in estimates.items()],
+        estimates=estimates,
         confusion=_confusion(evaluation),
         defect_types=_easiest_first(evaluation),
         charts=[_svg(drawing) for drawing in _charts(evaluation, detector)],
@@ -89,51 +80,73 @@ def class_report(evaluation: Evaluation, detector: Detector, origin: Mapping[str
         misses=_worst(evaluation, detector, root, label=1),
         origin=origin,
     )
-    return ClassReport(detector.class_name, page, evaluation.figures)
 
 
-def overview(dataset: str, reports: Sequence[ClassReport], alpha: float) -> str:
-    """The page over all classes, which links to theirs in ``<class>/report.html``; means are over the classes."""
-    names = [name for name in MEANINGS if any(name in report.figures for report in reports)]
-    missing = Figure(np.nan, np.nan, np.nan)
-    rows = [(report.class_name, [report.figures.get(name, missing) for name in names]) for report in reports]
-    means = [
-        float(np.mean([report.figures[name].value for report in reports if name in report.figures])) for name in names
-    ]
-    columns = [(name.replace("_", " "), MEANINGS[name]) for name in names]
-    return _PAGES.get_template("overview.html").render(
-        dataset=dataset, columns=columns, rows=rows, means=[Figure(mean, np.nan, np.nan) for mean in means], alpha=alpha
+def guarantee_in_words(calibration: Calibration) -> str:
+    """What a threshold promises, what it would be under the other guarantee, and what the false-alarm rate may be."""
+    alpha, confidence, samples = calibration.alpha, calibration.confidence, len(calibration.scores)
+    promises = {
+        name: promise.format(alpha=100 * alpha, confidence=100 * confidence) for name, promise in PROMISES.items()
+    }
+    other: Guarantee = "conditional" if calibration.guarantee == "marginal" else "marginal"
+    needed = calibration_samples_needed(alpha, other, confidence)
+    threshold = f"the threshold would be {calibration.threshold_under(other):.4g}"
+    low, high = calibration.false_alarm_rates
+    return (
+        f"The {calibration.guarantee} guarantee holds: {promises[calibration.guarantee]} (score above "
+        f"{calibration.threshold:.4g}). Under the {other} guarantee ({promises[other]}) "
+        f"{threshold if samples >= needed else f'at least {needed} calibration samples are needed'}. "
+        f"With {samples} calibration samples the true false-alarm rate lies between {100 * low:.3g} % and "
+        f"{100 * high:.3g} % ({100 * RATE_COVERAGE:.3g} % confidence)." + _outliers_in_words(calibration)
     )
 
 
+def _outliers_in_words(calibration: Calibration) -> str:
+    found = np.sort(np.array(calibration.scores)[outliers(np.array(calibration.scores))])
+    if not len(found):
+        return ""
+    listed = ", ".join(f"{score:.4g}" for score in found)
+    return (
+        f" The calibration scores {listed} lie far beyond the others: they raise the threshold, and defects are "
+        "missed. The report's overview names the samples; put what is no good part into manifest.drop, and what is one "
+        "into manifest.keep."
+    )
+
+
+def shown(estimates: Mapping[str, Estimate]) -> dict[str, Estimate]:
+    """A class's estimates in the order of the report, without those of images that repeat those of samples."""
+    found = {name: estimates[name] for name in MEANINGS if name in estimates}
+    return {
+        name: estimate
+        for name, estimate in found.items()
+        if not (name.startswith("image_") and estimate == found.get(f"sample_{name.removeprefix('image_')}"))
+    }
+
+
 def _confusion(evaluation: Evaluation) -> list[tuple[str, int, int]]:
-    """Of good and of defective samples, how many were passed and how many called anomalous."""
-    labels_N, called_N = evaluation.samples["label"].to_numpy(), evaluation.predictions.is_anomalous_B
-    return [
-        (what, int((~called_N[labels_N == label]).sum()), int(called_N[labels_N == label].sum()))
-        for label, what in enumerate(("good", "defective"))
-    ]
+    """For good and for defective samples, the numbers without and with an alarm."""
+    labels_N, is_anomalous_N = evaluation.labels_N, evaluation.predictions.is_anomalous_B
+    alarms = {"good": is_anomalous_N[labels_N == 0], "defective": is_anomalous_N[labels_N == 1]}
+    return [(what, int((~is_alarm).sum()), int(is_alarm.sum())) for what, is_alarm in alarms.items()]
 
 
-def _easiest_first(evaluation: Evaluation) -> list[tuple[str, int, Mapping[str, Figure]]]:
+def _easiest_first(evaluation: Evaluation) -> list[tuple[str, int, Mapping[str, Estimate]]]:
     counts = evaluation.samples["defect_type"].value_counts()
-    found = [(name, int(counts[name]), figures) for name, figures in evaluation.defect_types.items()]
-    return sorted(found, key=lambda each: (-each[2]["detection_rate"].value, -each[2]["image_auroc"].value))
+    types = [(name, int(counts[name]), estimates) for name, estimates in evaluation.defect_types.items()]
+    return sorted(types, key=lambda each: (-each[2]["detection_rate"].value, -each[2]["sample_auroc"].value))
 
 
-def _charts(evaluation: Evaluation, detector: Detector) -> list[Drawing]:
-    labels_N, scores_N = evaluation.samples["label"].to_numpy(), evaluation.predictions.score_B
-    drawings = [
-        histogram(scores_N[labels_N == 0], scores_N[labels_N == 1], detector.calibration.threshold, "scores of parts")
-    ]
+def _charts(evaluation: Evaluation, detector: Detector) -> list[Figure]:
+    scores_N, threshold = evaluation.predictions.score_B, detector.calibration.threshold
+    drawings = [histogram(scores_N, evaluation.labels_N, threshold, "scores of parts")]
     axes_of = {
-        "roc": ("good parts called anomalous", "defective parts caught", "ROC curve"),
-        "precision_recall": ("defective parts caught (recall)", "alarms that are right (precision)", "precision"),
-        "pro": ("good pixels above the threshold", "mean share of a defect's region", "overlap of regions (PRO)"),
+        "roc": ("false-positive rate", "true-positive rate", "ROC curve of parts"),
+        "precision_recall": ("recall", "precision", "precision and recall of parts"),
+        "pro": ("false-positive rate of pixels", "mean overlap with a region", "per-region overlap (PRO)"),
     }
     for name, (x, y, title) in axes_of.items():
         if name in evaluation.curves:
-            drawing = Drawing(figsize=(3.4, 3.2), layout="constrained")
+            drawing = Figure(figsize=(3.4, 3.2), layout="constrained")
             axes = drawing.subplots()
             axes.plot(*evaluation.curves[name], color="#3b6fb6")
             axes.set(xlabel=x, ylabel=y, title=title, xlim=(0, 0.3 if name == "pro" else 1.01), ylim=(0, 1.01))
@@ -143,17 +156,12 @@ def _charts(evaluation: Evaluation, detector: Detector) -> list[Drawing]:
 
 
 def _worst(evaluation: Evaluation, detector: Detector, root: UPath, label: int) -> list[str]:
-    """Good samples that were called anomalous, or defective ones that passed, the worst first, as data URLs."""
-    wrong_N = (evaluation.samples["label"].to_numpy() == label) & (
-        evaluation.predictions.is_anomalous_B == (label == 0)
-    )
-    scores_N: NDArray[Any] = evaluation.predictions.score_B
-    ranked = np.argsort(scores_N if label else -scores_N, kind="stable")
-    chosen = [int(index) for index in ranked if wrong_N[index]][:WORST]
+    """Panels of false alarms (label 0) or misses (label 1), the worst first, as data URLs."""
+    chosen = wrong_samples(evaluation, label)[:WORST].tolist()
     return [_jpeg(sample_panel(evaluation, detector, root, index)) for index in chosen]
 
 
-def _svg(drawing: Drawing) -> str:
+def _svg(drawing: Figure) -> str:
     stream = io.BytesIO()
     drawing.savefig(stream, format="svg", metadata={"Date": None})
     return _data_url("svg+xml", stream.getvalue())

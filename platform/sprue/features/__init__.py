@@ -1,1 +1,1 @@
-"""Features once: the frozen backbone runs a single time for each picture, and its maps are kept in tables."""
+"""The frozen backbone runs once for each image; tables keep its maps."""

@@ -1,12 +1,14 @@
-"""Extraction on Ray Data: decode, run the backbone, write the tables; what is already stored is left alone.
+"""Extraction on Ray Data: decode images, run the backbone, write the tables; stored images are not extracted again.
 
-Shapes: B pictures, S side of the input, C channels, H rows, W columns of a map.
+Shapes: B images, S side of the input, C channels, H rows, W columns of a map.
 """
 
 import hashlib
 import logging
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,21 +30,24 @@ from sprue.store import write_json
 logger = logging.getLogger(__name__)
 
 BATCH = 16
-"""Pictures a backbone call: enough for full speed on a CPU, and small beside a GPU's memory."""
+"""Images of a backbone call: enough for full speed on a CPU, and small compared with a GPU's memory."""
 
 PART_ROWS = 256
-"""Pictures a part holds at least, where there are as many."""
+"""Images of a part, at least, if there are as many."""
 
-SIDE_CPUS = 0.5
-"""Cores that a task for decoding or writing books: a share, so that both go on beside an engine on two cores. That it
-differs from what an engine books also keeps Ray Data from running the decoding inside the engine's actor, in turn."""
+IO_CPUS = 0.25
+"""Cores that a decoding or writing task reserves: a fraction, so that both run beside an engine on two cores. Since an
+engine reserves another number, Ray Data does not fuse the decoding into the engine's actor, where it would block it."""
+
+PROGRESS_SECONDS = 10.0
+"""Time between two lines of progress."""
 
 Batch = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class Extraction:
-    """What an extraction did: pictures that were already stored, pictures extracted, and the seconds it took."""
+    """How many images were already stored, how many were extracted, and how long it took."""
 
     stored: int
     extracted: int
@@ -51,19 +56,23 @@ class Extraction:
 
 @dataclass(frozen=True)
 class EnginePlacement:
-    """One engine on every accelerator, or where there is none on every machine."""
+    """The number of engines, the cores and GPUs that each reserves, and the threads that each runs."""
 
     workers: int
-    num_cpus: int
+    num_cpus: float
     num_gpus: int
     threads: int
 
 
-def place_engines() -> EnginePlacement:
-    """Fits engines to the cluster that Ray is connected to.
+def engine_placement() -> EnginePlacement:
+    """One engine for each GPU of the cluster that Ray is connected to, or for each machine if there are no GPUs.
 
-    On CPUs an engine uses all cores of its machine but books one less, so that decoding and writing, which
-    take a small share of the time, are scheduled beside it. On one core nothing else could be, so it books none.
+    On CPUs an engine uses all cores of its machine but leaves some unreserved, so that decoding and writing, which take
+    a small fraction of the time, are scheduled beside it. It reserves more than half, so that the engines of two jobs
+    never hold a machine together and wait for their decoders. On a machine with one core it reserves none.
+
+    Raises:
+        SprueError: If the cluster has no CPU.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
@@ -71,115 +80,156 @@ def place_engines() -> EnginePlacement:
         return EnginePlacement(workers=gpus, num_cpus=1, num_gpus=1, threads=1)
     cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
     if not cores:
-        raise SprueError("the Ray cluster offers no CPU; start a node with at least one")
-    return EnginePlacement(workers=len(cores), num_cpus=min(cores) - 1, num_gpus=0, threads=min(cores))
+        raise SprueError("the Ray cluster has no CPU; start a node with at least one")
+    reserved = min(cores) - 3 * IO_CPUS if min(cores) > 1 else 0
+    return EnginePlacement(workers=len(cores), num_cpus=reserved, num_gpus=0, threads=min(cores))
 
 
-class _Decoder:
-    """Reads and decodes pictures in a Ray task."""
-
-    def __init__(self, root: UPath, side: int) -> None:
-        self.root, self.side = root, side
-
-    def __call__(self, batch: Batch) -> Batch:
-        images = [self._decode(path, digest) for path, digest in zip(batch["path"], batch["sha256"], strict=True)]
-        return {"class_name": batch["class_name"], "sha256": batch["sha256"], "image": np.stack(images)}
-
-    def _decode(self, path: str, digest: str) -> NDArray[np.uint8]:
+def _decode(batch: Batch, root: UPath, side: int) -> Batch:
+    """Reads and decodes images in a Ray task."""
+    images = []
+    for path, digest in zip(batch["path"], batch["sha256"], strict=True):
         try:
-            data = (self.root / path).read_bytes()
+            data = (root / path).read_bytes()
         except OSError as error:
-            raise SprueError(f"{self.root / path} can't be read: {error}") from error
+            raise SprueError(f"{root / path} can't be read: {error}") from error
         if hashlib.sha256(data).hexdigest() != digest:
-            raise SprueError(
-                f"{self.root / path} has changed since the manifest was written; run the manifest stage again"
-            )
-        return model_input(open_image(data, path), self.side)
+            raise SprueError(f"{root / path} has changed since the manifest was written; run the manifest stage again")
+        images.append(model_input(open_image(data, path), side))
+    return {"class_name": batch["class_name"], "sha256": batch["sha256"], "image": np.stack(images)}
 
 
 class _EngineWorker:
-    """Holds one engine in a Ray actor."""
+    """Runs one engine in a Ray actor."""
 
-    def __init__(self, spec: FeatureSpec, engine: EngineName, threads: int) -> None:
-        self.engine = build_engine(spec, engine, threads)
+    def __init__(self, spec: FeatureSpec, engine: EngineName, threads: int, counter: Any) -> None:
+        self.engine, self.counter = build_engine(spec, engine, threads), counter
 
     def __call__(self, batch: Batch) -> Batch:
         maps = self.engine(batch.pop("image"))
+        self.counter.add.remote(list(zip(batch["class_name"], batch["sha256"], strict=True)))
         return batch | {f"map_{index}": map_BCHW for index, map_BCHW in enumerate(maps)}
+
+
+class _Counter:
+    """Counts the images that engines have processed; an image that is processed again after a failure counts once."""
+
+    def __init__(self) -> None:
+        self.images: set[tuple[str, str]] = set()
+
+    def add(self, images: list[tuple[str, str]]) -> None:
+        """Adds images, by class and digest."""
+        self.images.update(images)
+
+    def count(self) -> int:
+        """Number of images so far."""
+        return len(self.images)
 
 
 class FeatureTableSink(Datasink[None]):
     """Writes rows of a Ray dataset to their classes' feature tables."""
 
     def __init__(self, folder: UPath) -> None:
-        """Writes below `folder`, which is named by the feature spec's fingerprint."""
+        """Writes below `folder`, whose name is the feature spec's fingerprint."""
         self.folder = folder
 
     @property
     def min_rows_per_write(self) -> int:
-        """Ray Data bundles blocks up to this many rows into a write."""
+        """Ray Data bundles blocks into one write until they have this many rows."""
         return PART_ROWS
 
     def write(self, blocks: Iterable[Block], ctx: object) -> None:
-        """Writes one part for each class in the blocks."""
+        """Writes a part for each class in the blocks."""
         batches = [BlockAccessor.for_block(block).to_numpy() for block in blocks]
         names = sorted((name for name in batches[0] if name.startswith("map_")), key=lambda name: int(name[4:]))
-        columns = {
-            name: np.concatenate([batch[name] for batch in batches]) for name in ["class_name", "sha256", *names]
-        }
-        for class_name in np.unique(columns["class_name"]):
-            rows = columns["class_name"] == class_name
-            write_part(
-                self.folder / class_name, columns["sha256"][rows].tolist(), [columns[name][rows] for name in names]
-            )
+        classes, digests, *maps = (
+            np.concatenate([batch[name] for batch in batches]) for name in ["class_name", "sha256", *names]
+        )
+        for class_name in np.unique(classes):
+            rows = classes == class_name
+            write_part(self.folder / class_name, digests[rows].tolist(), [map_NCHW[rows] for map_NCHW in maps])
 
 
 def extract(
-    spec: FeatureSpec, pictures: pd.DataFrame, root: UPath, features: UPath, engine: EngineName = "auto"
+    spec: FeatureSpec, images: pd.DataFrame, root: UPath, features: UPath, engine: EngineName = "auto"
 ) -> Extraction:
-    """Extracts the maps of all pictures that are not stored yet, on the cluster that Ray is connected to.
+    """Extracts the maps of all images that are not stored yet, on the cluster that Ray is connected to.
 
-    Args:
-        spec: A resolved feature spec.
-        pictures: The manifest's rows (class_name, path and sha256 are read).
-        root: The dataset's folder or URL, as every node sees it.
-        features: Folder of all features; the tables go to ``<fingerprint>/<class>``.
-        engine: See `sprue.inference.engines.build_engine`.
+    Images are the manifest's rows; every node must be able to read their root. The tables are in
+    ``<features>/<fingerprint>/<class>``. Logs the number of images about every ten seconds.
 
     Raises:
-        SprueError: If a picture is missing or has changed, or the backbone can't be loaded.
+        SprueError: If an image is missing or has changed, or the backbone can't be loaded.
     """
     started = time.perf_counter()
     folder = features / spec.fingerprint
-    write_json(folder / "spec.json", spec.to_mapping())
-    unique = pictures[["class_name", "sha256", "path"]].drop_duplicates(["class_name", "sha256"])
+    write_json(folder / "spec.json", spec.model_dump(mode="json"))
+    unique = images[["class_name", "sha256", "path"]].drop_duplicates(["class_name", "sha256"])
     tables = {name: FeatureTable(folder / name) for name in unique["class_name"].unique()}
     missing = unique[
         [digest not in tables[name] for name, digest in zip(unique["class_name"], unique["sha256"], strict=True)]
     ]
     stored = len(unique) - len(missing)
-    logger.info("%d pictures: %d stored already, %d to extract", len(unique), stored, len(missing))
+    logger.info("%d images: %d already stored, %d to extract", len(unique), stored, len(missing))
     if len(missing):
-        _run(spec, missing, root, folder, engine)
+        with _progress(len(missing)) as counter:
+            _run(spec, missing, root, folder, engine, counter)
     return Extraction(stored, len(missing), time.perf_counter() - started)
 
 
-def _run(spec: FeatureSpec, missing: pd.DataFrame, root: UPath, folder: UPath, engine: EngineName) -> None:
-    placement = place_engines()
+@contextmanager
+def _progress(total: int) -> Iterator[Any]:
+    """Gives the actor of a `_Counter`; logs its count every `PROGRESS_SECONDS`, and the total at the end."""
+    counter = ray.remote(num_cpus=0)(_Counter).remote()
+    started, ended = time.perf_counter(), threading.Event()
+
+    def log(images: int) -> None:
+        logger.info("%d of %d images, %.1f images/s", images, total, images / (time.perf_counter() - started))
+
+    def log_until_ended() -> None:
+        while not ended.wait(PROGRESS_SECONDS):
+            with suppress(ray.exceptions.RayError):
+                log(ray.get(counter.count.remote(), timeout=PROGRESS_SECONDS))
+
+    thread = threading.Thread(target=log_until_ended, daemon=True)
+    thread.start()
+    try:
+        yield counter
+    finally:
+        ended.set()
+        thread.join()
+    log(total)
+
+
+def _silence_ray_data() -> None:
+    """Keeps Ray Data's progress reports and notices off the console, but not its warnings."""
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    # It would warn that they are disabled.
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    for handler in logging.getLogger("ray.data").handlers:
+        if handler.name == "console":  # its log files stay complete
+            handler.setLevel(logging.WARNING)
+
+
+def _run(
+    spec: FeatureSpec, missing: pd.DataFrame, root: UPath, folder: UPath, engine: EngineName, counter: Any
+) -> None:
+    placement = engine_placement()
+    _silence_ray_data()
     ray.data.DataContext.get_current().raise_original_map_exception = True
     dataset = ray.data.from_items(missing.to_dict("records"), override_num_blocks=-(-len(missing) // BATCH))
     try:
-        dataset.map_batches(_Decoder(root, spec.input_size), batch_size=None, num_cpus=SIDE_CPUS).map_batches(
+        dataset.map_batches(_decode, fn_args=(root, spec.input_size), batch_size=None, num_cpus=IO_CPUS).map_batches(
             _EngineWorker,
-            fn_constructor_args=(spec, engine, placement.threads),
+            fn_constructor_args=(spec, engine, placement.threads, counter),
             batch_size=BATCH,
             compute=ray.data.ActorPoolStrategy(size=placement.workers),
             num_cpus=placement.num_cpus,
             num_gpus=placement.num_gpus,
-        ).write_datasink(FeatureTableSink(folder), ray_remote_args={"num_cpus": SIDE_CPUS})
+        ).write_datasink(FeatureTableSink(folder), ray_remote_args={"num_cpus": IO_CPUS})
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         if isinstance(cause, SprueError | OSError):
-            # Ray adds lines about trying again.
+            # Ray appends lines about retries.
             raise SprueError(str(cause).splitlines()[0]) from error
         raise

@@ -1,15 +1,14 @@
-"""Feature tables: the backbone's maps of a class's pictures, in Parquet parts addressed by content.
+"""Feature tables: the backbone's maps of a class's images, in Parquet parts.
 
-A row is a picture: its digest and each map as raw float16 bytes, for fastparquet would widen a float16 column to
-float32. Shapes stand in the parts' metadata. A class's table grows by parts; a part is never rewritten.
+A row is an image: its digest and each map as raw float16 bytes, because fastparquet would store a float16 column as
+float32. The maps' shapes are in the parts' metadata. A table grows by parts; a part is never rewritten.
 
-Shapes: N pictures, C channels, H rows, W columns of a map.
+Shapes: N images, C channels, H rows, W columns of a map.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import fastparquet
@@ -28,15 +27,9 @@ METADATA_KEY = "sprue.features"
 
 
 def write_part(folder: UPath, digests: Sequence[str], maps: Sequence[NDArray[np.float16]]) -> UPath:
-    """Writes one part of a table.
+    """Writes one part of a class's table: the images' SHA-256 and their maps [N, C, H, W] for each tap and scale.
 
-    Args:
-        folder: The class's folder.
-        digests: SHA-256 of each picture.
-        maps: For each tap and scale, the pictures' maps [N, C, H, W].
-
-    Returns:
-        The part, named by the pictures that are in it.
+    Returns the part's path, whose name depends on its images.
     """
     shapes = [list(map_NCHW.shape[1:]) for map_NCHW in maps]
     frame = pd.DataFrame({"sha256": list(digests)})
@@ -52,7 +45,7 @@ def write_part(folder: UPath, digests: Sequence[str], maps: Sequence[NDArray[np.
         row_group_offsets=max(1, ROW_GROUP_BYTES // row_bytes),
         has_nulls=False,
         write_index=False,
-        # Statistics would put the largest map of every group into the footer.
+        # Statistics would write the largest map of each row group into the footer.
         stats=False,
         object_encoding={"sha256": "utf8"} | {f"map_{index}": "bytes" for index in range(len(maps))},
         custom_metadata={METADATA_KEY: json.dumps({"shapes": shapes, "dtype": "float16"})},
@@ -63,24 +56,16 @@ def write_part(folder: UPath, digests: Sequence[str], maps: Sequence[NDArray[np.
     return path
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A part, opened."""
-
-    path: UPath
-
-    @property
-    def file(self) -> Any:
-        try:
-            return fastparquet.ParquetFile(self.path.path, verify=True, fs=self.path.fs)
-        except (fastparquet.util.ParquetException, OSError, ValueError) as error:
-            raise SprueError(
-                f"{self.path} is not a feature table; delete it and run the features stage again"
-            ) from error
+def _open_part(path: UPath) -> Any:
+    """The part as a `fastparquet.ParquetFile`."""
+    try:
+        return fastparquet.ParquetFile(path.path, verify=True, fs=path.fs)
+    except (fastparquet.util.ParquetException, OSError, ValueError) as error:
+        raise SprueError(f"{path} is not a feature table; delete it and run the features stage again") from error
 
 
 class FeatureTable:
-    """The stored maps of one class, found by picture digest."""
+    """The stored maps of one class, by image digest."""
 
     def __init__(self, folder: UPath) -> None:
         """Reads the digests of all parts; a folder that does not exist is an empty table.
@@ -90,97 +75,82 @@ class FeatureTable:
         """
         self.folder = folder
         self.shapes: list[tuple[int, int, int]] = []
-        self._rows: dict[str, tuple[UPath, int]] = {}
+        self._rows: dict[str, tuple[str, int]] = {}
         for path in sorted(folder.glob("part-*.parquet"), key=str) if folder.is_dir() else []:
-            file = _Part(path).file
+            file = _open_part(path)
             self.shapes = [tuple(shape) for shape in json.loads(file.key_value_metadata[METADATA_KEY])["shapes"]]
             for row, digest in enumerate(file.to_pandas(columns=["sha256"])["sha256"]):
-                self._rows.setdefault(digest, (path, row))
+                self._rows.setdefault(digest, (path.name, row))
 
     def __contains__(self, digest: str) -> bool:
-        """Whether a picture's maps are stored."""
+        """Whether an image's maps are stored."""
         return digest in self._rows
 
     def __len__(self) -> int:
-        """How many pictures' maps are stored."""
+        """Number of images whose maps are stored."""
         return len(self._rows)
 
     @property
-    def picture_bytes(self) -> int:
-        """Size of all maps of a picture."""
+    def image_bytes(self) -> int:
+        """Size of all maps of an image."""
         return sum(2 * int(np.prod(shape)) for shape in self.shapes)
 
-    def place(self, digest: str) -> tuple[str, int]:
-        """Where a picture's maps are stored: the part and the row; pictures whose places are close are read together.
+    def location(self, digest: str) -> tuple[str, int]:
+        """The part's name and the row of an image's maps; images at close locations are fast to read together.
 
         Raises:
-            SprueError: If the picture is not in the table.
+            SprueError: If the image is not in the table.
         """
-        path, row = self._row(digest)
-        return str(path), row
+        if digest not in self._rows:
+            raise SprueError(f"{self.folder} has no features of image {digest[:16]}; run the features stage again")
+        return self._rows[digest]
 
-    def _row(self, digest: str) -> tuple[UPath, int]:
-        try:
-            return self._rows[digest]
-        except KeyError:
-            raise SprueError(
-                f"{self.folder} has no features of picture {digest[:16]}; run the features stage again"
-            ) from None
-
-    def read(self, digests: Sequence[str], places: Sequence[int] | None = None) -> list[NDArray[np.float16]]:
-        """The maps of some pictures in the order asked for, [N, C, H, W] for each tap and scale.
+    def read(self, digests: Sequence[str], indices: Sequence[int] | None = None) -> list[NDArray[np.float16]]:
+        """The maps of images, in the digests' order, [N, C, H, W] for each tap and scale.
 
         Args:
-            digests: The pictures'.
-            places: Which maps are read, all if None; of the others there are no rows.
+            digests: Digests of the images; one may occur several times.
+            indices: Indices of the maps to read, all if None; the other maps have no rows, [0, C, H, W].
 
         Raises:
-            SprueError: If a picture is not in the table.
+            SprueError: If an image is not in the table.
         """
-        wanted: dict[UPath, dict[int, list[int]]] = {}
+        wanted: dict[str, dict[int, list[int]]] = {}
         for position, digest in enumerate(digests):
-            path, row = self._row(digest)
-            wanted.setdefault(path, {}).setdefault(row, []).append(position)
-        places = range(len(self.shapes)) if places is None else places
+            part, row = self.location(digest)
+            wanted.setdefault(part, {}).setdefault(row, []).append(position)
+        indices = range(len(self.shapes)) if indices is None else indices
         maps = [
-            np.empty((len(digests) if place in places else 0, *shape), np.float16)
-            for place, shape in enumerate(self.shapes)
+            np.empty((len(digests) if index in indices else 0, *shape), np.float16)
+            for index, shape in enumerate(self.shapes)
         ]
-        for path, rows in wanted.items():
-            for row, values in self._walk(path, set(rows), places):
-                for place, value in zip(places, values, strict=True):
-                    maps[place][rows[row]] = np.frombuffer(value, np.float16).reshape(self.shapes[place])
+        for part, rows in wanted.items():
+            for row, values in _walk(self.folder / part, set(rows), indices):
+                for index, value in zip(indices, values, strict=True):
+                    maps[index][rows[row]] = np.frombuffer(value, np.float16).reshape(self.shapes[index])
         return maps
 
     def read_samples(
-        self, samples: Sequence[Sequence[str]], views: int, places: Sequence[int] | None = None
+        self, samples: Sequence[Sequence[str]], views: int, indices: Sequence[int] | None = None
     ) -> list[NDArray[np.float16]]:
-        """The maps of samples as a flow reads them: those of their first views, then those of their second ...
+        """The maps of samples as a flow reads them: all maps of the first view, then those of the second ...
 
-        Args:
-            samples: Digests of each sample's pictures, in the views' order.
-            views: How many each has.
-            places: As in `read`.
-
-        Raises:
-            SprueError: As `read`.
+        A sample is the digests of its images, in the views' order; see `read` for `indices` and errors.
         """
-        maps = self.read([digest for sample in samples for digest in sample], places)
+        maps = self.read([digest for sample in samples for digest in sample], indices)
         return [map_NCHW[view::views] for view in range(views) for map_NCHW in maps]
 
-    def _walk(self, path: UPath, rows: set[int], places: Sequence[int]) -> Iterator[tuple[int, tuple[bytes, ...]]]:
-        """The wanted rows of a part; row groups with none of them are not read."""
-        file = _Part(path).file
-        columns = [f"map_{place}" for place in places]
-        start = 0
-        for group in range(len(file.row_groups)):
-            count = file.row_groups[group].num_rows
-            if not rows.isdisjoint(range(start, start + count)):
-                try:
-                    frame = file[group].to_pandas(columns=columns)
-                except OSError as error:
-                    raise SprueError(f"{path} can't be read: {error}") from error
-                for offset, values in enumerate(frame.itertuples(index=False, name=None)):
-                    if start + offset in rows:
-                        yield start + offset, values
-            start += count
+
+def _walk(path: UPath, rows: set[int], indices: Sequence[int]) -> Iterator[tuple[int, tuple[bytes, ...]]]:
+    """The chosen rows of a part; only row groups that hold any are read."""
+    file, start = _open_part(path), 0
+    for group, metadata in enumerate(file.row_groups):
+        if not rows.isdisjoint(range(start, start + metadata.num_rows)):
+            try:
+                frame = file[group].to_pandas(columns=[f"map_{index}" for index in indices])
+            except OSError as error:
+                raise SprueError(f"{path} can't be read: {error}") from error
+            for row, values in enumerate(frame.itertuples(index=False, name=None), start):
+                if row in rows:
+                    yield row, values
+        start += metadata.num_rows

@@ -1,14 +1,14 @@
-"""The detector: feature spec, flow and calibration in one object, which is what is calibrated, evaluated and served.
+"""The detector: feature spec, flow and calibration in one object, which is calibrated, evaluated and served.
 
-A sample is one picture of a part or several, its views.
+A sample is one image of a part, or several images: its views.
 
-Shapes: B samples, V views, N pictures of all samples (those of the first, then those of the second ...), S side of the
-backbone's input, C channels, H rows, W columns of a map, h and w of a picture.
+Shapes: B samples, V views, N images of all samples (those of the first, then those of the second ...), S side of the
+backbone's input, C channels, H rows and W columns of a feature map or of its position scores, h and w of an image.
 """
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,91 +17,61 @@ import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import BaseModel
 from torch import Tensor
 
 from defectflow import Flow, build_flow
-from defectflow.flow import Evidence
+from sprue.config import ScoringSettings
 from sprue.errors import SprueError
 from sprue.inference.calibration import Calibration
 from sprue.inference.engines import Engine, EngineName, build_engine
 from sprue.inference.images import model_input
 from sprue.inference.precision import use_full_precision
 from sprue.inference.spec import FeatureSpec
+from sprue.inference.weights import portable_state
 
 BATCH = 16
-"""Pictures that go through the backbone together."""
+"""Images that the backbone takes together."""
 
 FLOW_BATCH = 16
-"""Samples that go through the flow together."""
+"""Samples that the flow takes together."""
 
-FORMAT = 5
-"""Version of the files that `Detector.save` writes."""
-
-READ = (3, 4, FORMAT)
-"""Versions that `Detector.load` reads; the third has no threshold for pixels."""
-
-AS_BEFORE = {"dnfad": {"rectified": ("local", "global"), "upsampling": 1}}
-"""What flows of versions before the fifth were, whose configs do not say it."""
-
+FORMAT = 1
+"""Version of the files that `Detector.save` writes: the first release's. A change comes with a migration."""
 
 SampleImages: TypeAlias = Image.Image | Sequence[Image.Image]
-"""A sample: a picture of each view, in the views' order, or the one picture that there is."""
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """How a picture's score is made of its positions' evidence.
-
-    Attributes:
-        evidence: ``latent`` for the latent norm, ``likelihood`` for the negative log-likelihood.
-        top: Share of the positions (DNFAD: of its upsampled map), those with the largest evidence, whose mean is the
-            score; the flow's own if None.
-    """
-
-    evidence: Evidence = "latent"
-    top: float | None = None
-
-    def __post_init__(self) -> None:
-        """Checks the ranges.
-
-        Raises:
-            SprueError: If a field is out of range.
-        """
-        if self.evidence not in ("latent", "likelihood"):
-            raise SprueError(f"scoring.evidence: {self.evidence!r} is neither 'latent' nor 'likelihood'")
-        if self.top is not None and not 0 < self.top <= 1:
-            raise SprueError(f"scoring.top: {self.top} is not a share above 0, at most 1")
+"""A sample: an image of each view, in the views' order, or its only image."""
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a detector says of B samples.
+    """Predictions for B samples.
 
     Attributes:
-        score_B: The higher, the less likely.
+        score_B: Anomaly scores.
         p_value_B: Conformal p-values; see `sprue.inference.calibration`.
-        is_anomalous_B: Whether the p-value is at most the detector's alpha.
-        picture_score_BV: The score of each of a sample's pictures, given the others; a lone picture's is the sample's.
-        evidence_BVHW: How unusual each position of each picture is, at the feature maps' resolution.
+        is_anomalous_B: Whether the score is above the calibration's threshold.
+        image_score_BV: The score of each image, given the sample's others; an only image's is the sample's.
+        position_scores_BVHW: The score of each position of each image, at the feature maps' resolution.
     """
 
     score_B: NDArray[np.float32]
     p_value_B: NDArray[np.float64]
     is_anomalous_B: NDArray[np.bool_]
-    picture_score_BV: NDArray[np.float32]
-    evidence_BVHW: NDArray[np.float32]
+    image_score_BV: NDArray[np.float32]
+    position_scores_BVHW: NDArray[np.float32]
 
     def anomaly_map(self, index: int, size: tuple[int, int], view: int = 0) -> NDArray[np.float32]:
-        """The evidence of the pixels of a sample's view; see `anomaly_map`."""
-        return anomaly_map(self.evidence_BVHW[index, view], size)
+        """Anomaly map [h, w] of a sample's view, for its size (rows, columns); see the function `anomaly_map`."""
+        return anomaly_map(self.position_scores_BVHW[index, view], size)
 
     def __getitem__(self, samples: slice) -> "Predictions":
-        """What it says of some of the samples."""
+        """The predictions for some of the samples."""
         return Predictions(*(getattr(self, field.name)[samples] for field in fields(self)))
 
     @classmethod
     def concatenate(cls, parts: Sequence["Predictions"]) -> "Predictions":
-        """Those of several parts, one after the other."""
+        """Joins the predictions for several batches."""
         return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
@@ -110,20 +80,22 @@ class Detector:
     """Scores samples of one product class.
 
     Attributes:
-        class_name: The product class.
-        spec: The resolved feature spec.
+        dataset: The dataset.
+        class_name: The product class in it.
+        spec: The feature spec.
         flow_name: The flow's key in `defectflow.FLOWS`.
         flow: The fitted flow.
-        scoring: How a score is made.
-        calibration: What a score means.
-        views: Names of a sample's views, in order; one, without a name, for samples of one picture.
+        scoring: How a score is made of position scores.
+        calibration: Thresholds and p-values.
+        views: Names of a sample's views, in order; ``("",)`` for samples of one image.
     """
 
+    dataset: str
     class_name: str
     spec: FeatureSpec
     flow_name: str
     flow: Flow
-    scoring: Scoring
+    scoring: ScoringSettings
     calibration: Calibration
     views: tuple[str, ...] = ("",)
 
@@ -138,115 +110,110 @@ class Detector:
         self.flow = self.flow.to(self.device).eval()
 
     def predict(self, samples: Sequence[SampleImages], engine: Engine) -> Predictions:
-        """Scores samples of RGB pictures of any size.
+        """Scores samples of RGB images of any size.
 
         Args:
-            samples: Pictures as `sprue.inference.images.open_image` returns them, a sample's in the order of `views`.
+            samples: Images as `sprue.inference.images.open_image` returns them, a sample's in the order of `views`.
             engine: An engine for this detector's feature spec; detectors with equal fingerprints can share one.
 
         Raises:
-            SprueError: If a sample has another number of pictures than there are views.
+            SprueError: If a sample does not have one image for each view.
         """
         inputs = []
         for number, sample in enumerate(samples):
-            pictures = [sample] if isinstance(sample, Image.Image) else sample
-            if len(pictures) != len(self.views):
+            images = [sample] if isinstance(sample, Image.Image) else sample
+            if len(images) != len(self.views):
                 raise SprueError(
-                    f"class {self.class_name}: sample {number} has {len(pictures)} pictures; its detector reads "
+                    f"class {self.class_name}: sample {number} has {len(images)} images; its detector reads "
                     f"{len(self.views)} {', '.join(self.views)}".rstrip()
                 )
-            inputs += [model_input(picture, self.spec.input_size) for picture in pictures]
+            inputs += [model_input(image, self.spec.input_size) for image in images]
         return self.predict_inputs(np.stack(inputs), engine)
 
     def predict_inputs(self, inputs_NSS3: NDArray[np.uint8], engine: Engine) -> Predictions:
-        """Scores samples whose pictures are already resized to the backbone's input."""
+        """Scores samples whose images are already resized to the backbone's input [N, S, S, 3]."""
         step = max(1, BATCH // len(self.views)) * len(self.views)
         return Predictions.concatenate(
-            [
-                self.predict_pictures(engine(inputs_NSS3[start : start + step]))
-                for start in range(0, len(inputs_NSS3), step)
-            ]
+            [self.predict_maps(engine(inputs_NSS3[start : start + step])) for start in range(0, len(inputs_NSS3), step)]
         )
 
-    def predict_pictures(self, maps: Sequence[NDArray[np.float16]]) -> Predictions:
-        """Scores samples by their pictures' backbone maps [N, C, H, W], as an engine returns them."""
+    def predict_maps(self, maps: Sequence[NDArray[np.float16]]) -> Predictions:
+        """Scores samples by their images' backbone maps [N, C, H, W], as an engine returns them."""
         views = len(self.views)
         return self.predict_features([map_NCHW[view::views] for view in range(views) for map_NCHW in maps])
 
     def predict_features(self, maps: Sequence[NDArray[np.float16]]) -> Predictions:
-        """Scores samples by their views' backbone maps [B, C, H, W]: those of the first view, of the second ..."""
-        score_B, picture_score_BV, evidence_BVHW = score_features(self.flow, self.scoring, maps)
+        """Scores samples by their views' backbone maps [B, C, H, W]: those of the first view, then of the second ..."""
+        score_B, image_score_BV, position_scores_BVHW = score_features(self.flow, self.scoring, maps)
         p_value_B = self.calibration.p_values(score_B)
-        is_anomalous_B = p_value_B <= self.calibration.alpha
-        return Predictions(score_B, p_value_B, is_anomalous_B, picture_score_BV, evidence_BVHW)
+        is_anomalous_B = self.calibration.is_anomalous(score_B)
+        return Predictions(score_B, p_value_B, is_anomalous_B, image_score_BV, position_scores_BVHW)
 
-    def save(self, folder: Path) -> None:
-        """Writes everything that prediction needs: ``detector.json``, the flow's and the backbone's weights."""
+    def save(self, folder: Path, backbone: bytes) -> None:
+        """Writes everything that prediction needs: ``detector.json``, ``flow.safetensors``, ``backbone.safetensors``.
+
+        `backbone` holds the backbone's weights, as `sprue.inference.backbone.backbone_state` returns them.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        facts = {
-            "format": FORMAT,
-            "class_name": self.class_name,
-            "spec": self.spec.to_mapping(),
-            "flow": {"name": self.flow_name, "config": asdict(self.flow.config)},
-            "scoring": asdict(self.scoring),
-            "calibration": asdict(self.calibration),
-            "views": list(self.views),
-        }
-        (folder / "detector.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
+        saved = _SavedDetector(**vars(self), flow_config=asdict(self.flow.config))
+        (folder / "detector.json").write_text(json.dumps(saved.model_dump(mode="json"), indent=2) + "\n")
         safetensors.torch.save_file(portable_state(self.flow), folder / "flow.safetensors")
-        # Who only fits or scores flows is spared timm, which takes seconds to import.
-        from sprue.inference.backbone import load_backbone
-
-        safetensors.torch.save_file(portable_state(load_backbone(self.spec).model), folder / "backbone.safetensors")
+        (folder / "backbone.safetensors").write_bytes(backbone)
 
     @classmethod
     def load(cls, folder: Path) -> "Detector":
-        """Reads what `save` wrote; the backbone's weights are taken from the folder.
+        """Reads what `save` wrote; the backbone's weights are read from the folder when an engine is built.
 
         Raises:
-            SprueError: If a file is missing or of another format, or the backbone's weights are not those that the
-                spec names (found when an engine is built).
+            SprueError: If a file is missing, damaged or of another format.
         """
         try:
-            facts: dict[str, Any] = json.loads((folder / "detector.json").read_text())
+            text = (folder / "detector.json").read_text()
+            found = json.loads(text).get("format")
+            if found != FORMAT:
+                raise SprueError(f"{folder} has format {found}, this version of sprue reads {FORMAT}")
+            saved = _SavedDetector.model_validate_json(text)
             state = safetensors.torch.load_file(folder / "flow.safetensors")
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise SprueError(f"{folder} is not a saved detector: {error}") from error
-        if facts.get("format") not in READ:
-            known = ", ".join(map(str, READ))
-            raise SprueError(f"{folder} has format {facts.get('format')}, this version of sprue reads {known}")
-        name = facts["flow"]["name"]
-        flow = build_flow(name, **AS_BEFORE.get(name, {}) | facts["flow"]["config"])
+        flow = build_flow(saved.flow_name, **saved.flow_config)
         flow.load_state_dict(state)
-        calibration = facts["calibration"]
-        return cls(
-            facts["class_name"],
-            replace(FeatureSpec.from_mapping(facts["spec"]), weights=f"file:{folder / 'backbone.safetensors'}"),
-            name,
-            flow,
-            Scoring(**facts["scoring"]),
-            Calibration(**calibration | {"scores": tuple(calibration["scores"])}),
-            tuple(facts["views"]),
-        )
+        weights = f"file:{folder / 'backbone.safetensors'}"
+        values = dict(saved) | {"flow": flow, "spec": saved.spec.model_copy(update={"weights": weights})}
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
 
     def build_engine(self, name: EngineName = "auto", threads: int | None = None) -> Engine:
         """An engine for this detector; see `sprue.inference.engines.build_engine`."""
         return build_engine(self.spec, name, threads)
 
 
-def anomaly_map(evidence_HW: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
-    """The evidence of a picture's pixels, [h, w], for its size (rows, columns); bilinear."""
-    evidence = torch.from_numpy(evidence_HW)[None, None]
-    return torch.nn.functional.interpolate(evidence, size=size, mode="bilinear", align_corners=False)[0, 0].numpy()
+class _SavedDetector(BaseModel):
+    """The file ``detector.json``; see `Detector` for the fields."""
+
+    format: int = FORMAT
+    dataset: str
+    class_name: str
+    spec: FeatureSpec
+    flow_name: str
+    flow_config: dict[str, Any]
+    scoring: ScoringSettings
+    calibration: Calibration
+    views: tuple[str, ...]
+
+
+def anomaly_map(position_scores_HW: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    """Upsamples an image's position scores to its pixels, [h, w], for its size (rows, columns); bilinear."""
+    scores_11HW = torch.from_numpy(position_scores_HW)[None, None]
+    return torch.nn.functional.interpolate(scores_11HW, size=size, mode="bilinear", align_corners=False)[0, 0].numpy()
 
 
 def best_device() -> torch.device:
-    """A GPU if there is one."""
+    """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def require_views(class_name: str, flow_name: str, flow: Flow, views: int) -> None:
-    """Makes sure that a flow reads samples of a number of views.
+    """Checks that a flow takes samples of a number of views.
 
     Raises:
         SprueError: If it does not; the message names the class.
@@ -255,21 +222,21 @@ def require_views(class_name: str, flow_name: str, flow: Flow, views: int) -> No
         return
     advice = f"set flow.views to {views}" if flow_name == "multiflow" else "choose the flow multiflow"
     if views == 1:
-        advice = "choose a flow of single pictures, such as patchflow"
+        advice = "choose a flow of single images, such as patchflow"
     raise SprueError(
-        f"class {class_name}: its samples have {views} pictures each, and {flow_name} reads {flow.views}; {advice}"
+        f"class {class_name}: its samples have {views} images each, and {flow_name} reads {flow.views}; {advice}"
     )
 
 
 def score_features(
-    flow: Flow, scoring: Scoring, maps: Sequence[NDArray[np.float16]]
+    flow: Flow, scoring: ScoringSettings, maps: Sequence[NDArray[np.float16]]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
-    """Assesses samples by their views' backbone maps [B, C, H, W], see `Detector.predict_features`.
+    """Scores samples by their views' backbone maps [B, C, H, W]; see `Detector.predict_features`.
 
-    The flow is set to evaluation: in training it would add noise, and read a part of the positions.
+    Sets the flow to evaluation: in training it would add noise and read only some of the positions.
 
     Returns:
-        Scores [B] of the samples, scores [B, V] and evidence [B, V, H, W] of their pictures.
+        Scores [B] of the samples, scores [B, V] and position scores [B, V, H, W] of their images.
     """
     flow.eval()
     use_full_precision()
@@ -278,18 +245,14 @@ def score_features(
     for batch in _batches(maps):
         with torch.inference_mode():
             maps_on_device = [map_BCHW.to(device).float() for map_BCHW in batch]
-            assessed = flow.assess_pictures(maps_on_device, scoring.evidence, scoring.top)
-            parts.append([each.cpu().numpy() for each in assessed])
-    score_B, picture_score_BV, evidence_BVHW = (np.concatenate(each) for each in zip(*parts, strict=True))
-    return score_B, picture_score_BV, evidence_BVHW
-
-
-def portable_state(module: torch.nn.Module) -> dict[str, Tensor]:
-    """A module's parameters and buffers as safetensors takes them: on the CPU, contiguous, none shared."""
-    return {key: value.detach().cpu().contiguous().clone() for key, value in module.state_dict().items()}
+            predicted = flow.predict_images(maps_on_device, scoring.score_type, scoring.top)
+            parts.append([each.cpu().numpy() for each in predicted])
+    score_B, image_score_BV, position_scores_BVHW = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return score_B, image_score_BV, position_scores_BVHW
 
 
 def _batches(maps: Sequence[NDArray[np.float16]]) -> Iterator[list[Tensor]]:
-    # No samples are one empty batch, which has the right shapes; maps that the flow does not read may be empty.
+    # Without samples there is one empty batch, whose results have the right shapes. Maps that the flow does not read
+    # may be empty.
     for start in range(0, max(1, *map(len, maps)), FLOW_BATCH):
         yield [torch.from_numpy(map_BCHW[start : start + FLOW_BATCH]) for map_BCHW in maps]

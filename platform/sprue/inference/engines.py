@@ -1,6 +1,6 @@
-"""Engines that run the backbone: OpenVINO on CPUs, torch on GPUs and wherever OpenVINO can't.
+"""Engines that run the backbone: OpenVINO on CPUs, torch on GPUs and where OpenVINO fails.
 
-Shapes: B pictures, S side of the input, C channels, H rows, W columns of a map.
+Shapes: B images, S side of the input, C channels, H rows, W columns of a map.
 """
 
 import logging
@@ -23,29 +23,29 @@ logger = logging.getLogger(__name__)
 EngineName = Literal["auto", "openvino", "torch"]
 
 CONVERSION_TOLERANCE = 1e-3
-"""A converted backbone whose maps differ by more than this share of their largest value is not used."""
+"""A converted backbone whose maps differ by more than this fraction of their largest value is not used."""
 
 
 class Engine(Protocol):
-    """Runs a backbone on batches of pictures."""
+    """Runs a backbone on batches of images."""
 
     name: str
 
     def __call__(self, images_BSS3: NDArray[np.uint8]) -> list[NDArray[np.float16]]:
-        """The maps [B, C, H, W] of 8-bit pictures [B, S, S, 3], in the spec's order."""
+        """The maps [B, C, H, W] of 8-bit images [B, S, S, 3], in the order of `Backbone.forward`."""
         ...
 
 
 def build_engine(spec: FeatureSpec, name: EngineName = "auto", threads: int | None = None) -> Engine:
-    """The fastest engine on this machine, or the one that is named.
+    """Builds the fastest engine on this machine, or the named one.
 
     Args:
-        spec: A resolved spec.
+        spec: The feature spec.
         name: ``auto`` takes torch where there is a GPU, else OpenVINO, else torch.
-        threads: CPU threads; all cores that the process may use by default.
+        threads: CPU threads; by default all cores that the process may use.
 
     Raises:
-        SprueError: If the backbone can't be loaded, or OpenVINO is asked for and can't run it.
+        SprueError: If the backbone can't be loaded, or OpenVINO is named and can't run it.
     """
     if name == "torch":
         return TorchEngine(spec, threads)
@@ -97,16 +97,16 @@ class TorchEngine:
 class OpenVINOEngine:
     """Runs the backbone on OpenVINO, with float32 execution pinned.
 
-    The backbone is converted once for each fingerprint and kept in the user's cache folder.
+    The backbone is converted once for each fingerprint and cached; see `cache_folder`.
     """
 
     name = "openvino"
 
     def __init__(self, spec: FeatureSpec, threads: int | None = None) -> None:
-        """Converts or finds the backbone and compiles it.
+        """Compiles the backbone, which is converted unless the cache has it.
 
         Raises:
-            ConversionError: If OpenVINO is missing or the backbone can't be converted faithfully.
+            ConversionError: If OpenVINO is missing, or can't convert the backbone, or its maps differ from torch's.
         """
         try:
             import openvino
@@ -134,12 +134,12 @@ class OpenVINOEngine:
 
 
 def cache_folder() -> Path:
-    """Where converted backbones are kept: ``$SPRUE_CACHE``, by default ``~/.cache/sprue``."""
+    """The folder of converted backbones and downloaded detectors: ``$SPRUE_CACHE``, by default ``~/.cache/sprue``."""
     return Path(os.environ.get("SPRUE_CACHE") or Path.home() / ".cache" / "sprue")
 
 
 def keep(temporary: Path, folder: Path) -> None:
-    """Renames a finished folder to its name in the cache, unless another process has been quicker with the same.
+    """Renames a finished folder to its name in the cache, unless another process has made the same one meanwhile.
 
     Raises:
         OSError: If it can't be renamed for another reason.
@@ -153,8 +153,8 @@ def keep(temporary: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _logging_kept() -> Iterator[None]:
-    """Keeps the root logger as it is: OpenVINO's converter silences it, and leaves it so where it fails."""
+def _root_logger_restored() -> Iterator[None]:
+    """Restores the root logger: OpenVINO's converter silences it, and does not restore it where it fails."""
     root = logging.getLogger()
     level, filters, handlers = root.level, root.filters[:], root.handlers[:]
     try:
@@ -165,7 +165,7 @@ def _logging_kept() -> Iterator[None]:
 
 
 def convert(spec: FeatureSpec, folder: Path) -> None:
-    """Converts a backbone to OpenVINO's format in `folder`, and checks it against torch on one noisy picture.
+    """Converts a backbone to OpenVINO's format in `folder`, and checks it against torch on an image of noise.
 
     Raises:
         ConversionError: If it can't be converted, or its outputs differ from torch's.
@@ -181,12 +181,12 @@ def convert(spec: FeatureSpec, folder: Path) -> None:
         0, 256, (1, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
     logger.info("converting %s to OpenVINO, once for this feature spec", spec.backbone)
-    with torch.inference_mode(), _logging_kept():
+    with torch.inference_mode(), _root_logger_restored():
         expected = backbone(probe_1SS3)
         try:
             model = openvino.convert_model(backbone, example_input=probe_1SS3, input=[(-1, side, side, 3)])
             results = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(probe_1SS3.numpy())
-        except Exception as error:  # OpenVINO's failures share no class but this
+        except Exception as error:  # OpenVINO's errors have no other class in common
             raise ConversionError(f"OpenVINO can't convert {spec.backbone}: {error}") from error
     for index, map_1CHW in enumerate(expected):
         worst = float((torch.from_numpy(results[index]) - map_1CHW).abs().max() / map_1CHW.abs().max())

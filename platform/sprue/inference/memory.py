@@ -1,4 +1,4 @@
-"""How this process's memory is managed."""
+"""Memory management of this process."""
 
 import ctypes
 import sys
@@ -10,17 +10,17 @@ ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(LARGEST),
     "MALLOC_TRIM_THRESHOLD_": str(LARGEST),
 }
-"""The same as `keep_freed_memory`, for processes that are started with these variables."""
+"""Environment variables with the effect of `keep_freed_memory`, for processes that are started with them."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
 def keep_freed_memory() -> None:
-    """Lets this process keep what its tensors have freed, for the next ones; on Linux's C library, elsewhere nothing.
+    """Keeps memory that tensors have freed for later tensors, with glibc; does nothing elsewhere.
 
-    A flow on a CPU makes temporary tensors of many megabytes. By default each is fresh from the system, and much of the
-    time goes into mapping its pages: ``benchmarks/scoring.py`` compares. Threads that run already have memory of their
-    own, for which this does nothing.
+    A flow on a CPU makes temporary tensors of many megabytes. By default glibc requests each from the system, and
+    mapping the pages takes much of the time: ``benchmarks/scoring.py`` compares. Threads that run already have their
+    own arenas, which this does not change.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -5,20 +5,20 @@ A source is one string:
 - ``package:NAME``: the one weight file inside an installed Python package;
 - ``file:PATH``: a ``.safetensors``, ``.pth`` or ``.pt`` file;
 - ``s3://BUCKET/KEY``: such a file in an object store (endpoint and credentials as boto3 finds them);
-- ``hub:TAG``: timm's hub, with the weight tag pinned, such as ``hub:in1k``.
+- ``hub:TAG``: timm's hub, at a weight tag such as ``hub:in1k`` (the hub's default tag may change).
 
 Files are read without executing pickled code.
 """
 
 import hashlib
 import io
-import pickle
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 
-import safetensors
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sprue.errors import SprueError
@@ -26,8 +26,8 @@ from sprue.errors import SprueError
 SUFFIXES = (".safetensors", ".pth", ".pt")
 
 UNREADABLE = (
-    safetensors.SafetensorError,
-    pickle.UnpicklingError,
+    SafetensorError,
+    UnpicklingError,
     RuntimeError,
     EOFError,
     ValueError,
@@ -35,29 +35,22 @@ UNREADABLE = (
     AttributeError,
     TypeError,
 )
-"""What reading a file that holds no weights, or more than weights, ends in."""
+"""Raised when a file is read that holds no weights, or more than weights."""
 
 
 def read_weights(source: str) -> dict[str, Tensor]:
-    """Reads the parameters and buffers that a source names (all but ``hub:``).
+    """Reads the parameters and buffers of a source (any but ``hub:``, which timm reads).
 
     Raises:
-        SprueError: If the source is malformed, missing, or not a weight file.
+        SprueError: If the source is missing, or not a weight file.
     """
     kind, _, rest = source.partition(":")
-    if kind == "package":
-        path = _package_file(rest)
-        return _parse(path.read_bytes(), str(path))
-    if kind == "file":
-        path = Path(rest).expanduser()
-        if not path.is_file():
-            raise SprueError(f"features.weights: there is no file {path}")
-        return _parse(path.read_bytes(), str(path))
     if kind == "s3":
         return _parse(_download(source), source)
-    raise SprueError(
-        f"features.weights: {source!r} is not a source; write package:NAME, file:PATH, s3://BUCKET/KEY or hub:TAG"
-    )
+    path = _package_file(rest) if kind == "package" else Path(rest).expanduser()
+    if not path.is_file():
+        raise SprueError(f"features.weights: there is no file {path}")
+    return _parse(path.read_bytes(), str(path))
 
 
 def _package_file(name: str) -> Path:
@@ -67,7 +60,7 @@ def _package_file(name: str) -> Path:
     folder = Path(next(iter(found.submodule_search_locations)))
     files = [path for path in sorted(folder.rglob("*")) if path.suffix in SUFFIXES]
     if len(files) != 1:
-        raise SprueError(f"features.weights: package {name!r} holds {len(files)} weight files, one is expected")
+        raise SprueError(f"features.weights: package {name!r} has {len(files)} weight files; expected one")
     return files[0]
 
 
@@ -81,7 +74,7 @@ def _download(url: str) -> bytes:
     try:
         return boto3.client("s3").get_object(Bucket=bucket, Key=key)["Body"].read()
     except (BotoCoreError, ClientError) as error:
-        raise SprueError(f"features.weights: {url} can't be fetched: {error}") from error
+        raise SprueError(f"features.weights: {url} can't be downloaded: {error}") from error
 
 
 def _parse(data: bytes, name: str) -> dict[str, Tensor]:
@@ -90,7 +83,7 @@ def _parse(data: bytes, name: str) -> dict[str, Tensor]:
             return safetensors.torch.load(data)
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except UNREADABLE as error:
-        raise SprueError(f"features.weights: {name} is not a weight file that can be read safely: {error}") from error
+        raise SprueError(f"features.weights: {name} is not a weight file, or not safe to read: {error}") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -99,16 +92,16 @@ def _parse(data: bytes, name: str) -> dict[str, Tensor]:
 
 
 def fill(model: nn.Module, state: dict[str, Tensor], source: str, name: str) -> None:
-    """Copies weights into a model: by their names or, where the names are another library's, in order.
+    """Copies weights into a model: by name or, where no name is the model's, in order.
 
-    Only names that are all foreign are matched in order, and then every shape has to agree.
+    `source` and `name` say in messages where the weights come from and what the model is called.
 
     Raises:
-        SprueError: If they don't fit; the message names the first parameter that differs.
+        SprueError: If a shape or a number of tensors differs; the message names the first parameter that does.
     """
     own = model.state_dict()
     if not set(own) & set(state):
-        # Counters of batch-norm steps are in some files and not in others; they have no part in the outputs.
+        # Some files hold counters of batch-norm steps, which the outputs do not depend on.
         names = [key for key in own if not key.endswith("num_batches_tracked")]
         values = [value for key, value in state.items() if not key.endswith("num_batches_tracked")]
         if len(names) != len(values):
@@ -135,3 +128,8 @@ def digest(model: nn.Module) -> str:
             sha.update(f"{key}{list(tensor.shape)}{tensor.dtype}".encode())
             sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return sha.hexdigest()
+
+
+def portable_state(module: nn.Module) -> dict[str, Tensor]:
+    """A module's parameters and buffers as safetensors takes them: on the CPU, contiguous, none shared."""
+    return {key: value.detach().cpu().contiguous().clone() for key, value in module.state_dict().items()}

@@ -1,1 +1,1 @@
-"""The search for a class's best flow, by the detection of drawn defects on its validation pictures."""
+"""The search for a class's best flow, by the detection of synthetic defects on its validation images."""

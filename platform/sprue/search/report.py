@@ -1,4 +1,4 @@
-"""What a search found, as a table and as a picture: which trials there were, and which parameters mattered."""
+"""The report of a search: its trials as a table and a chart, and which settings mattered."""
 
 import io
 import warnings
@@ -14,13 +14,13 @@ from sprue.search.record import SearchRecord
 
 matplotlib.use("agg")
 ENOUGH_TRIALS = 8
-"""With fewer, what seems to matter is chance."""
+"""With fewer trials, importances are chance."""
 
-OBJECTIVE = "drawn defects found (AUROC)"
+OBJECTIVE = "AUROC of synthetic defects"
 
 
 def trials_table(record: SearchRecord) -> pd.DataFrame:
-    """A row a trial: its values, its epochs, the figures of its best one, and what became of it."""
+    """One row a trial: its values, its epochs, the metrics of the best one, and how it ended."""
     return pd.DataFrame(
         {
             "trial": trial.number,
@@ -28,14 +28,15 @@ def trials_table(record: SearchRecord) -> pd.DataFrame:
             "epochs": len(trial.history),
             "validation_nll": trial.best["validation_nll"] if trial.history else float("nan"),
             "objective": trial.objective,
-            "end": trial.failure or ("best" if trial.number == record.best else "whole" if trial.whole else "stopped"),
+            "end": trial.failure
+            or ("best" if trial.number == record.best else "completed" if trial.completed else "stopped"),
         }
         for trial in record.trials
     )
 
 
 def study_of(record: SearchRecord, space: Mapping[str, BaseDistribution]) -> optuna.Study:
-    """The trials as Optuna's visualizations read them; those that were stopped count with what they had reached."""
+    """The trials as Optuna's visualizations read them; stopped trials count with their last objective."""
     study = optuna.create_study(direction="maximize")
     for trial in record.trials:
         if trial.history:
@@ -46,7 +47,7 @@ def study_of(record: SearchRecord, space: Mapping[str, BaseDistribution]) -> opt
 
 
 def importances(record: SearchRecord, space: Mapping[str, BaseDistribution]) -> dict[str, float]:
-    """The share of the objective's variance that each parameter explains, by Optuna's fANOVA; none with too few trials.
+    """Fraction of the objective's variance that each setting explains, by Optuna's fANOVA; none with too few trials.
 
     Source: Hutter, Hoos, Leyton-Brown, "An Efficient Approach for Assessing Hyperparameter Importance" (2014).
     """
@@ -58,7 +59,7 @@ def importances(record: SearchRecord, space: Mapping[str, BaseDistribution]) -> 
 
 
 def parallel_coordinates(record: SearchRecord, space: Mapping[str, BaseDistribution]) -> bytes:
-    """A PNG with a line for each trial, through its values to what it found."""
+    """A PNG with a line for each trial, through its values to its objective."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         axes = optuna.visualization.matplotlib.plot_parallel_coordinate(study_of(record, space), target_name=OBJECTIVE)

@@ -1,5 +1,6 @@
-"""What the service answers when it can't: one JSON shape for every error."""
+"""Error responses: one JSON shape for every error."""
 
+from collections.abc import Mapping
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request
@@ -11,52 +12,42 @@ from sprue.serving.schemas import ErrorBody, ErrorDetail
 
 
 class ApiError(Exception):
-    """A refusal that the client can act on.
+    """A request is refused for a reason that the client can act on.
 
-    Attributes:
-        status: The HTTP status.
-        code: A word for programs, which does not change.
-        message: A sentence for people.
+    The code identifies the reason for programs and is stable; the message explains it to people.
     """
 
-    def __init__(self, status: HTTPStatus, code: str, message: str) -> None:
-        """See the class."""
+    def __init__(self, status: HTTPStatus, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
-        self.status, self.code, self.message = status, code, message
+        self.status, self.code, self.message, self.headers = status, code, message, headers
 
 
-def answer_errors_in_json(app: FastAPI) -> None:
-    """Makes an application answer every error, its framework's own among them, with an `ErrorBody`."""
-    app.add_exception_handler(ApiError, _refusal)
-    app.add_exception_handler(HTTPException, _framework_refusal)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(Exception, _failure)
+def add_error_handlers(app: FastAPI) -> None:
+    """Makes an application respond to every error, also the framework's own, with an `ErrorBody`."""
+    for kind in (ApiError, HTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(kind, _respond)
 
 
-def _response(status: int, code: str, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    body = ErrorBody(error=ErrorDetail(code=code, message=message))
-    return JSONResponse(body.model_dump(), status, headers)
+def error_response(
+    status: HTTPStatus, code: str, message: str, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """A response whose body is an `ErrorBody`."""
+    return JSONResponse(ErrorBody(error=ErrorDetail(code=code, message=message)).model_dump(), status, headers)
 
 
-async def _refusal(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, ApiError)
-    return _response(error.status, error.code, error.message)
-
-
-async def _framework_refusal(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path}: {error.detail}; /docs describes what there is"
-    return _response(error.status_code, HTTPStatus(error.status_code).name.lower(), message, dict(error.headers or {}))
-
-
-async def _invalid(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
-    message = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
-    return _response(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid_request", message)
-
-
-async def _failure(request: Request, error: Exception) -> JSONResponse:
-    # The framework raises the error again after this answer, and Ray Serve logs it.
-    return _response(
-        HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error", "the service failed on this request; its log says why"
-    )
+async def _respond(request: Request, error: Exception) -> JSONResponse:
+    headers: Mapping[str, str] | None = None
+    match error:
+        case ApiError():
+            status, code, message, headers = error.status, error.code, error.message, error.headers
+        case HTTPException():
+            status, headers = HTTPStatus(error.status_code), error.headers
+            code, message = status.name.lower(), f"{request.method} {request.url.path}: {error.detail}; see /docs"
+        case RequestValidationError():
+            status, code = HTTPStatus.UNPROCESSABLE_ENTITY, "invalid_request"
+            message = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        case _:
+            # The framework raises the error again after this response, and Ray Serve logs it.
+            status, code = HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error"
+            message = "the service failed on this request; see its log"
+    return error_response(status, code, message, headers)

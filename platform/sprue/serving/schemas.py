@@ -1,4 +1,4 @@
-"""The service's answers, as JSON and in its OpenAPI description."""
+"""The service's responses, as JSON and in its OpenAPI description."""
 
 from typing import Literal
 
@@ -6,79 +6,81 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class ModelVersion(BaseModel):
-    """A registered model's version."""
+    """A version of a registered model."""
 
-    name: str = Field(description="Name of the registered model", examples=["brick"])
-    version: int = Field(description="Version that holds the alias champion", examples=[3])
+    name: str = Field(description="Name of the registered model", examples=["textures.brick"])
+    version: int = Field(description="Version that has the alias champion", examples=[3])
 
 
-class PictureScore(BaseModel):
-    """What it says of one of a sample's pictures."""
+class ImageScore(BaseModel):
+    """The score of one of a sample's images."""
 
     view: str
-    score: float = Field(description="The higher, the less likely, given the sample's other pictures")
+    score: float = Field(description="The higher, the less likely, given the sample's other images")
 
 
 class Score(BaseModel):
-    """What the champion of a class says of a sample: a picture of a part, or a picture of each of its views."""
+    """The champion's result for a sample: an image of a part, or an image of each of its views."""
 
     model_config = ConfigDict(
         json_schema_extra={
             "example": {
+                "dataset": "textures",
                 "class_name": "brick",
                 "score": 0.8123,
                 "p_value": 0.0099,
                 "alpha": 0.05,
                 "is_anomalous": True,
                 "threshold": 0.5312,
-                "model": {"name": "brick", "version": 3},
+                "model": {"name": "textures.brick", "version": 3},
             }
         }
     )
 
+    dataset: str
     class_name: str
     score: float = Field(description="The higher, the less likely as a good part")
-    p_value: float = Field(description="Share of good parts that score at least as high (split-conformal)")
-    alpha: float = Field(description="Share of good parts that may be called anomalous")
-    is_anomalous: bool = Field(description="Whether p_value is at most alpha, which is: score above threshold")
+    p_value: float = Field(description="Fraction of good parts that score at least as high (split-conformal)")
+    alpha: float = Field(description="Fraction of good parts that may be called anomalous")
+    is_anomalous: bool = Field(
+        description="Whether the score is above the threshold; under the marginal guarantee, whether p_value is at "
+        "most alpha"
+    )
     threshold: float = Field(description="The score above which a sample is anomalous")
     model: ModelVersion
-    pictures: list[PictureScore] | None = Field(
-        default=None, description="Where a sample has several, each one's score"
-    )
+    images: list[ImageScore] | None = Field(default=None, description="Each image's score, where a sample has several")
     heatmap_view: str | None = Field(default=None, description="The view that the heat map is of")
     heatmap_png: str | None = Field(
         default=None,
-        description="With `heatmap=true`: the picture with its heat map laid over it and what is marked outlined, a "
-        "PNG in base64",
+        description="With `heatmap=true`: the image under its heat map, with the predicted mask outlined, a PNG in "
+        "base64",
     )
-    marked_share: float | None = Field(
+    predicted_mask_fraction: float | None = Field(
         default=None,
-        description="With `heatmap=true`: share of the picture's pixels that are marked; of a good part's at most "
-        "alpha are expected to be",
+        description="With `heatmap=true`: fraction of the image's pixels in the predicted mask; for a good part at "
+        "most alpha is expected",
     )
 
 
 class FeatureSummary(BaseModel):
-    """What a class's champion reads."""
+    """The features that a champion reads."""
 
-    fingerprint: str = Field(description="Names the feature spec; classes with the same one share a backbone")
+    fingerprint: str = Field(description="Identifies the feature spec; classes with the same one share a backbone")
     backbone: str
-    input_size: int = Field(description="Side in pixels of the square that pictures are resized to")
+    input_size: int = Field(description="Side in pixels of the square that images are resized to")
 
 
 class ServedClass(BaseModel):
     """A class that can be scored."""
 
+    dataset: str
     class_name: str
     model: ModelVersion
     alpha: float
     threshold: float
-    pixel_threshold: float | None = Field(
-        default=None, description="The evidence above which a pixel of the heat map is marked"
-    )
-    views: list[str] | None = Field(default=None, description="Where a sample has several pictures: their order")
-    calibration_pictures: int = Field(description="Good samples that p-values are made of; none is below 1/(n+1)")
+    pixel_threshold: float = Field(description="The predicted mask is where the anomaly map is above it")
+    views: list[str] | None = Field(default=None, description="Names of a sample's images, where it has several")
+    calibration_samples: int = Field(description="Good samples behind the p-values; none is below 1/(n+1)")
     features: FeatureSummary
 
 
@@ -88,17 +90,26 @@ class ServedClasses(BaseModel):
     classes: list[ServedClass]
 
 
-class Health(BaseModel):
-    """Whether the service serves what the registry names.
+class Liveness(BaseModel):
+    """The service runs."""
 
-    A degraded service answers all the same: with the champions that it has.
+    status: Literal["alive"]
+
+
+class Readiness(BaseModel):
+    """Whether every champion of the registry is served.
+
+    A degraded service still scores, with the champions that it has. Strangers see that it is ready, and nothing else.
     """
 
-    status: Literal["ok", "degraded"]
-    classes: int = Field(description="Classes that are served")
-    engines: int = Field(description="Backbones that they share")
-    failures: dict[str, str] = Field(description="Classes whose champion could not be loaded, and why")
+    status: Literal["ready", "degraded"]
+    classes: int | None = Field(default=None, description="Number of classes that are served")
+    engines: int | None = Field(default=None, description="Number of backbones, which classes share")
+    failures: dict[str, str] | None = Field(
+        default=None, description="Why a champion could not be loaded, by its model's name"
+    )
     registry_error: str | None = Field(default=None, description="Why the registry could not be read the last time")
+    keys_error: str | None = Field(default=None, description="Why the file of keys could not be read the last time")
 
 
 class ErrorDetail(BaseModel):
@@ -109,6 +120,6 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """The body of every answer that is not a success."""
+    """The body of every response that is not a success."""
 
     error: ErrorDetail

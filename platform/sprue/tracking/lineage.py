@@ -1,9 +1,11 @@
-"""From a registered version to the pictures, settings and machine that it comes from, and back from a picture."""
+"""From a registered version to the images, settings and machine that made it, and back from an image."""
 
+import hashlib
 import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import mlflow
@@ -19,7 +21,7 @@ ENVIRONMENT = ("sprue.packages", "sprue.machine", "sprue.cluster", "sprue.job")
 
 
 class NoRecordError(SprueError):
-    """A version of an earlier release, which kept no record."""
+    """A version that was not registered by the pipeline, and so has no record."""
 
 
 def is_logged(run_id: str, detector_key: str) -> bool:
@@ -29,28 +31,35 @@ def is_logged(run_id: str, detector_key: str) -> bool:
 
 @dataclass(frozen=True)
 class Lineage:
-    """Where a version comes from. It is kept with its run, in a folder for each detector that the run's fit became.
+    """The record of a version, kept with its run, in a folder for each detector that was made of the run's fit.
 
     Attributes:
-        facts: Dataset, feature spec, flow, settings and code: all that is needed to fit the same again.
-        pictures: The class's pictures in the manifest's order: split, sample_id, view, sha256, path.
+        fit: The facts of the `sprue.training.record.FitRecord`: plan, commit, threads, metrics.
+        dvc: DVC's digest of the dataset's folder; empty if DVC does not track it.
+        images: The class's images in the manifest's order: split, sample_id, view, sha256, path.
     """
 
-    facts: dict[str, Any]
-    pictures: pd.DataFrame
+    fit: dict[str, Any]
+    dvc: str
+    images: pd.DataFrame
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The plan, `sprue.training.spec.FitSpec`, as JSON."""
+        return dict(self.fit["spec"])
 
     def log(self, run_id: str, detector_key: str) -> None:
-        """Logs it to a run."""
+        """Logs the record to a run."""
         client, folder = mlflow.MlflowClient(), f"{FOLDER}/{detector_key}"
-        client.log_text(run_id, self.pictures[COLUMNS].to_csv(index=False), f"{folder}/pictures.csv")
-        client.log_text(run_id, json.dumps(self.facts, indent=2, sort_keys=True), f"{folder}/facts.json")
+        client.log_text(run_id, self.images[COLUMNS].to_csv(index=False), f"{folder}/images.csv")
+        client.log_text(run_id, json.dumps({"fit": self.fit, "dvc": self.dvc}, indent=1), f"{folder}/facts.json")
 
     @classmethod
     def read(cls, registered: RegisteredDetector) -> Self:
-        """That of a version.
+        """The record of a version.
 
         Raises:
-            SprueError: If it has none.
+            NoRecordError: If it has none.
         """
         version = mlflow.MlflowClient().get_model_version(registered.model_name, str(registered.version))
         return cls._of(version)
@@ -58,77 +67,72 @@ class Lineage:
     @classmethod
     def _of(cls, version: ModelVersion) -> Self:
         if not (version.run_id and is_logged(version.run_id, version.tags.get(DETECTOR_TAG, ""))):
-            raise NoRecordError(
-                f"{version.name} version {version.version} has no record of where it comes from; the register stage "
-                "adds it while the version's detector is the current one"
-            )
+            raise NoRecordError(f"{version.name} version {version.version} was not registered by the pipeline")
         folder = f"runs:/{version.run_id}/{FOLDER}/{version.tags[DETECTOR_TAG]}"
-        pictures = io.StringIO(mlflow.artifacts.load_text(f"{folder}/pictures.csv"))
-        return cls(
-            json.loads(mlflow.artifacts.load_text(f"{folder}/facts.json")),
-            pd.read_csv(pictures, dtype=str, keep_default_na=False),
-        )
-
-    def digests(self, split: str) -> tuple[tuple[str, ...], ...]:
-        """Digests of the samples of a split, each those of its views, as fits are given them."""
-        rows = self.pictures[self.pictures["split"] == split]
-        return tuple(tuple(group) for _, group in rows.groupby("sample_id", sort=False)["sha256"])
+        facts = json.loads(mlflow.artifacts.load_text(f"{folder}/facts.json"))
+        images = io.StringIO(mlflow.artifacts.load_text(f"{folder}/images.csv"))
+        return cls(facts["fit"], facts["dvc"], pd.read_csv(images, dtype=str, keep_default_na=False))
 
 
 @dataclass(frozen=True)
 class Use:
-    """What a version used a picture for."""
+    """What a version used an image for."""
 
-    class_name: str
+    model_name: str
     version: int
     aliases: tuple[str, ...]
     split: str
     path: str
 
+    def __str__(self) -> str:
+        """The use on a line."""
+        return f"{self.model_name} version {self.version} {' '.join(self.aliases):<10} {self.split:<12} {self.path}"
+
 
 def versions() -> Iterator[ModelVersion]:
-    """Every version of every class."""
+    """Every version of every model."""
     for model in registered_models():
         found = mlflow.MlflowClient().search_model_versions(f"name = '{model.name}'")
         yield from sorted(found, key=lambda version: int(version.version))
 
 
-def uses(sha256: str) -> tuple[list[Use], list[str]]:
-    """Which versions were made with a picture, and which have no record of their pictures."""
-    found, silent = [], []
+def uses(image: Path) -> tuple[list[Use], list[str]]:
+    """The versions that were made with an image file, and those that have no record of their images."""
+    sha256 = hashlib.sha256(image.read_bytes()).hexdigest()
+    found, without_record = [], []
     for version in versions():
         try:
-            pictures = Lineage._of(version).pictures
+            images = Lineage._of(version).images
         except NoRecordError:
-            silent.append(f"{version.name} version {version.version}")
+            without_record.append(f"{version.name} version {version.version}")
             continue
-        for row in pictures[pictures["sha256"] == sha256].itertuples():
+        for row in images[images["sha256"] == sha256].itertuples():
             aliases = mlflow.MlflowClient().get_model_version(version.name, version.version).aliases
             found.append(Use(version.name, int(version.version), tuple(aliases), str(row.split), str(row.path)))
-    return found, silent
+    return found, without_record
 
 
-def describe(registered: RegisteredDetector) -> list[tuple[str, str]]:
-    """A version's lineage in words, a heading for each."""
+def describe(registered: RegisteredDetector) -> dict[str, str]:
+    """A version's lineage in words, by headings."""
     client = mlflow.MlflowClient()
     version = client.get_model_version(registered.model_name, str(registered.version))
     lineage = Lineage._of(version)
-    facts, counts = lineage.facts, lineage.pictures["split"].value_counts()
-    spec, run = facts["spec"], client.get_run(registered.run_id)
-    settings = [f"{name} {value}" for name, value in facts["settings"].items()]
-    return [
-        ("version", f"{version.name} version {version.version} {' '.join(version.aliases)}".rstrip()),
-        ("dataset", f"{facts['dataset']}, DVC {facts['dvc'] or 'does not track it'}, manifest {facts['manifest']}"),
-        ("pictures", ", ".join(f"{counts[split]} {split}" for split in counts.index)),
-        ("features", f"{facts['fingerprint']}: " + ", ".join(f"{name} {value}" for name, value in spec.items())),
-        (
-            "flow",
-            f"{facts['flow_name']}: " + ", ".join(f"{name} {value}" for name, value in facts["flow_config"].items()),
-        ),
-        ("fit", f"{facts['fit']} with {facts['cpus'] or 'an unknown number of'} CPU threads: " + ", ".join(settings)),
-        ("settings", facts["found"]),
-        ("code", f"commit {facts['commit']}"),
-        *((name.removeprefix("sprue."), run.data.tags.get(name, "not recorded")) for name in ENVIRONMENT),
-        ("run", f"{registered.run_id} in experiment {run.info.experiment_id}"),
-        ("detector", str(version.tags.get(DETECTOR_TAG))),
-    ]
+    fit, spec, counts = lineage.fit, lineage.spec, lineage.images["split"].value_counts()
+    run = client.get_run(registered.run_id)
+    return {
+        "version": f"{version.name} version {version.version} {' '.join(version.aliases)}".rstrip(),
+        "dataset": f"{spec['dataset']}, DVC {lineage.dvc or 'does not track it'}, manifest {spec['manifest']}",
+        "images": ", ".join(f"{counts[split]} {split}" for split in counts.index),
+        "features": _listed(spec["features"]),
+        "flow": f"{spec['flow_name']}: {_listed(spec['flow_config'])}",
+        "fit": f"{fit['key']} with {fit['cpus']} CPU threads: {_listed(spec['fit'])}",
+        "settings": spec["origin"],
+        "code": f"commit {fit['commit']}",
+        **{name.removeprefix("sprue."): run.data.tags.get(name, "not recorded") for name in ENVIRONMENT},
+        "run": f"{registered.run_id} in experiment {run.info.experiment_id}",
+        "detector": str(version.tags.get(DETECTOR_TAG)),
+    }
+
+
+def _listed(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())

@@ -1,6 +1,7 @@
-"""One change of a class's aliases at a time, whoever makes it and on whatever machine.
+"""One change of a model's aliases at a time, by any process on any machine.
 
-The registry has no transactions, but of two models of one name it lets only one be made: that model is the lock.
+The registry has no transactions. But only one process can create a registered model of a given name: that model is
+the lock.
 """
 
 import getpass
@@ -17,14 +18,14 @@ from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_
 
 from sprue.errors import SprueError
 
-# The holder may give it back while the registry looks who has it.
+# The second may be raised when the lock is released while the registry looks up its owner.
 TAKEN = {ErrorCode.Name(RESOURCE_ALREADY_EXISTS), ErrorCode.Name(RESOURCE_DOES_NOT_EXIST)}
 PATIENCE_S = 30.0
-"""How long another change is waited for; one takes a second."""
+"""How long to wait for another change; one takes a second."""
 
 
 def whoami() -> str:
-    """This process's user, by number where it has no name, and machine."""
+    """This process's user (a number where it has no name) and machine."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):
@@ -33,51 +34,44 @@ def whoami() -> str:
 
 
 @contextmanager
-def class_lock(class_name: str, patience_s: float = PATIENCE_S) -> Iterator[None]:
-    """Holds a class's aliases.
+def alias_lock(model: str, patience_s: float = PATIENCE_S) -> Iterator[None]:
+    """Locks the aliases of a registered model.
 
     Raises:
-        SprueError: If another change does not end; it says who holds the lock, and how to break that of a dead process.
+        SprueError: If another process keeps the lock; the message names it and says how to break a dead one's lock.
     """
-    client, name = mlflow.MlflowClient(), f"sprue-lock-{class_name}"
-    holder = f"held by {whoami()}, process {os.getpid()}, {uuid.uuid4().hex}"
+    client, name = mlflow.MlflowClient(), f"sprue-lock-{model}"
+    owner = f"held by {whoami()}, process {os.getpid()}, {uuid.uuid4().hex}"
     deadline = time.monotonic() + patience_s
     while True:
         try:
-            client.create_registered_model(name, description=holder)
+            client.create_registered_model(name, description=owner)
             break
         except MlflowException as error:
             if error.error_code not in TAKEN:
                 raise
-            found = _description(name)
-            if found == holder:  # the answer to the first request was lost, and MLflow's client asked again
+            found = _owner(name)
+            if found == owner:  # the answer to the first request was lost, and MLflow's client sent it again
                 break
             if time.monotonic() > deadline:
                 raise SprueError(
-                    f"the aliases of {class_name} are being changed: {found}. If that process is dead, "
-                    f"delete the registered model {name}"
+                    f"the aliases of {model} are locked: {found}. If that process is dead, delete the registered "
+                    f"model {name}"
                 ) from error
         time.sleep(0.1)
     try:
         yield
     finally:
-        # A request whose answer is lost is sent again, and finds nothing then.
-        with suppress_missing():
+        try:
             client.delete_registered_model(name)
+        except MlflowException as error:
+            # MLflow's client may repeat the request, which then finds nothing to delete.
+            if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+                raise
 
 
-@contextmanager
-def suppress_missing() -> Iterator[None]:
-    """Goes on where the registry has no such thing."""
+def _owner(name: str) -> str:
     try:
-        yield
-    except MlflowException as error:
-        if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
-            raise
-
-
-def _description(name: str) -> str:
-    try:
-        return mlflow.MlflowClient().get_registered_model(name).description or "held by nobody known"
-    except MlflowException:  # given back in between
-        return "the lock was just given back; try again"
+        return mlflow.MlflowClient().get_registered_model(name).description or "held by an unknown process"
+    except MlflowException:  # released in between
+        return "the lock was just released; try again"

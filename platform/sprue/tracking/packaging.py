@@ -1,5 +1,6 @@
-"""A detector as an MLflow model that needs neither Ray nor DVC to run."""
+"""Packages a detector as an MLflow model that runs without Ray and DVC."""
 
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -19,11 +20,11 @@ from sprue.inference.detector import Detector
 from sprue.tracking.provenance import pinned
 from sprue.tracking.registry import DETECTOR_TAG
 
-REQUIREMENTS = ("FrEIA", "numpy", "openvino", "pandas", "pillow", "safetensors", "timm", "torch")
+REQUIREMENTS = ("FrEIA", "numpy", "openvino", "pandas", "pillow", "pydantic", "safetensors", "timm", "torch")
 
 
 def signature(views: Sequence[str]) -> ModelSignature:
-    """A column of encoded pictures (PNG, JPEG ...) for each view, to a row of figures a sample."""
+    """From a column of encoded images (PNG, JPEG ...) for each view to one row of scores a sample."""
     scores = [f"score_{view}" for view in views] if len(views) > 1 else []
     return ModelSignature(
         inputs=Schema([ColSpec(DataType.binary, view or "image") for view in views]),
@@ -39,25 +40,25 @@ def signature(views: Sequence[str]) -> ModelSignature:
 
 
 def log_detector(
-    detector: Detector, run_id: str, detector_key: str, example: Sequence[bytes], metadata: dict[str, Any]
+    folder: Path, run_id: str, detector_key: str, example: Sequence[bytes], metadata: dict[str, Any]
 ) -> str:
-    """Packages a detector and logs it to a run, unless the run has it; what an interrupted attempt left is deleted.
+    """Packages a saved detector and logs it to a run, unless the run has it; deletes what interrupted attempts left.
 
-    Code (`defectflow` and `sprue.inference`), weights and pinned requirements travel with it; it is logged as code,
-    not pickled.
+    Code (`defectflow` and `sprue.inference`), weights and pinned requirements travel with it. It is logged as code, not
+    pickled.
 
     Args:
-        detector: A calibrated detector.
+        folder: Where `Detector.save` has written a calibrated detector.
         run_id: The run that it belongs to.
         detector_key: Names the detector by its inputs.
-        example: A sample's encoded pictures, kept as the input example.
+        example: A sample's encoded images, kept as the input example.
         metadata: Facts about the model, as JSON.
 
     Returns:
         The logged model's URI.
     """
-    whole = [model for model in logged_models(run_id, detector_key) if model.status == LoggedModelStatus.READY]
-    uri = whole[0].model_uri if whole else _log(detector, run_id, detector_key, example, metadata)
+    complete = [model for model in logged_models(run_id, detector_key) if model.status == LoggedModelStatus.READY]
+    uri = complete[0].model_uri if complete else _log(folder, run_id, detector_key, example, metadata)
     for model in logged_models(run_id, detector_key):
         if model.model_uri != uri:
             mlflow.MlflowClient().delete_logged_model(model.model_id)
@@ -65,23 +66,25 @@ def log_detector(
 
 
 def logged_models(run_id: str, detector_key: str) -> list[LoggedModel]:
-    """A run's models of a detector, whole or not."""
+    """A run's models of a detector, complete or not."""
     client = mlflow.MlflowClient()
     experiment = client.get_run(run_id).info.experiment_id
     found = client.search_logged_models([experiment], f"source_run_id = '{run_id}'")
     return [model for model in found if model.tags.get(DETECTOR_TAG) == detector_key]
 
 
-def _log(detector: Detector, run_id: str, detector_key: str, example: Sequence[bytes], metadata: dict[str, Any]) -> str:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        detector.save(folder / "detector")
+def _log(folder: Path, run_id: str, detector_key: str, example: Sequence[bytes], metadata: dict[str, Any]) -> str:
+    detector = Detector.load(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        # The artifact's folder gets the name of the source.
+        shutil.copytree(folder, Path(temporary, "detector"))
         with mlflow.start_run(run_id=run_id):
             info = mlflow.pyfunc.log_model(
-                name=detector.class_name,
+                # A class's name may have characters that MLflow takes in no logged model's name.
+                name=re.sub("[/:.%\"']", "-", detector.class_name),
                 python_model=str(Path(__file__).parent / "pyfunc_model.py"),
-                artifacts={"detector": str(folder / "detector")},
-                code_paths=_portable_code(folder / "code"),
+                artifacts={"detector": str(Path(temporary, "detector"))},
+                code_paths=_portable_code(Path(temporary, "code")),
                 signature=signature(detector.views),
                 input_example=pd.DataFrame([example], columns=[view or "image" for view in detector.views]),
                 pip_requirements=["mlflow-skinny==" + version("mlflow"), *pinned(REQUIREMENTS)],
@@ -92,12 +95,12 @@ def _log(detector: Detector, run_id: str, detector_key: str, example: Sequence[b
 
 
 def _portable_code(folder: Path) -> list[str]:
-    """Copies the packages that prediction imports, and no more of sprue."""
+    """Copies the packages that prediction imports, and nothing else of sprue."""
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(Path(defectflow.__file__).parent, folder / "defectflow", ignore=ignore)
     source = Path(sprue.__file__).parent
     (folder / "sprue").mkdir()
-    for module in ("__init__.py", "errors.py"):
+    for module in ("__init__.py", "errors.py", "config.py"):
         shutil.copy(source / module, folder / "sprue" / module)
     shutil.copytree(source / "inference", folder / "sprue" / "inference", ignore=ignore)
     return [str(folder / "defectflow"), str(folder / "sprue")]

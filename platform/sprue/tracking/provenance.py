@@ -1,28 +1,42 @@
-"""Where a run's weights come from: code, data, packages and machine, as the tags of its run."""
+"""What made a run's weights: code, data, packages and machine, as tags of the run."""
 
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 
 import ray
-from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Ray sets this variable in the driver of a job; it has no public function that tells the job's submission id."""
 
 PACKAGES = ("torch", "FrEIA", "timm", "openvino", "ray", "numpy")
-"""What the weights depend on, besides the code and the data."""
+"""What the weights depend on, besides code and data."""
 
 
-def provenance(commit: str, data: str, fingerprint: str) -> dict[str, str]:
+def commit() -> str:
+    """The code's commit: ``$SPRUE_COMMIT`` where there is no repository, as in a Ray job; ``unknown`` without both."""
+    named = os.environ.get("SPRUE_COMMIT")
+    if named:
+        return named
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:  # a node without git
+        return "unknown"
+    return found.stdout.strip() if found.returncode == 0 else "unknown"
+
+
+def provenance(data: str, fingerprint: str) -> dict[str, str]:
     """Tags of a run.
 
     Args:
-        commit: The code's.
-        data: Digest of the manifest, which names each picture by its digest.
+        data: Digest of the manifest, which has each image's digest.
         fingerprint: Of the feature spec.
     """
     return {
-        "sprue.commit": commit,
+        "sprue.commit": commit(),
         "sprue.data": data,
         "sprue.features": fingerprint,
         "sprue.packages": " ".join(pinned(PACKAGES)),
@@ -33,13 +47,13 @@ def provenance(commit: str, data: str, fingerprint: str) -> dict[str, str]:
 
 
 def job() -> str:
-    """The Ray job that this process is part of, by the name under which it was submitted; ``none`` outside of one."""
-    config = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}"))
+    """The submission id of the Ray job that this process runs in; ``none`` outside of one."""
+    config = json.loads(os.environ.get(JOB_CONFIG, "{}"))
     return str(config.get("metadata", {}).get("job_submission_id", "none"))
 
 
 def pinned(packages: Iterable[str]) -> list[str]:
-    """``name==version`` of those that are installed; OpenVINO is not made for every machine.
+    """``name==version`` of the installed packages; OpenVINO does not exist for every machine.
 
     >>> pinned(["numpy", "no-such-package"]) == [f"numpy=={version('numpy')}"]
     True

@@ -12,9 +12,9 @@ from sprue.inference.images import open_image
 
 
 class DetectorModel(PythonModel):
-    """Scores encoded pictures with the detector among the model's artifacts.
+    """Scores encoded images with the detector among the model's artifacts.
 
-    A row of the frame is a sample, a column a view, of the view's name; the one picture of single-view samples is in
+    A row of the frame is a sample, a column a view, of the view's name; the one image of single-view samples is in
     the column ``image``.
     """
 
@@ -27,12 +27,12 @@ class DetectorModel(PythonModel):
         """A row of score, p_value and is_anomalous for each sample, and where it has several views ``score_<view>``.
 
         Raises:
-            sprue.errors.SprueError: If a picture can't be decoded.
+            sprue.errors.SprueError: If an image can't be decoded.
         """
         columns = model_input[[view or "image" for view in self.detector.views]]
         samples = [
-            [open_image(data, f"{name} of row {row}") for name, data in zip(columns, pictures, strict=True)]
-            for row, pictures in enumerate(columns.itertuples(index=False, name=None))
+            [open_image(data, f"{name} of row {row}") for name, data in zip(columns, images, strict=True)]
+            for row, images in enumerate(columns.itertuples(index=False, name=None))
         ]
         predictions = self.detector.predict(samples, self.engine)
         answer = pd.DataFrame(
@@ -43,7 +43,7 @@ class DetectorModel(PythonModel):
             }
         )
         if len(self.detector.views) > 1:
-            for view, score_B in zip(self.detector.views, predictions.picture_score_BV.T, strict=True):
+            for view, score_B in zip(self.detector.views, predictions.image_score_BV.T, strict=True):
                 answer[f"score_{view}"] = score_B.astype(float)
         return answer
 

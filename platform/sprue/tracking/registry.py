@@ -1,11 +1,10 @@
-"""The model registry: a registered model for each class, whose champion is served."""
+"""The model registry: a model for each class of each dataset. `sprue.stages.register` fills it."""
 
 import hashlib
-import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlflow
@@ -21,81 +20,98 @@ from mlflow.protos.databricks_pb2 import (
 from sprue.errors import SprueError
 from sprue.inference.detector import Detector
 from sprue.inference.engines import cache_folder, keep
-from sprue.tracking.lock import class_lock
-
-logger = logging.getLogger(__name__)
+from sprue.tracking.digests import altered_files, require_digests, require_tags
+from sprue.tracking.lock import alias_lock
+from sprue.tracking.names import resolve_name
 
 CHAMPION = "champion"
 """Alias of the version that is served."""
 CHALLENGER = "challenger"
-"""Alias of the version that the pipeline has made last, if it is another."""
+"""Alias of the version that the pipeline has registered last, if it is not the champion."""
+DATASET_TAG = "sprue.dataset"
 CLASS_TAG = "sprue.class"
 DETECTOR_TAG = "sprue.detector"
 LOGGED_MODEL = "models:/"
 NOT_FOUND = {ErrorCode.Name(RESOURCE_DOES_NOT_EXIST), ErrorCode.Name(INVALID_PARAMETER_VALUE)}
-"""How the registry says that there is no such version or alias."""
+"""The registry's error codes for a version or an alias that does not exist."""
 
 
 @dataclass(frozen=True)
 class RegisteredDetector:
-    """A version of a class's model."""
+    """A version of a registered model; its tags hold, among others, the digests of its files."""
 
+    dataset: str
     class_name: str
-    model_name: str
     version: int
     run_id: str
+    tags: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def model_name(self) -> str:
+        """The registered model's name."""
+        return model_name(self.dataset, self.class_name)
+
+    def __str__(self) -> str:
+        """Model and version, for messages."""
+        return f"{self.model_name} version {self.version}"
 
 
-def find_version(class_name: str, detector_key: str) -> ModelVersion | None:
-    """The registered version of a detector, if the registry has it and its run."""
-    found = _versions_of(class_name, detector_key)
+def model_name(dataset: str, class_name: str) -> str:
+    """The name of a class's registered model.
+
+    >>> model_name("textures", "brick")
+    'textures.brick'
+    """
+    return f"{dataset}.{class_name}"
+
+
+def find_version(model: str, detector_key: str) -> ModelVersion | None:
+    """The registered version of a detector, if there is one."""
+    found = _versions_of(model, detector_key)
     return found[0] if found else None
 
 
 def register(
-    class_name: str, model_uri: str, run_id: str, detector_key: str, tags: Mapping[str, str], words: str
+    dataset: str,
+    class_name: str,
+    model_uri: str,
+    run_id: str,
+    detector_key: str,
+    tags: Mapping[str, str],
+    description: str,
 ) -> int:
     """Registers a logged model as a new version of its class, if its detector has none.
 
-    Args:
-        class_name: The class, whose name the registered model has.
-        model_uri: The logged model.
-        run_id: Its run.
-        detector_key: Names the detector by its inputs; see `find_version`.
-        tags: More tags of the version.
-        words: The version's description.
-
-    Returns:
-        The version's number.
+    The key names the detector by its inputs, the description is Markdown. Returns the version's number.
     """
-    client = mlflow.MlflowClient()
+    client, name = mlflow.MlflowClient(), model_name(dataset, class_name)
     try:
-        client.create_registered_model(class_name, tags={CLASS_TAG: class_name})
+        client.create_registered_model(name, tags={DATASET_TAG: dataset, CLASS_TAG: class_name})
     except MlflowException as error:
         if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
             raise
-    with class_lock(class_name):
-        if not _versions_of(class_name, detector_key):
+    with alias_lock(name):
+        if not _versions_of(name, detector_key):
             tags = {**tags, DETECTOR_TAG: detector_key}
-            # A server wants to be told the model besides its URI.
+            # A server wants the model's identifier besides its URI.
             model = model_uri.removeprefix(LOGGED_MODEL) if model_uri.startswith(LOGGED_MODEL) else None
-            client.create_model_version(class_name, model_uri, run_id, tags=tags, description=words, model_id=model)
-        first, *again = _versions_of(class_name, detector_key)
-        for version in again:  # of a request whose answer was lost, and that MLflow's client has sent again
-            client.delete_model_version(class_name, version.version)
+            client.create_model_version(name, model_uri, run_id, tags=tags, description=description, model_id=model)
+        first, *duplicates = _versions_of(name, detector_key)
+        for version in duplicates:  # made when MLflow's client repeats a request whose answer was lost
+            client.delete_model_version(name, version.version)
     return int(first.version)
 
 
-def _versions_of(class_name: str, detector_key: str) -> list[ModelVersion]:
-    """The whole versions of a detector, oldest first."""
+def _versions_of(model: str, detector_key: str) -> list[ModelVersion]:
+    """The complete versions of a detector, oldest first."""
     found = mlflow.MlflowClient().search_model_versions(
-        f"name = '{class_name}' and tags.`{DETECTOR_TAG}` = '{detector_key}'"
+        f"name = '{model}' and tags.`{DETECTOR_TAG}` = '{detector_key}'"
     )
     return sorted((version for version in found if version.status == "READY"), key=lambda each: int(each.version))
 
 
 def registered_models() -> Iterator[RegisteredModel]:
-    """The models of all classes."""
+    """The models of all classes of all datasets."""
     client = mlflow.MlflowClient()
     page = client.search_registered_models(f"tags.`{CLASS_TAG}` != ''")
     while True:
@@ -105,63 +121,87 @@ def registered_models() -> Iterator[RegisteredModel]:
         page = client.search_registered_models(f"tags.`{CLASS_TAG}` != ''", page_token=page.token)
 
 
-def class_names() -> list[str]:
-    """The classes that have a model, sorted."""
-    return sorted(model.tags[CLASS_TAG] for model in registered_models())
+def model_names() -> list[str]:
+    """The names of all models, sorted."""
+    return sorted(model.name for model in registered_models())
+
+
+def find_model(name: str) -> str:
+    """The full name of a model.
+
+    Args:
+        name: ``<dataset>.<class>``, or the class alone where only one dataset has it.
+
+    Raises:
+        SprueError: If there is none, or the name is ambiguous.
+    """
+    return resolve_name(name, model_names())
 
 
 def champions() -> list[RegisteredDetector]:
-    """The champions of all classes on the tracking server, by class name."""
+    """The champions of all models on the tracking server, by name."""
     client, found = mlflow.MlflowClient(), []
     for model in registered_models():
         if CHAMPION in model.aliases:
             version = client.get_model_version_by_alias(model.name, CHAMPION)
-            champion = RegisteredDetector(model.tags[CLASS_TAG], model.name, int(version.version), version.run_id or "")
-            found.append(champion)
-    return sorted(found, key=lambda champion: champion.class_name)
+            found.append(_detector(model, version))
+    return sorted(found, key=lambda champion: champion.model_name)
 
 
-def find_registered(class_name: str, version: str) -> RegisteredDetector:
+def find_registered(name: str, version: str) -> RegisteredDetector:
     """A version by its number or its alias.
 
+    Args:
+        name: As for `find_model`.
+        version: A number, or an alias such as ``champion``.
+
     Raises:
-        SprueError: If there is none.
+        SprueError: If there is none, or the name is ambiguous.
     """
-    client = mlflow.MlflowClient()
+    client, name = mlflow.MlflowClient(), find_model(name)
     try:
         if version.isdecimal():
-            found = client.get_model_version(class_name, version)
+            found = client.get_model_version(name, version)
         else:
-            found = client.get_model_version_by_alias(class_name, version)
+            found = client.get_model_version_by_alias(name, version)
     except MlflowException as error:
         if error.error_code not in NOT_FOUND:
             raise
-        raise SprueError(
-            f"there is no version {version} of class {class_name!r}; registered are "
-            f"{', '.join(class_names()) or 'none'}"
-        ) from error
-    return RegisteredDetector(class_name, class_name, int(found.version), found.run_id or "")
+        raise SprueError(f"{name} has no version {version!r}; `sprue audit {name}` lists its champions") from error
+    return _detector(client.get_registered_model(name), found)
+
+
+def _detector(model: RegisteredModel, version: ModelVersion) -> RegisteredDetector:
+    return RegisteredDetector(
+        model.tags[DATASET_TAG], model.tags[CLASS_TAG], int(version.version), version.run_id or "", version.tags
+    )
 
 
 def load_detector(registered: RegisteredDetector) -> Detector:
-    """Fetches a registered detector into the user's cache folder and loads it.
+    """Downloads a registered detector into the user's cache folder and loads it, if its files are those registered.
 
     Raises:
-        SprueError: If its files can't be had.
+        SprueError: If its files can't be had, or are others than those that were registered.
     """
     key = f"{mlflow.get_registry_uri()} {registered.model_name} {registered.version} {registered.run_id}"
     folder = cache_folder() / "models" / hashlib.sha256(key.encode()).hexdigest()[:16]
+    require_tags(registered.tags, registered)
+    if folder.exists() and altered_files(folder, registered.tags):
+        shutil.rmtree(folder)  # the cache is damaged
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent))
-        try:
-            fetched = mlflow.artifacts.download_artifacts(f"models:/{registered.model_name}/{registered.version}")
-            shutil.copytree(Path(fetched) / "artifacts" / "detector", temporary, dirs_exist_ok=True)
-            keep(temporary, folder)
-        except (MlflowException, OSError) as error:
-            raise SprueError(
-                f"the files of {registered.model_name} version {registered.version} can't be had: {error}"
-            ) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        _download(registered, folder)
     return Detector.load(folder)
+
+
+def _download(registered: RegisteredDetector, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        downloaded = mlflow.artifacts.download_artifacts(f"models:/{registered.model_name}/{registered.version}")
+        shutil.copytree(Path(downloaded) / "artifacts" / "detector", temporary, dirs_exist_ok=True)
+        require_digests(temporary, registered.tags, registered)
+        keep(temporary, folder)
+    except (MlflowException, OSError) as error:
+        raise SprueError(f"the files of {registered} can't be had: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

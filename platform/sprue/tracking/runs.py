@@ -1,4 +1,4 @@
-"""One MLflow run for each fit, found again by the fit's key."""
+"""One MLflow run for each fit, found by the fit's key."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -12,22 +12,22 @@ from mlflow.exceptions import MlflowException
 
 logger = logging.getLogger(__name__)
 
-KEY_TAG = "sprue.fit"
+KEY_TAG = "sprue.run-key"
 PARENT_TAG = "mlflow.parentRunId"
-CURVES = ("train_nll", "validation_nll", "learning_rate", "pictures_per_second", "objective")
-"""Figures of an epoch; a fit outside of a search has no objective."""
+CURVES = ("train_nll", "validation_nll", "learning_rate", "images_per_second", "objective")
+"""Metrics of an epoch; a fit outside of a search has no objective."""
 
 
 @dataclass
 class FitRun:
-    """A fit's run: parameters, curves, and later figures and pictures.
+    """A fit's run: parameters, curves, and later metrics and images.
 
-    What the server did not take, because it was away, is offered again with the next epoch and when the run is
-    opened again from the fit's record: nothing is lost, and nothing is logged twice.
+    Epochs that the server did not take are sent again with the next epoch, or when the run is opened again: nothing is
+    lost, and nothing is logged twice.
 
     Attributes:
         run_id: MLflow's identifier.
-        logged: Epochs whose figures the server has.
+        logged: Epochs whose metrics the server has.
     """
 
     run_id: str
@@ -43,16 +43,7 @@ class FitRun:
         tags: Mapping[str, str] | None = None,
         parent: str | None = None,
     ) -> Self:
-        """Finds the run of a fit, or makes one, running.
-
-        Args:
-            experiment_id: The experiment's.
-            class_name: The product class, the run's name.
-            key: The fit's.
-            params: What is shown of it.
-            tags: Where it comes from; see `sprue.tracking.provenance`.
-            parent: The run below which a new one is shown.
-        """
+        """Finds the run of a fit by its key, or creates it below a parent run."""
         client = mlflow.MlflowClient()
         found = client.search_runs(
             [experiment_id], f"tags.`{KEY_TAG}` = '{class_name}-{key}'", ViewType.ACTIVE_ONLY, max_results=1
@@ -66,7 +57,7 @@ class FitRun:
         return cls(run.info.run_id)
 
     def log_epochs(self, epochs: Sequence[Mapping[str, Any]]) -> None:
-        """Logs the epochs that the server does not have; warns if it can't be reached."""
+        """Logs the epochs that the server does not have; warns if it does not answer."""
         missing = [epoch for epoch in epochs if epoch["epoch"] not in self.logged]
         if not missing:
             return
@@ -79,25 +70,25 @@ class FitRun:
         try:
             mlflow.MlflowClient().log_batch(self.run_id, metrics=metrics)
         except MlflowException as error:
-            logger.warning("the tracking server took no figures (%s); they are offered again", error)
+            logger.warning("the tracking server took no metrics (%s); they are sent again later", error)
             return
         self.logged |= {epoch["epoch"] for epoch in missing}
 
     def end(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-        """Ends the run; a later attempt at the same fit goes on with it."""
+        """Ends the run; a later attempt at the same fit continues it."""
         mlflow.MlflowClient().set_terminated(self.run_id, status)
 
     def log_file(self, file: Path, folder: str) -> str:
-        """Logs a file in a folder; its path there."""
+        """Logs a file to a folder; returns its path there."""
         mlflow.MlflowClient().log_artifact(self.run_id, str(file), folder)
         return f"{folder}/{file.name}"
 
-    def finish(self, figures: Mapping[str, float], files: Path, name: str, tags: Mapping[str, str]) -> None:
-        """Logs figures, and a folder of files under a name, and ends the run."""
+    def finish(self, metrics: Mapping[str, float], files: Path, name: str, tags: Mapping[str, str]) -> None:
+        """Logs metrics and a folder of files under a name, and ends the run."""
         client = mlflow.MlflowClient()
         client.log_batch(
             self.run_id,
-            metrics=[Metric(name, value, 0, 0) for name, value in figures.items()],
+            metrics=[Metric(name, value, 0, 0) for name, value in metrics.items()],
             tags=[RunTag(name, value) for name, value in tags.items()],
         )
         client.log_artifacts(self.run_id, str(files), name)

@@ -1,24 +1,26 @@
-"""Which tracking server is used, and whether it answers."""
+"""The connection to the tracking server."""
 
 import logging
 import os
+from pathlib import Path
 from urllib.parse import urlparse
 
 import mlflow
 import requests
+from filelock import FileLock
 from upath import UPath
 
 from sprue.errors import SprueError
 
 PATIENCE_S = 5.0
-"""How long a tracking server may take to say that it is there."""
+"""How long a tracking server may take to answer."""
 
 
 def own_database(store: UPath) -> str:
     """The SQLite database of a local store.
 
     Raises:
-        SprueError: If the store is remote: an object can't be a database.
+        SprueError: If the store is remote: an object store can't hold a database.
     """
     if store.protocol not in ("", "file"):
         raise SprueError(f"the store {store} can't hold the tracking database; set MLFLOW_TRACKING_URI to a server")
@@ -26,17 +28,20 @@ def own_database(store: UPath) -> str:
 
 
 def connect(store: UPath) -> str:
-    """Points MLflow to ``$MLFLOW_TRACKING_URI``, by default to the store's own database, if it answers.
+    """Points MLflow to ``$MLFLOW_TRACKING_URI``, by default to the store's own database.
 
     Returns:
         The URI.
 
     Raises:
-        SprueError: If it does not answer within seconds.
+        SprueError: If the server does not answer within seconds.
     """
+    # MLflow's progress bars and notices would hide a stage's own output.
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
     uri = os.environ.get("MLFLOW_TRACKING_URI") or own_database(store)
     if uri.startswith("sqlite:///"):
-        UPath(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        _create_database(uri)
     elif uri.startswith(("http://", "https://")):
         try:
             requests.get(f"{uri.rstrip('/')}/health", timeout=PATIENCE_S).raise_for_status()
@@ -48,16 +53,22 @@ def connect(store: UPath) -> str:
         raise SprueError(
             f"MLFLOW_TRACKING_URI={uri} is a folder, which has no model registry: use a server or sqlite:///FILE"
         )
-    # Its progress bars and notices would drown what a stage has to say.
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     return uri
 
 
+def _create_database(uri: str) -> None:
+    """Creates MLflow's tables in a new SQLite file, one process at a time: MLflow itself does not lock."""
+    file = Path(uri.removeprefix("sqlite:///"))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{file}.lock"):
+        if not file.exists():
+            mlflow.MlflowClient(uri, uri).search_experiments(max_results=1)
+
+
 def experiment_id(name: str, store: UPath) -> str:
-    """The experiment of that name, made if there is none; without a server its artifacts go into the store."""
+    """The experiment of a name, created if there is none; without a server its artifacts go into the store."""
     client = mlflow.MlflowClient()
     found = client.get_experiment_by_name(name)
     if found is not None:

@@ -1,4 +1,4 @@
-"""A checkpoint: the flow's weights and what the optimizer needs to go on, as safetensors and JSON."""
+"""Checkpoints: the flow's weights and the optimizer's state, as safetensors and JSON."""
 
 from dataclasses import dataclass
 from typing import Any, Self
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from upath import UPath
 
 from sprue.errors import SprueError
-from sprue.inference.detector import portable_state
+from sprue.inference.weights import portable_state
 from sprue.store import read_json, remove_folder, write_bytes, write_json
 
 PREFIX = "epoch-"
-"""What the names of checkpoints' folders begin with, before the epoch."""
+"""Prefix of a checkpoint's folder, before the epoch."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Checkpoint:
     """The state after an epoch.
 
     Attributes:
-        epoch: The epoch that was finished, from 1.
-        history: The figures of all epochs so far.
+        epoch: The finished epoch, from 1.
+        history: The metrics of all epochs so far.
         flow: The flow's parameters and buffers.
         optimizer: The optimizer's tensors by ``<parameter's number>.<name>``.
     """
@@ -56,7 +56,7 @@ class Checkpoint:
         return int(min(self.history, key=lambda row: float(row["validation_nll"]))["epoch"])
 
     def write(self, folder: UPath) -> None:
-        """Writes ``flow.safetensors`` and ``optimizer.safetensors``, then ``epoch.json``, the sign of a whole one."""
+        """Writes ``flow.safetensors``, ``optimizer.safetensors``, then ``epoch.json``, which marks it as complete."""
         write_bytes(folder / "flow.safetensors", safetensors.torch.save(self.flow))
         write_bytes(folder / "optimizer.safetensors", safetensors.torch.save(self.optimizer))
         write_json(folder / "epoch.json", {"epoch": self.epoch, "history": self.history})
@@ -66,13 +66,13 @@ class Checkpoint:
         """Reads what `write` wrote.
 
         Raises:
-            SprueError: If it is not whole.
+            SprueError: If it is incomplete or damaged.
         """
-        facts = read_json(folder / "epoch.json", made_by="fit")
+        content = read_json(folder / "epoch.json", made_by="fit")
         try:
             return cls(
-                facts["epoch"],
-                facts["history"],
+                content["epoch"],
+                content["history"],
                 safetensors.torch.load((folder / "flow.safetensors").read_bytes()),
                 safetensors.torch.load((folder / "optimizer.safetensors").read_bytes()),
             )
@@ -82,7 +82,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of a fit: its last, from which it goes on when it was interrupted, and its best.
+    """The checkpoints of a fit: its last, after which it resumes, and its best.
 
     Attributes:
         folder: Of this fit alone, as every node sees it.
@@ -91,7 +91,7 @@ class Checkpoints:
     folder: UPath
 
     def keep(self, checkpoint: Checkpoint) -> None:
-        """Stores a checkpoint, then deletes those that it makes obsolete."""
+        """Stores a checkpoint, then deletes those that are neither the last nor the best."""
         checkpoint.write(self._at(checkpoint.epoch))
         for epoch in self.epochs():
             if epoch not in (checkpoint.epoch, checkpoint.best_epoch):
@@ -99,7 +99,7 @@ class Checkpoints:
                 remove_folder(self._at(epoch))
 
     def epochs(self) -> list[int]:
-        """The epochs whose checkpoints are whole, in their order."""
+        """The epochs with a complete checkpoint, ascending."""
         if not self.folder.exists():
             return []
         return sorted(
@@ -115,12 +115,12 @@ class Checkpoints:
         return Checkpoint.read(self._at(epoch))
 
     def history(self) -> list[dict[str, Any]]:
-        """The figures of all epochs up to the last checkpoint."""
+        """The metrics of all epochs up to the last checkpoint."""
         epochs = self.epochs()
         return list(read_json(self._at(epochs[-1]) / "epoch.json", made_by="fit")["history"]) if epochs else []
 
     def best(self) -> Checkpoint | None:
-        """Of the stored ones, that with the best validation likelihood; None before the first."""
+        """The stored checkpoint with the best validation likelihood; None before the first."""
         nlls = {int(row["epoch"]): float(row["validation_nll"]) for row in self.history()}
         epochs = self.epochs()
         return self.read(min(epochs, key=nlls.__getitem__)) if epochs else None

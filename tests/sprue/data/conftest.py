@@ -9,13 +9,13 @@ from upath import UPath
 
 
 class Folder:
-    """A dataset folder; every picture written differs from the others unless a key is repeated."""
+    """A dataset folder; every image written differs from the others unless a key is repeated."""
 
     def __init__(self, root: Path):
         self.root = root
         self.upath = UPath(root)
 
-    def picture(self, path: str, key: int, size: tuple[int, int] = (20, 16)) -> Path:
+    def image(self, path: str, key: int, size: tuple[int, int] = (20, 16)) -> Path:
         pixels = np.random.default_rng(key).integers(0, 256, (size[1], size[0]), dtype=np.uint8)
         return self.put(path, Image.fromarray(pixels))
 
@@ -36,7 +36,7 @@ class Folder:
 
     def add_class(self, name: str, good: int = 100, first_key: int = 0) -> None:
         for number in range(good):
-            self.picture(f"{name}/train/good/{number:03d}.png", first_key + number)
+            self.image(f"{name}/train/good/{number:03d}.png", first_key + number)
 
 
 @pytest.fixture
@@ -46,12 +46,12 @@ def folder(tmp_path: Path) -> Folder:
 
 @pytest.fixture
 def bottles(folder: Folder) -> Folder:
-    """One class: 100 training pictures, two good and two defective test pictures, one of them with a mask."""
+    """One class: 100 training images, two good and two defective test images, one of them with a mask."""
     folder.add_class("bottle")
-    folder.picture("bottle/test/good/000.png", 1000)
-    folder.picture("bottle/test/good/001.png", 1001)
-    folder.picture("bottle/test/crack/000.png", 1002)
-    folder.picture("bottle/test/crack/001.png", 1003)
+    folder.image("bottle/test/good/000.png", 1000)
+    folder.image("bottle/test/good/001.png", 1001)
+    folder.image("bottle/test/crack/000.png", 1002)
+    folder.image("bottle/test/crack/001.png", 1003)
     folder.mask("bottle/ground_truth/crack/000_mask.png")
     return folder
 
@@ -64,10 +64,10 @@ def boxes(folder: Folder) -> Folder:
     """One class of three views: 40 training samples, a good and two defective test samples, one with two masks."""
     for number in range(40):
         for view, name in enumerate(VIEWS):
-            folder.picture(f"box/train/good/{number:03d}/{name}.png", 3 * number + view)
+            folder.image(f"box/train/good/{number:03d}/{name}.png", 3 * number + view)
     for number, sample in enumerate(("good/a", "dent/a", "dent/b")):
         for view, name in enumerate(VIEWS):
-            folder.picture(f"box/test/{sample}/{name}.png", 1000 + 3 * number + view)
+            folder.image(f"box/test/{sample}/{name}.png", 1000 + 3 * number + view)
     folder.mask("box/ground_truth/dent/a/left_mask.png")
     folder.mask("box/ground_truth/dent/a/top.png")
     return folder

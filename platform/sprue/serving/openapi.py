@@ -1,0 +1,134 @@
+"""What /docs says beyond what FastAPI derives from the code."""
+
+from importlib.metadata import version
+from typing import Any
+
+from sprue.serving.admission import TIMEOUT_HEADER
+from sprue.serving.schemas import ErrorBody
+
+APPLICATION: dict[str, Any] = {
+    "title": "sprue",
+    "version": version("sprue"),
+    "summary": "Scores images of products with the champion detector of their class.",
+    "redoc_url": None,
+    "openapi_tags": [
+        {"name": "scoring", "description": "Is this part good?"},
+        {"name": "service", "description": "What is served, and whether it is healthy."},
+    ],
+}
+"""Arguments of the FastAPI application."""
+
+NAME = (
+    "The class's model, `<dataset>.<class>`, such as `textures.brick`; or the class alone, such as `brick`, where only "
+    "one served dataset has a class of that name"
+)
+"""Description of the path parameter of the scoring route."""
+
+
+def _binary(description: str = "") -> dict[str, Any]:
+    return {"type": "string", "format": "binary"} | ({"description": description} if description else {})
+
+
+def _error(description: str, **examples: str) -> dict[str, Any]:
+    bodies = {code: {"value": {"error": {"code": code, "message": message}}} for code, message in examples.items()}
+    return {"model": ErrorBody, "description": description, "content": {"application/json": {"examples": bodies}}}
+
+
+_RAW = ("image/png", "image/jpeg", "image/bmp", "image/tiff", "image/webp", "application/octet-stream")
+
+_HEADERS = {
+    "number": ("Score", "P-Value", "Alpha", "Threshold", "Predicted-Mask-Fraction"),
+    "boolean": ("Is-Anomalous",),
+    "string": ("Dataset", "Class", "Model", "View"),
+    "integer": ("Model-Version",),
+}
+
+SCORE: dict[str, Any] = {
+    "tags": ["scoring"],
+    "response_model_exclude_none": True,
+    "openapi_extra": {
+        "parameters": [
+            {
+                "name": TIMEOUT_HEADER,
+                "in": "header",
+                "description": "Milliseconds after which the answer is of no use, the upload included",
+                "schema": {"type": "integer", "minimum": 1},
+            }
+        ],
+        "requestBody": {
+            "required": True,
+            "content": {
+                "multipart/form-data": {
+                    "schema": {
+                        "type": "object",
+                        "properties": {
+                            "image": _binary(
+                                "The image, under any name; where a sample has several, one file for each view, under "
+                                "its name or in the views' order"
+                            )
+                        },
+                        "required": ["image"],
+                    }
+                },
+                **{kind: {"schema": _binary()} for kind in _RAW},
+            },
+        },
+    },
+    "responses": {
+        200: {
+            "description": "The score; in headers where the body is the heat map",
+            "content": {"image/png": {"schema": _binary()}},
+            "headers": {
+                "Server-Timing": {
+                    "description": "Milliseconds of decoding and scoring, and how many images were scored together",
+                    "schema": {"type": "string"},
+                },
+                **{
+                    f"X-Sprue-{name}": {"description": "Where the body is the heat map", "schema": {"type": kind}}
+                    for kind, names in _HEADERS.items()
+                    for name in names
+                },
+            },
+        },
+        401: _error("No key", unauthorized="send a key of this service in the header Authorization: Bearer KEY"),
+        403: _error("Not allowed", forbidden="the key 'monitor' has not the scope 'score'; it has: admin"),
+        404: _error("Unknown class", unknown_class="there is no class 'bolt'; there are: metal.rod, textures.brick"),
+        408: _error(
+            "The body arrives too slowly; the connection is closed",
+            slow_body="the body arrives too slowly: 0 bytes in 5.0 s",
+        ),
+        409: _error(
+            "Several datasets have the class",
+            ambiguous_class="class 'brick' is ambiguous: write metal.brick or textures.brick",
+        ),
+        413: _error(
+            "Larger than the limits",
+            too_many_bytes="the body is larger than 20,971,520 bytes; ...",
+            too_many_pixels="the body has 60000 x 60000 pixels; at most 50,000,000 are read",
+        ),
+        415: _error("Not an image", not_an_image="the body is not an image (PNG, JPEG, BMP, TIFF, WEBP are read)"),
+        422: _error(
+            "The request can't be processed",
+            undecodable_image="the body can't be decoded: image file is truncated",
+            empty_image="the image has no bytes",
+            malformed_form="Missing boundary in multipart.",
+            wrong_views="the class's samples have 3 images; send a form with the files 0-top, 1-left, 2-right ...",
+            unknown_view="class 'box' has no view 'top'; it has: 0-top, 1-left, 2-right",
+            no_file="the form holds no file; send the image as one",
+            invalid_timeout="X-Request-Timeout-Ms is not a whole number of milliseconds from 1 to 60000",
+            invalid_request="query.heatmap: Input should be a valid boolean, unable to interpret input",
+        ),
+        500: _error("The service failed", internal_error="the service failed on this request; see its log"),
+        503: _error(
+            "Too much work: try again after the seconds in Retry-After; or the champion could not be loaded",
+            overloaded="64 requests are waiting to be scored; try again in 3 s",
+            deadline_too_short="a score takes about 2.1 s now, and the request allows 0.5 s; try again in 3 s",
+            class_unavailable="class 'textures.brick' is unavailable: ...",
+        ),
+        504: _error(
+            "The deadline has passed",
+            deadline_exceeded="the sample was not scored within 10 s; X-Request-Timeout-Ms may allow more",
+        ),
+    },
+}
+"""Arguments of the scoring route."""

@@ -1,0 +1,116 @@
+"""Converts predictions to the service's responses.
+
+Shapes: H rows, W columns of the image.
+"""
+
+import io
+from http import HTTPStatus
+from urllib.parse import quote
+
+from PIL import Image
+
+from sprue.inference.detector import Predictions
+from sprue.inference.heatmap import heat, overlay
+from sprue.serving.errors import ApiError
+from sprue.serving.model_cache import ServedModel
+from sprue.serving.schemas import FeatureSummary, ImageScore, ModelVersion, Score, ServedClass
+
+
+def heatmap_png(served: ServedModel, predictions: Predictions, image: Image.Image, view: int) -> tuple[bytes, float]:
+    """Draws the heat map over a view's image: a PNG of the image's size, and the predicted mask's fraction of it.
+
+    The predictions are those for one sample; the image has its own size.
+    """
+    calibration = served.detector.calibration
+    map_HW = predictions.anomaly_map(0, (image.height, image.width), view)
+    predicted_mask_HW = calibration.predicted_mask(map_HW)
+    buffer = io.BytesIO()
+    # Level 1 is three to five times as fast as the default, and the file is a fifth larger.
+    overlay(image, heat(map_HW, calibration), predicted_mask_HW).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue(), float(predicted_mask_HW.mean())
+
+
+def score(served: ServedModel, predictions: Predictions) -> Score:
+    """The response for one sample, without its heat map."""
+    calibration, views = served.detector.calibration, served.detector.views
+    images = [
+        ImageScore(view=view, score=float(score_of_view))
+        for view, score_of_view in zip(views, predictions.image_score_BV[0], strict=True)
+    ]
+    return Score(
+        dataset=served.champion.dataset,
+        class_name=served.champion.class_name,
+        score=float(predictions.score_B[0]),
+        p_value=float(predictions.p_value_B[0]),
+        alpha=calibration.alpha,
+        is_anomalous=bool(predictions.is_anomalous_B[0]),
+        threshold=calibration.threshold,
+        model=version(served),
+        images=images if len(views) > 1 else None,
+    )
+
+
+def require_view(served: ServedModel, view: str | None) -> None:
+    """Checks a requested view; raises ApiError 422 if the class's samples have none of that name."""
+    views = served.detector.views
+    if view is not None and view not in views:
+        message = f"class {served.champion.class_name!r} has no view {view!r}; it has: {', '.join(views)}"
+        raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "unknown_view", message)
+
+
+def shown_view(served: ServedModel, predictions: Predictions, requested: str | None) -> int:
+    """Index of the view whose heat map is shown: the requested view, else the one with the highest score."""
+    return int(predictions.image_score_BV[0].argmax()) if requested is None else served.detector.views.index(requested)
+
+
+def version(served: ServedModel) -> ModelVersion:
+    """The registered version of a champion."""
+    return ModelVersion(name=served.champion.model_name, version=served.champion.version)
+
+
+def summary(served: ServedModel) -> ServedClass:
+    """A class in the list of served classes."""
+    calibration, spec = served.detector.calibration, served.detector.spec
+    return ServedClass(
+        dataset=served.champion.dataset,
+        class_name=served.champion.class_name,
+        model=version(served),
+        alpha=calibration.alpha,
+        threshold=calibration.threshold,
+        pixel_threshold=calibration.pixel_threshold,
+        views=list(served.detector.views) if len(served.detector.views) > 1 else None,
+        calibration_samples=len(calibration.scores),
+        features=FeatureSummary(fingerprint=spec.fingerprint, backbone=spec.backbone, input_size=spec.input_size),
+    )
+
+
+def score_headers(score: Score) -> dict[str, str]:
+    """The response's values as headers; names are percent-encoded, since headers are Latin-1."""
+    headers = {
+        "X-Sprue-Dataset": quote(score.dataset),
+        "X-Sprue-Class": quote(score.class_name),
+        "X-Sprue-Score": repr(score.score),
+        "X-Sprue-P-Value": repr(score.p_value),
+        "X-Sprue-Alpha": repr(score.alpha),
+        "X-Sprue-Threshold": repr(score.threshold),
+        "X-Sprue-Is-Anomalous": str(score.is_anomalous).lower(),
+        "X-Sprue-Model": quote(score.model.name),
+        "X-Sprue-Model-Version": str(score.model.version),
+    }
+    if score.heatmap_view is not None:
+        headers["X-Sprue-View"] = quote(score.heatmap_view)
+    if score.predicted_mask_fraction is not None:
+        headers["X-Sprue-Predicted-Mask-Fraction"] = repr(score.predicted_mask_fraction)
+    return headers
+
+
+def wants_png(accept: str) -> bool:
+    """Whether an ``Accept`` header prefers PNG to JSON: it lists image/png or image/*, and not JSON before it.
+
+    >>> wants_png("image/png"), wants_png("*/*"), wants_png("application/json, image/png;q=0.5")
+    (True, False, False)
+    """
+    kinds = [kind.partition(";")[0].strip().lower() for kind in accept.split(",")]
+    return next(
+        (kind != "application/json" for kind in kinds if kind in ("image/png", "image/*", "application/json")), False
+    )

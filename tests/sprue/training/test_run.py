@@ -1,0 +1,135 @@
+"""Ray Train fits the classes side by side, and only those that are not finished."""
+
+import time
+from dataclasses import asdict
+
+import psutil
+import pytest
+import torch
+from ray.util.state import list_actors, list_tasks
+from upath import UPath
+
+from sprue.errors import SprueError
+from sprue.training.run import fit_classes, fit_placement
+from sprue.training.worker import fit_flow
+
+
+def fitted_here(spec, folder):
+    """The epochs and checkpoints of the same fit without Ray."""
+    reports = []
+    fit_flow(spec, UPath(folder / "features"), torch.device("cpu"), lambda *report: reports.append(report))
+    return reports
+
+
+def fit(specs, folder, on_epoch=lambda name, epoch: None, **arguments):
+    return fit_classes(specs, UPath(folder / "features"), UPath(folder / "runs"), on_epoch, **arguments)
+
+
+def test_classes_are_fitted_and_one_that_fails_stops_no_other(cluster, make_spec, tmp_path):
+    good, bad = make_spec(tmp_path, "brick"), make_spec(tmp_path, "grass", broken=True)
+    seen = []
+    ours, failed = fit([good, bad], tmp_path, lambda name, epoch: seen.append((name, epoch)))
+
+    assert (failed.class_name, failed.best, failed.history) == ("grass", None, [])
+    assert "the likelihood stopped being finite in epoch 1" in failed.failure
+    assert "\n" not in failed.failure
+
+    assert (ours.class_name, ours.failure) == ("brick", "")
+    assert [row["epoch"] for row in ours.history] == [1, 2, 3]
+    assert [(name, asdict(epoch)) for name, epoch in seen] == [("brick", row) for row in ours.history]
+    assert ours.best.epoch == min(ours.history, key=lambda row: row["validation_nll"])["epoch"]
+    if not torch.cuda.is_available():
+        expected = fitted_here(good, tmp_path)
+        best = expected[ours.best.epoch - 1][1]
+        nlls = [row["validation_nll"] for row in ours.history]
+        assert nlls == pytest.approx([epoch.validation_nll for epoch, _ in expected], rel=1e-4)
+        for key, value in best.flow.items():
+            torch.testing.assert_close(ours.best.flow[key], value, rtol=1e-3, atol=1e-4)
+
+    (queue,) = list_actors(cluster, filters=[("class_name", "=", "ClassQueue")])
+    assert queue.name.startswith("fits of brick, grass (")
+
+    seen.clear()
+    (second,) = fit([good], tmp_path, lambda name, epoch: seen.append(name))
+    assert seen == []
+    assert second.history == ours.history
+    assert second.best.epoch == ours.best.epoch
+    assert all(torch.equal(value, ours.best.flow[key]) for key, value in second.best.flow.items())
+
+
+def test_after_the_death_of_its_process_a_fit_resumes(cluster, make_spec, tmp_path):
+    spec = make_spec(tmp_path, epochs=5)
+    seen, killed, named = [], [], []
+
+    def kill_once(name, epoch):
+        seen.append(epoch.epoch)
+        if not killed:
+            processes = psutil.Process().children(recursive=True)
+            workers = [each for each in processes if "ray::RayTrainWorker" in each.name()]
+            killed.extend(worker.kill() for worker in workers)
+        if epoch.epoch == 5:
+            # Processes tell Ray of their tasks a second later.
+            for _ in range(3):
+                time.sleep(1)
+                named.extend(list_tasks(cluster, filters=[("name", "=", "brick epoch 4")]))
+
+    (fitted,) = fit([spec], tmp_path, kill_once, synchronous=True)
+    assert killed
+    assert named, "Ray shows no epoch by its name"
+    assert fitted.failure == ""
+    assert seen == [row["epoch"] for row in fitted.history] == [1, 2, 3, 4, 5]
+    if not torch.cuda.is_available():
+        torch.set_num_threads(2)
+        states = {epoch.epoch: checkpoint.flow for epoch, checkpoint in fitted_here(spec, tmp_path)}
+        expected = states[fitted.best.epoch]
+        assert all(torch.equal(value, fitted.best.flow[key]) for key, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers", "expected"),
+    [([8, 8], 3, (1, 4)), ([5, 5], 3, (1, 2)), ([3, 3, 3], 4, (1, 1)), ([4, 4], 3, (1, 2)), ([16], 1, (1, 16))],
+)
+def test_workers_that_span_machines_find_room(monkeypatch, cores, workers, expected):
+    nodes = [{"Alive": True, "Resources": {"CPU": float(count)}} for count in cores]
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    placement = fit_placement(1, workers)
+    assert (placement.groups, placement.cpus) == expected
+
+
+def test_cores_are_divided_among_fits(cluster):
+    if torch.cuda.is_available():
+        pytest.skip("where there is a GPU, fits share it")
+    assert [(fit_placement(count).groups, fit_placement(count).cpus) for count in (1, 2, 3)] == [(1, 2), (2, 1), (2, 1)]
+
+
+def test_samples_of_several_views_are_fitted_together(cluster, make_spec, tmp_path):
+    flow = {"name": "multiflow", "hidden": 4, "steps": 2, "adaptation": "whiten", "views": 2}
+    spec = make_spec(tmp_path, "box", views=2, flow=flow)
+    assert (spec.views, spec.params["train_images"], spec.params["flow.maps"]) == (2, 10, [1])
+    (fitted,) = fit([spec], tmp_path)
+    assert fitted.failure == ""
+    if not torch.cuda.is_available():
+        expected = [epoch.validation_nll for epoch, _ in fitted_here(spec, tmp_path)]
+        assert [row["validation_nll"] for row in fitted.history] == pytest.approx(expected, rel=1e-4)
+
+
+def test_two_workers_learn_what_one_does(cluster, make_spec, plan_of, tmp_path):
+    # Noise, a stride and batches of odd sizes: each worker's random numbers must be its part of those of one.
+    flow = {"name": "patchflow", "adapted": 6, "bottleneck": 8, "noise": 0.2, "noise_scheme": "uniform", "stride": 2}
+    alone, shared = make_spec(tmp_path, flow=flow), plan_of(tmp_path, flow=flow, workers=2)
+    (found,) = fit([shared], tmp_path)
+    assert found.failure == ""
+    expected = fitted_here(alone, tmp_path)
+    for metric in ("train_nll", "validation_nll", "learning_rate"):
+        assert [row[metric] for row in found.history] == pytest.approx(
+            [getattr(epoch, metric) for epoch, _ in expected], rel=1e-5
+        )
+    best = expected[found.best.epoch - 1][1]
+    for key, value in best.flow.items():
+        torch.testing.assert_close(found.best.flow[key], value, rtol=1e-3, atol=1e-5)
+
+
+def test_more_workers_than_the_cluster_has_room_for_are_refused(cluster, make_spec, tmp_path):
+    spec = make_spec(tmp_path, workers=64)
+    with pytest.raises(SprueError, match=r"fit\.workers: 64 workers of a fit need a .PU each; the Ray cluster has"):
+        fit([spec], tmp_path)
