@@ -12,6 +12,8 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
 # Else each of the many processes that tests start would compile all of sprue anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+import contextlib
+import random
 import secrets
 import socket
 import subprocess
@@ -87,16 +89,24 @@ def ports() -> Callable[[int], list[int]]:
     return free_ports
 
 
+def _own_ports() -> Iterator[int]:
+    """Ports that neither the kernel nor Ray gives away by itself, in an order of this process's own."""
+    kernels_lowest = 32768
+    yield from random.SystemRandom().sample(range(20_000, kernels_lowest), kernels_lowest - 20_000)
+
+
+OWN_PORTS = _own_ports()
+
+
 def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on, all different."""
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
+    """Ports that nothing listens on, each found once; nothing takes one before it is used."""
+    free: list[int] = []
+    while len(free) < count:
+        port = next(OWN_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            free.append(port)
+    return free
 
 
 def _command(folder: Path) -> tuple[list[str], str]:

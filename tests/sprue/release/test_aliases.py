@@ -1,7 +1,6 @@
 """Champions change one at a time, by a decision that is on record."""
 
 import multiprocessing
-import time
 
 import mlflow
 import pytest
@@ -132,11 +131,9 @@ def test_of_promotions_at_once_one_wins_and_the_others_fail(versions):
 
 def test_a_lock_names_its_owner_and_is_released(versions):
     with alias_lock(versions):
-        started = time.monotonic()
         message = r"held by .*, process \d+, .*delete the registered model sprue-lock-"
         with pytest.raises(SprueError, match=message), alias_lock(versions, patience_s=0.3):
             pytest.fail("two hold it")
-        assert time.monotonic() - started < 20
     with pytest.raises(KeyError), alias_lock(versions):
         raise KeyError
     with alias_lock(versions, patience_s=0.0):

@@ -2,7 +2,6 @@
 
 import io
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -133,14 +132,8 @@ class Plant:
 
 
 @pytest.fixture
-def unused_port() -> int:
-    return free_port()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def unused_port(ports: Callable[[int], list[int]]) -> int:
+    return ports(1)[0]
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +155,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def plant(cluster: Path) -> Iterator[Plant]:
+def plant(cluster: Path, ports: Callable[[int], list[int]]) -> Iterator[Plant]:
     spec = resolve(
         FeatureSettings(
             backbone="tf_efficientnet_lite0",
@@ -173,7 +166,7 @@ def plant(cluster: Path) -> Iterator[Plant]:
         )
     )
     engine = build_engine(spec)
-    port, limits = free_port(), ServiceLimits(max_bytes=2 * 2**20, max_pixels=4_000_000)
+    (port,), limits = ports(1), ServiceLimits(max_bytes=2 * 2**20, max_pixels=4_000_000)
     keys = cluster / "keys.json"
     authorization = {"Authorization": f"Bearer {add_key(keys, 'everything', ['score', 'admin'])}"}
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30.0, headers=authorization) as client:

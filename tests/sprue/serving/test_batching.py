@@ -61,7 +61,7 @@ def test_tasks_whose_callers_have_all_gone_are_not_run() -> None:
 
 
 def test_the_pace_is_that_of_the_last_batches() -> None:
-    pauses = iter([0.2, 0.05, 0.05, 0.05])
+    pauses = iter([0.8, 0.05, 0.05, 0.05])
 
     def work(tasks: Sequence[int]) -> list[int]:
         time.sleep(next(pauses))
@@ -78,7 +78,7 @@ def test_the_pace_is_that_of_the_last_batches() -> None:
 
     none, first, last = asyncio.run(run())
     assert none == 0
-    assert first >= 0.1  # two tasks took 0.2 s
+    assert first >= 0.4  # two tasks took 0.8 s
     assert 0.025 <= last < first
 
 

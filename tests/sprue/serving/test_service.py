@@ -6,7 +6,6 @@ import json
 import re
 import socket
 import struct
-import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -194,9 +193,7 @@ def test_refusals_are_json_and_the_service_keeps_running(plant: Any, case: str) 
     arguments = {"method": "POST", "url": "/v1/classes/brick/score"} | arguments
     if callable(arguments.get("content")):
         arguments["content"] = arguments["content"]()
-    started = time.monotonic()
     answer = plant.client.request(**arguments)
-    assert time.monotonic() - started < 2
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == "application/json"
     assert set(answer.json()) == {"error"} and set(answer.json()["error"]) == {"code", "message"}

@@ -68,9 +68,10 @@ def test_after_the_death_of_its_process_a_fit_resumes(cluster, make_spec, tmp_pa
             workers = [each for each in processes if "ray::RayTrainWorker" in each.name()]
             killed.extend(worker.kill() for worker in workers)
         if epoch.epoch == 5:
-            # Processes tell Ray of their tasks a second later.
-            for _ in range(3):
-                time.sleep(1)
+            # Processes tell Ray of their tasks a second later, on a busy machine later than that.
+            deadline = time.monotonic() + 60
+            while not named and time.monotonic() < deadline:
+                time.sleep(0.5)
                 named.extend(list_tasks(cluster, filters=[("name", "=", "brick epoch 4")]))
 
     (fitted,) = fit([spec], tmp_path, kill_once, synchronous=True)
