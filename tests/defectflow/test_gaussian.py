@@ -66,5 +66,5 @@ def test_a_certain_covariance_is_hardly_shrunk():
 
 
 def test_an_even_neighbourhood_is_refused():
-    with pytest.raises(ValueError, match="neighbourhood is 2: give an odd number"):
+    with pytest.raises(ValueError, match="neighbourhood: 2 is not an odd number from 1"):
         build_flow("gaussian", channels=(4,), neighbourhood=2)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from defectflow import CSFlowConfig, build_flow
-from defectflow.config import top_and_ring
+from defectflow.config.multiflow import top_and_ring
 from defectflow.dnfad import position_code
 from defectflow.subnets import AttentionSubnet
 
