@@ -25,7 +25,7 @@ from sprue.stages.runtime import connect_ray
 from sprue.store import location
 from sprue.training.spec import recipe_spec
 
-RECIPES = (FIRST_RECIPE, "gaussian-cpu", "csflow-cpu", "patchflow-deep-cpu")
+RECIPES = (FIRST_RECIPE, "gaussian-cpu", "memorybank-cpu", "csflow-cpu", "patchflow-deep-cpu")
 SHOWN = {"sample_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "pixel_aupro": "AUPRO"} | {
     "false_alarm_rate": "false alarms",
     "detection_rate": "detected",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         DNFADConfig,
         FusionConfig,
         GaussianConfig,
+        MemoryBankConfig,
         MultiFlowConfig,
         PatchFlowConfig,
         config_for_features,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from defectflow.flow import Flow, Maps
     from defectflow.fusion import Fusion
     from defectflow.gaussian import Gaussian
+    from defectflow.memorybank import MemoryBank
     from defectflow.multiflow import MultiFlow
     from defectflow.patchflow import PatchFlow
     from defectflow.registry import FLOWS, build_flow
@@ -46,6 +48,8 @@ __all__ = [
     "Gaussian",
     "GaussianConfig",
     "Maps",
+    "MemoryBank",
+    "MemoryBankConfig",
     "MultiFlow",
     "MultiFlowConfig",
     "PatchFlow",

@@ -8,6 +8,7 @@ from defectflow.dnfad import DNFAD
 from defectflow.flow import Flow
 from defectflow.fusion import Fusion
 from defectflow.gaussian import Gaussian
+from defectflow.memorybank import MemoryBank
 from defectflow.multiflow import MultiFlow
 from defectflow.patchflow import PatchFlow
 
@@ -16,10 +17,11 @@ FLOWS: dict[str, type[Flow]] = {
     "dnfad": DNFAD,
     "fusion": Fusion,
     "gaussian": Gaussian,
+    "memorybank": MemoryBank,
     "multiflow": MultiFlow,
     "patchflow": PatchFlow,
 }
-"""The flows by name, and the baseline."""
+"""The flows and the baselines by name."""
 
 
 def build_flow(name: str, **config: Any) -> Flow:

@@ -30,7 +30,7 @@ Fraction = Annotated[float, Gt(0), Lt(1)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 """Of a dataset or a class: it becomes a folder, a part of a URL and a part of a registered model's name."""
 
-FlowName = Literal["csflow", "dnfad", "fusion", "gaussian", "multiflow", "patchflow"]
+FlowName = Literal["csflow", "dnfad", "fusion", "gaussian", "memorybank", "multiflow", "patchflow"]
 ScoreType = Literal["latent", "likelihood"]
 Guarantee = Literal["marginal", "conditional"]
 LayoutName = Literal["mvtec", "mvtec-views"]

@@ -62,7 +62,7 @@ def random_flow(case, seed=0):
 
 def test_every_flow_has_a_case():
     # A fusion's couplings are those of its CS-Flow, and the baseline has none; they have tests of their own.
-    assert {case.split("-")[0] for case in CASES} | {"fusion", "gaussian"} == set(FLOWS)
+    assert {case.split("-")[0] for case in CASES} | {"fusion", "gaussian", "memorybank"} == set(FLOWS)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -9,6 +9,7 @@ from defectflow.config.csflow import CSFlowConfig
 from defectflow.config.dnfad import Branch, DNFADConfig
 from defectflow.config.fusion import FusionConfig
 from defectflow.config.gaussian import GaussianConfig
+from defectflow.config.memorybank import MemoryBankConfig
 from defectflow.config.multiflow import MultiFlowConfig
 from defectflow.config.patchflow import PatchFlowConfig
 
@@ -22,6 +23,7 @@ __all__ = [
     "FlowConfig",
     "FusionConfig",
     "GaussianConfig",
+    "MemoryBankConfig",
     "MultiFlowConfig",
     "NoiseScheme",
     "PatchFlowConfig",
@@ -36,6 +38,7 @@ CONFIGS: dict[str, type[FlowConfig]] = {
     "dnfad": DNFADConfig,
     "fusion": FusionConfig,
     "gaussian": GaussianConfig,
+    "memorybank": MemoryBankConfig,
     "multiflow": MultiFlowConfig,
     "patchflow": PatchFlowConfig,
 }
