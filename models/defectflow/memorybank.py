@@ -90,7 +90,7 @@ class MemoryBank(Flow):
         """Half the squared distances to the bank [B, H, W], per channel, and the same with a kernel's constant."""
         (map_BDHW,) = self.adapt(maps)
         vectors_ND = map_BDHW.movedim(1, 3).flatten(0, 2)
-        distance_N = torch.cat([self._nearest(chunk_ND) for chunk_ND in vectors_ND.split(CHUNK)])
+        distance_N = torch.cat([self._nearest(chunk_ND) for chunk_ND in torch.split(vectors_ND, CHUNK)])
         energy_BHW = 0.5 * distance_N.square().reshape(map_BDHW[:, 0].shape) / map_BDHW.shape[1]
         (energy_BHW,) = minimum_outside([energy_BHW], mask)
         return [energy_BHW], [energy_BHW + 0.5 * LOG_2PI]
