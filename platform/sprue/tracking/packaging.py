@@ -1,5 +1,6 @@
 """Packages a detector as an MLflow model that runs without Ray and DVC."""
 
+import logging
 import re
 import shutil
 import tempfile
@@ -11,6 +12,7 @@ from typing import Any
 import mlflow
 import pandas as pd
 from mlflow.entities import LoggedModel, LoggedModelStatus
+from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 
@@ -19,6 +21,12 @@ import sprue
 from sprue.inference.detector import Detector
 from sprue.tracking.provenance import pinned
 from sprue.tracking.registry import DETECTOR_TAG
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 3
+"""To log a model. MLflow's client repeats a call whose response was lost, and a server that had done what the first one
+asked refuses the second; a new model is not affected."""
 
 REQUIREMENTS = ("FrEIA", "numpy", "openvino", "pandas", "pillow", "pydantic", "safetensors", "timm", "torch")
 
@@ -56,9 +64,19 @@ def log_detector(
 
     Returns:
         The logged model's URI.
+
+    Raises:
+        MlflowException: If MLflow has failed `ATTEMPTS` times.
     """
-    complete = [model for model in logged_models(run_id, detector_key) if model.status == LoggedModelStatus.READY]
-    uri = complete[0].model_uri if complete else _log(folder, run_id, detector_key, example, metadata)
+    for attempt in range(1, ATTEMPTS + 1):
+        complete = [model for model in logged_models(run_id, detector_key) if model.status == LoggedModelStatus.READY]
+        try:
+            uri = complete[0].model_uri if complete else _log(folder, run_id, detector_key, example, metadata)
+            break
+        except MlflowException as error:
+            if attempt == ATTEMPTS:
+                raise
+            logger.warning("the model of run %s is logged once more: %s", run_id, str(error).partition("\n")[0])
     for model in logged_models(run_id, detector_key):
         if model.model_uri != uri:
             mlflow.MlflowClient().delete_logged_model(model.model_id)
