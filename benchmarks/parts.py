@@ -14,7 +14,8 @@ import pandas as pd
 from seeds import measure, settings_of
 
 from sprue.config import CalibrationSettings, ManifestSettings
-from sprue.data.manifest import Manifest, build_manifest
+from sprue.data.build import build_manifest
+from sprue.data.manifest import Manifest
 from sprue.errors import SprueError
 from sprue.features.extraction import extract
 from sprue.features.synthetic import extract_synthetic

@@ -22,7 +22,8 @@ from upath import UPath
 
 from defectflow import Flow, build_flow
 from sprue.config import CalibrationSettings, ManifestSettings, ScoringSettings
-from sprue.data.manifest import Manifest, build_manifest
+from sprue.data.build import build_manifest
+from sprue.data.manifest import Manifest
 from sprue.data.samples import samples_of
 from sprue.features.extraction import extract
 from sprue.features.synthetic import extract_synthetic, plan_defects, synthetic_maps

@@ -18,6 +18,9 @@ from sprue.errors import SprueError
 GOOD = "good"
 """The defect type of images without a defect."""
 
+COPY = "a copy of the test image"
+"""How the reason of a skipped copy begins."""
+
 _CLASS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 

@@ -2,22 +2,18 @@
 
 import io
 import json
-from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from typing import Self
 
 import fastparquet
 import pandas as pd
 from upath import UPath
 
 from sprue.config import CalibrationSettings, ManifestSettings
-from sprue.data.decisions import without_dropped
-from sprue.data.inspection import Inspection, inspect_images
-from sprue.data.layouts import GOOD, LAYOUTS, ImageRecord, SkippedFile
-from sprue.data.near_duplicates import shared_digests, without_near_duplicates
-from sprue.data.samples import complete_samples, samples_of
-from sprue.data.splits import CALIBRATION, TEST, TRAIN, assign_splits, lowest_alpha
+from sprue.data.layouts import SkippedFile
+from sprue.data.samples import samples_of
+from sprue.data.splits import CALIBRATION, lowest_alpha
 from sprue.errors import SprueError
 from sprue.store import KeptBytes, write_bytes
 
@@ -122,141 +118,9 @@ class Manifest:
             raise SprueError(f"{path} is no manifest; run the manifest stage again") from error
         skipped = tuple(SkippedFile(**entry) for entry in about["skipped"])
         settings = ManifestSettings(**about["settings"])
-        return cls(about["dataset"], settings, _typed(parquet.to_pandas()), skipped, about["refused"])
+        return cls(about["dataset"], settings, typed(parquet.to_pandas()), skipped, about["refused"])
 
 
-def build_manifest(root: UPath, dataset: str, settings: ManifestSettings, calibration: CalibrationSettings) -> Manifest:
-    """Reads a dataset's folders, decodes every image once and splits the good training samples.
-
-    Skips damaged images, files that are no images, training images that are also test images or copies of one, images
-    that `settings` drops, and samples that lack a view because of this. A sample with a damaged mask stays, without
-    ground truth. A class is refused, and the others go on, if a mask has another size than its image, its samples share
-    no view, or it has too few for its splits. Equal files and settings give equal manifests.
-
-    Args:
-        root: Folder of the dataset, local or remote.
-        dataset: Its name.
-        settings: Layout, fractions and seed.
-        calibration: What is to be guaranteed, which asks for a number of calibration samples.
-
-    Raises:
-        SprueError: If the folders do not follow the layout, `settings` keeps or drops an image that does not exist, or
-            all classes are refused.
-    """
-    layout = LAYOUTS[settings.layout]
-    records, skipped = layout.read(root)
-    class_names = sorted({record.class_name for record in records})
-    records, dropped = without_dropped(records, settings)
-    found = inspect_images(root, {path: None for record in records for path in (record.path, record.mask_path) if path})
-    skipped += [SkippedFile(path, inspection.damage) for path, inspection in found.items() if inspection.damage]
-    records = [record for record in records if not found[record.path].damage]
-    refused = layout.empty_classes(root) | _wrong_masks(records, found)
-    records, leaked = _without_leaks(records, found)
-    records, copied = without_near_duplicates(records, found, settings.keep)
-    skipped += dropped + leaked + copied
-    rows: list[dict[str, Any]] = []
-    for name in class_names:
-        of_class = [record for record in records if record.class_name == name]
-        try:
-            complete, incomplete = complete_samples(of_class)
-            skipped += incomplete
-            split_of = _split_training(name, complete, found, skipped, settings, calibration)
-        except SprueError as error:
-            refused.setdefault(name, str(error))
-        if name not in refused:
-            rows += _rows(dataset, complete, found, split_of)
-    if not rows:
-        raise SprueError("\n".join(reason for _, reason in sorted(refused.items())))
-    frame = _typed(pd.DataFrame(rows, columns=list(COLUMNS)))
-    return Manifest(dataset, settings, frame, tuple(sorted(skipped)), refused)
-
-
-def _wrong_masks(records: list[ImageRecord], found: dict[str, Inspection]) -> dict[str, str]:
-    """The classes with masks of another size than their image, and what is wrong."""
-    problems: dict[str, list[str]] = defaultdict(list)
-    for record in records:
-        image, mask = found[record.path], found.get(record.mask_path)
-        if mask and not mask.damage and (mask.width, mask.height) != (image.width, image.height):
-            problems[record.class_name].append(
-                f"mask {record.mask_path} is {mask.width}x{mask.height}, "
-                f"its image {record.path} is {image.width}x{image.height}"
-            )
-    return {
-        name: f"class {name!r} has masks of another size than their image: {'; '.join(of_class)}. Correct or remove "
-        "these masks."
-        for name, of_class in problems.items()
-    }
-
-
-def _without_leaks(
-    records: list[ImageRecord], found: dict[str, Inspection]
-) -> tuple[list[ImageRecord], list[SkippedFile]]:
-    """Skips training images that are also test images, of any class."""
-    tested = {found[record.path].sha256: record.path for record in reversed(records) if record.split == TEST}
-    kept, leaked = [], []
-    for record in records:
-        twin = tested.get(found[record.path].sha256) if record.split == TRAIN else None
-        if twin:
-            leaked.append(SkippedFile(record.path, f"identical to the test image {twin}"))
-        else:
-            kept.append(record)
-    return kept, leaked
-
-
-def _split_training(
-    class_name: str,
-    records: list[ImageRecord],
-    found: dict[str, Inspection],
-    skipped: list[SkippedFile],
-    settings: ManifestSettings,
-    calibration: CalibrationSettings,
-) -> dict[str, str]:
-    """Split of each training sample of a class; raises a SprueError if there are too few."""
-    what = "samples" if any(record.view for record in records) else "images"
-    digests_of: dict[str, list[str]] = defaultdict(list)
-    shared = shared_digests(records, found)
-    for record in records:
-        if record.split == TRAIN:
-            digests_of[record.sample_id].append(shared[record.path])
-    contents = ["".join(digests) for digests in digests_of.values()]
-    try:
-        assigned = assign_splits(class_name, contents, settings, calibration, what)
-    except SprueError as error:
-        raise SprueError(f"{error}{_skipped_training_files(class_name, skipped)}") from error
-    return dict(zip(digests_of, assigned, strict=True))
-
-
-def _skipped_training_files(class_name: str, skipped: list[SkippedFile]) -> str:
-    entries = [entry for entry in sorted(skipped) if entry.path.startswith(f"{class_name}/{TRAIN}/")]
-    if not entries:
-        return ""
-    return f" Skipped training files: {len(entries)}, the first {entries[0].path} ({entries[0].reason})."
-
-
-def _rows(
-    dataset: str, records: list[ImageRecord], found: dict[str, Inspection], split_of: dict[str, str]
-) -> list[dict[str, Any]]:
-    """The rows of a class, by sample and view."""
-    # These samples lose all masks, because a view without its mask would count as good.
-    unmasked = {record.sample_id for record in records if record.mask_path and found[record.mask_path].damage}
-    rows = [_row(dataset, record, found[record.path], split_of, unmasked) for record in records]
-    return sorted(rows, key=lambda row: (row["sample_id"], row["view"]))
-
-
-def _row(
-    dataset: str, record: ImageRecord, image: Inspection, split_of: dict[str, str], unmasked: Collection[str]
-) -> dict[str, Any]:
-    return asdict(record) | {
-        "dataset": dataset,
-        "split": TEST if record.split == TEST else split_of[record.sample_id],
-        "label": int(record.defect_type != GOOD),
-        "mask_path": "" if record.sample_id in unmasked else record.mask_path,
-        "sha256": image.sha256,
-        "width": image.width,
-        "height": image.height,
-    }
-
-
-def _typed(frame: pd.DataFrame) -> pd.DataFrame:
+def typed(frame: pd.DataFrame) -> pd.DataFrame:
     """Casts the columns, so that built and read manifests are equal."""
     return frame.astype({name: "str" if name in TEXT_COLUMNS else "int64" for name in COLUMNS})

@@ -18,7 +18,7 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.neighbors import NearestNeighbors
 
 from sprue.data.inspection import Inspection
-from sprue.data.layouts import ImageRecord, SkippedFile
+from sprue.data.layouts import COPY, ImageRecord, SkippedFile
 from sprue.data.splits import TEST, TRAIN
 
 LIMIT = 1.0
@@ -32,9 +32,6 @@ TYPICAL_FRACTION = 0.2
 that are all alike, copies look no different, and none are reported."""
 
 NEIGHBOURS = 5
-
-COPY = "a copy of the test image"
-"""How the reason of a skipped copy begins."""
 
 
 def without_near_duplicates(

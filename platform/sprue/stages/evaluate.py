@@ -12,8 +12,8 @@ import pandas as pd
 from upath import UPath
 
 from defectflow import Gaussian
+from sprue.data.layouts import COPY
 from sprue.data.manifest import Manifest
-from sprue.data.near_duplicates import COPY
 from sprue.errors import SprueError
 from sprue.evaluation import evaluate as evaluation
 from sprue.evaluation.baseline import baseline_maps

@@ -2,7 +2,8 @@
 
 import logging
 
-from sprue.data.manifest import Manifest, build_manifest
+from sprue.data.build import build_manifest
+from sprue.data.manifest import Manifest
 from sprue.stages.failures import close_stage
 from sprue.stages.runtime import Context
 

@@ -3,9 +3,9 @@
 import pytest
 
 from sprue.config import CalibrationSettings, ManifestSettings
+from sprue.data.build import build_manifest
 from sprue.data.decisions import without_dropped
 from sprue.data.layouts import LAYOUTS
-from sprue.data.manifest import build_manifest
 from sprue.errors import SprueError
 
 

@@ -1,50 +1,21 @@
-import hashlib
+"""A manifest is written and read back as it was, and says what it holds."""
+
 import os
 import shutil
 import subprocess
 import sys
-from collections import Counter
 
 import pytest
-from PIL import Image
 from upath import UPath
 
 from sprue.config import CalibrationSettings, ManifestSettings
-from sprue.data.manifest import COLUMNS, Manifest, build_manifest
+from sprue.data.build import build_manifest
+from sprue.data.manifest import Manifest
 from sprue.errors import SprueError
 
 
 def build(folder, **settings):
     return build_manifest(folder.upath, "bottles", ManifestSettings(**settings), CalibrationSettings())
-
-
-def reasons(manifest):
-    return {entry.path: entry.reason for entry in manifest.skipped}
-
-
-def test_rows_say_what_the_folders_hold(bottles):
-    frame = build(bottles).frame
-    assert tuple(frame.columns) == COLUMNS
-    assert list(frame["path"]) == sorted(frame["path"])
-    assert Counter(frame["split"]) == {"train": 66, "calibration": 19, "validation": 15, "test": 4}
-    test = frame[frame["split"] == "test"].set_index("path")
-    assert dict(test["label"]) == {
-        "bottle/test/crack/000.png": 1,
-        "bottle/test/crack/001.png": 1,
-        "bottle/test/good/000.png": 0,
-        "bottle/test/good/001.png": 0,
-    }
-    assert test.loc["bottle/test/crack/000.png", "mask_path"] == "bottle/ground_truth/crack/000_mask.png"
-    assert test.loc["bottle/test/crack/001.png", "mask_path"] == ""
-    assert set(frame["width"]) == {20}
-    assert set(frame["height"]) == {16}
-    assert set(frame[frame["split"] != "test"]["label"]) == {0}
-
-
-def test_digests_are_those_of_the_files(bottles):
-    frame = build(bottles).frame
-    for path, sha256 in zip(frame["path"], frame["sha256"], strict=True):
-        assert sha256 == hashlib.sha256((bottles.root / path).read_bytes()).hexdigest()
 
 
 def test_writes_the_same_bytes_again_and_reads_back_the_same(bottles, tmp_path):
@@ -66,7 +37,7 @@ def test_another_process_and_another_folder_give_the_same_bytes(bottles, tmp_pat
     moved = tmp_path / "moved"
     shutil.copytree(bottles.root, moved)
     script = (
-        "import sys; from upath import UPath; from sprue.data.manifest import build_manifest\n"
+        "import sys; from upath import UPath; from sprue.data.build import build_manifest\n"
         "from sprue.config import CalibrationSettings, ManifestSettings\n"
         "manifest = build_manifest(UPath(sys.argv[1]), 'bottles', ManifestSettings(), CalibrationSettings())\n"
         "manifest.write(UPath(sys.argv[2]))"
@@ -104,134 +75,6 @@ def test_classes_and_select(bottles):
         manifest.select("cup", "train")
 
 
-def test_adding_images_leaves_most_rows_as_they_were(bottles):
-    before = build(bottles).frame.set_index("path")
-    for number in range(100, 105):
-        bottles.image(f"bottle/train/good/{number}.png", number)
-    after = build(bottles).frame.set_index("path")
-    moved = (before["split"] != after.loc[before.index, "split"]).sum()
-    assert moved <= 4
-    assert (before["sha256"] == after.loc[before.index, "sha256"]).all()
-
-
-def test_copies_of_an_image_share_a_split(bottles):
-    for number in range(30):
-        source = bottles.root / f"bottle/train/good/{number:03d}.png"
-        shutil.copy(source, source.with_name(f"copy{number:03d}.png"))
-    frame = build(bottles).frame
-    assert (frame.groupby("sha256")["split"].nunique() == 1).all()
-    assert len(frame) == 134
-
-
-def test_training_images_that_are_also_test_images_are_skipped(bottles):
-    bottles.add_class("anvil", first_key=5000)
-    good = bottles.root / "bottle/train/good"
-    shutil.copy(good / "000.png", bottles.root / "bottle/test/crack/leak.png")
-    shutil.copy(good / "001.png", bottles.root / "bottle/test/good/leak.png")
-    bottles.root.joinpath("anvil/test/good").mkdir(parents=True)
-    shutil.copy(good / "002.png", bottles.root / "anvil/test/good/leak.png")
-    manifest = build(bottles)
-    assert reasons(manifest) == {
-        "bottle/train/good/000.png": "identical to the test image bottle/test/crack/leak.png",
-        "bottle/train/good/001.png": "identical to the test image bottle/test/good/leak.png",
-        "bottle/train/good/002.png": "identical to the test image anvil/test/good/leak.png",
-    }
-    tested = manifest.frame["split"] == "test"
-    assert not set(manifest.frame[tested]["sha256"]) & set(manifest.frame[~tested]["sha256"])
-
-
-def test_damaged_images_are_skipped(bottles):
-    intact = bottles.image("bottle/train/good/whole.jpg", 7, size=(200, 200)).read_bytes()
-    bottles.raw("bottle/train/good/cut.jpg", intact[: len(intact) // 2])
-    png = bottles.image("bottle/train/good/whole.png", 8).read_bytes()
-    bottles.raw("bottle/train/good/cut.png", png[:-40])
-    bottles.raw("bottle/train/good/flipped.png", png[:-30] + bytes([png[-30] ^ 255]) + png[-29:])
-    bottles.raw("bottle/train/good/empty.png", b"")
-    bottles.raw("bottle/train/good/page.png", b"<html>404</html>")
-    bottles.raw("bottle/train/good/Thumbs.db", b"\xd0\xcf\x11\xe0")
-    bottles.raw("bottle/test/crack/readme.txt", b"hello")
-    (bottles.root / "bottle/train/good/lost.png").symlink_to(bottles.root / "nowhere.png")
-    manifest = build(bottles)
-    found = reasons(manifest)
-    assert found.pop("bottle/train/good/cut.jpg").startswith("the file is damaged: image file is truncated")
-    assert found.pop("bottle/train/good/cut.png").startswith("the file is damaged: ")
-    assert found.pop("bottle/train/good/flipped.png").startswith("the file is damaged: ")
-    for name in ("bottle/train/good/page.png", "bottle/train/good/Thumbs.db", "bottle/test/crack/readme.txt"):
-        assert found.pop(name).startswith("the file is not an image")
-    assert found == {
-        "bottle/train/good/empty.png": "zero bytes",
-        "bottle/train/good/lost.png": "cannot be read: No such file or directory",
-    }
-    assert len(manifest.frame) == 106
-    assert not set(manifest.frame["path"]) & {entry.path for entry in manifest.skipped}
-
-
-@pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize(
-    ("size", "is_kept"), [((10_000, 9_500), True), ((10_001, 10_000), False), ((20_000, 20_000), False)]
-)
-def test_huge_images_are_skipped_before_decoding(bottles, size, is_kept):
-    bottles.put("bottle/train/good/huge.png", Image.new("1", size))
-    manifest = build(bottles)
-    if is_kept:
-        assert manifest.skipped == ()
-    else:
-        assert "pixels" in reasons(manifest)["bottle/train/good/huge.png"]
-
-
-def test_links_to_images_are_read(bottles, tmp_path):
-    target = bottles.image("../elsewhere.png", 77)
-    (bottles.root / "bottle/train/good/link.png").symlink_to(target)
-    assert "bottle/train/good/link.png" in set(build(bottles).frame["path"])
-
-
-def test_a_damaged_mask_leaves_its_image_without_ground_truth(bottles):
-    bottles.raw("bottle/ground_truth/crack/000_mask.png", b"")
-    manifest = build(bottles)
-    assert reasons(manifest) == {"bottle/ground_truth/crack/000_mask.png": "zero bytes"}
-    test = manifest.select("bottle", "test").set_index("path")
-    assert test.loc["bottle/test/crack/000.png", "mask_path"] == ""
-
-
-def test_all_masks_of_another_size_are_named_with_both_sizes(bottles):
-    bottles.mask("bottle/ground_truth/crack/000_mask.png", size=(16, 20))
-    bottles.mask("bottle/ground_truth/crack/001_mask.png", size=(40, 32))
-    with pytest.raises(SprueError) as caught:
-        build(bottles)
-    for number, size in (("000", "16x20"), ("001", "40x32")):
-        assert (
-            f"mask bottle/ground_truth/crack/{number}_mask.png is {size}, "
-            f"its image bottle/test/crack/{number}.png is 20x16" in str(caught.value)
-        )
-
-
-def test_masks_of_another_size_refuse_their_class_alone(bottles):
-    bottles.add_class("cup", first_key=3000)
-    bottles.mask("bottle/ground_truth/crack/000_mask.png", size=(16, 20))
-    manifest = build(bottles)
-    assert manifest.classes == ["cup"]
-    assert list(manifest.refused) == ["bottle"]
-    assert "mask bottle/ground_truth/crack/000_mask.png is 16x20" in manifest.refused["bottle"]
-
-
-def test_classes_with_too_few_are_refused_by_name_and_the_others_go_on(bottles, tmp_path):
-    alone = build(bottles).frame
-    bottles.add_class("cup", good=11, first_key=3000)
-    bottles.add_class("jar", good=12, first_key=4000)
-    bottles.add_class("lid", good=3, first_key=5000)
-    bottles.image("lid/test/good/000.png", 6000)
-    (bottles.root / "mug/train/good").mkdir(parents=True)
-    manifest = build(bottles)
-    assert manifest.classes == ["bottle", "jar"]
-    assert manifest.frame.query("class_name == 'bottle'").reset_index(drop=True).equals(alone)
-    assert "'cup' has 11 good training images, but at least 12 distinct" in manifest.refused["cup"]
-    assert "'lid' has 3 good training images, but at least 12 distinct" in manifest.refused["lid"]
-    assert "'mug' has no images in mug/train/good: put its good images there" in manifest.refused["mug"]
-    assert sorted(manifest.refused) == ["cup", "lid", "mug"]
-    manifest.write(UPath(tmp_path / "manifest.parquet"))
-    assert Manifest.read(UPath(tmp_path / "manifest.parquet")).refused == manifest.refused
-
-
 def test_a_class_with_few_images_has_the_alpha_that_it_can_promise(bottles):
     bottles.add_class("toy", good=20, first_key=3000)
     for number in range(5):
@@ -243,23 +86,6 @@ def test_a_class_with_few_images_has_the_alpha_that_it_can_promise(bottles):
     assert manifest.calibration("bottle", wanted) == wanted
     assert manifest.calibration("toy", wanted) == CalibrationSettings(alpha=0.1)
     assert manifest.calibration("toy", CalibrationSettings(alpha=0.2)).alpha == 0.2
-
-
-def test_a_class_whose_images_are_all_damaged_is_named_with_the_reason(bottles):
-    for number in range(3):
-        bottles.raw(f"cup/train/good/{number}.png", b"")
-    reason = build(bottles).refused["cup"]
-    assert "'cup' has 0 good training images" in reason
-    assert "Skipped training files: 3, the first cup/train/good/0.png (zero bytes)" in reason
-
-
-def test_without_a_class_that_can_be_trained_there_is_no_manifest(folder):
-    folder.add_class("cup", good=4)
-    folder.add_class("jar", good=5, first_key=4000)
-    with pytest.raises(SprueError) as caught:
-        build(folder)
-    cup, jar = str(caught.value).splitlines()
-    assert "'cup' has 4 good training images" in cup and "'jar' has 5 good training images" in jar
 
 
 def test_reading_what_is_no_manifest(tmp_path):

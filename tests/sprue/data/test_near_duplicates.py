@@ -11,8 +11,8 @@ from skimage import data
 from upath import UPath
 
 from sprue.config import CalibrationSettings, ManifestSettings
+from sprue.data.build import build_manifest
 from sprue.data.inspection import thumbnail
-from sprue.data.manifest import build_manifest
 from sprue.demo.textures import write_textures
 
 SIDE = 160

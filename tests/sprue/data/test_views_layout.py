@@ -8,8 +8,9 @@ from PIL import Image
 from upath import UPath
 
 from sprue.config import CalibrationSettings, ManifestSettings
+from sprue.data.build import build_manifest
 from sprue.data.layouts import LAYOUTS, SkippedFile
-from sprue.data.manifest import Manifest, build_manifest
+from sprue.data.manifest import Manifest
 from sprue.data.samples import samples_of, views_of
 from sprue.errors import SprueError
 

@@ -8,7 +8,8 @@ from skimage import data
 from upath import UPath
 
 from sprue.config import CalibrationSettings, ManifestSettings
-from sprue.data.manifest import Manifest, build_manifest
+from sprue.data.build import build_manifest
+from sprue.data.manifest import Manifest
 from sprue.data.synthetic import KINDS
 from sprue.demo.textures import GRID, SCALE, TEXTURES, TILE, write_textures
 from sprue.errors import SprueError

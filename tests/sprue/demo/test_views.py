@@ -10,7 +10,8 @@ from skimage.morphology import dilation, footprint_rectangle
 from upath import UPath
 
 from sprue.config import CalibrationSettings, ManifestSettings
-from sprue.data.manifest import Manifest, build_manifest
+from sprue.data.build import build_manifest
+from sprue.data.manifest import Manifest
 from sprue.data.samples import views_of
 from sprue.data.synthetic import KINDS, synthesize_defect
 from sprue.demo import views
