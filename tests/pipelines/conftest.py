@@ -248,17 +248,22 @@ class Head:
 
 @pytest.fixture(scope="module")
 def ray_head(
-    environment: dict[str, str], object_store: dict[str, str], ports: Callable[[int], list[int]]
+    request: pytest.FixtureRequest,
+    environment: dict[str, str],
+    object_store: dict[str, str],
+    ports: Callable[[int], list[int]],
 ) -> Iterator[Head]:
     """``ray start --head`` in a folder that holds nothing; the object store's keys are in its environment alone.
 
-    It ends with the module: a head that nobody uses takes a tenth of a core.
+    It ends with the module: a head that nobody uses takes a tenth of a core. It has one CPU, so that a job starts one
+    process of each kind, unless the module's CPUS says otherwise.
     """
     # Not below pytest's folder: the paths of Ray's sockets would be too long.
     folder = Path(tempfile.mkdtemp(prefix="ray-"))
     port, dashboard, agent, client = ports(4)
+    cpus = getattr(request.module, "CPUS", 1)
     command = [
-        "ray", "start", "--head", "--block", "--num-cpus=2", f"--port={port}", f"--dashboard-port={dashboard}",
+        "ray", "start", "--head", "--block", f"--num-cpus={cpus}", f"--port={port}", f"--dashboard-port={dashboard}",
         f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}", "--include-dashboard=true",
         f"--temp-dir={folder}", "--object-store-memory=500000000",
         "--include-log-monitor=false",

@@ -9,6 +9,7 @@ import requests
 from ruamel.yaml import YAML
 
 NAMES = ("left", "right")
+CPUS = 2  # the two run at once
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def test_both_are_served_by_their_full_names(datasets, ray_head, ports):
 
     service = shared.start("python", "-m", "sprue.cli", "serve", "--port", str(port), RAY_ADDRESS=ray_head.address)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while time.monotonic() < deadline and service.poll() is None:
             try:
                 requests.get(url, timeout=5).raise_for_status()

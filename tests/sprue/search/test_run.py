@@ -112,7 +112,7 @@ def test_a_trial_that_can_not_be_fitted_detects_nothing(cluster, case):
 
 def test_trials_of_several_workers_are_runs_of_ray_train(cluster, case):
     spec = case.spec.model_copy(update={"fit": case.spec.fit.model_copy(update={"workers": 2})})
-    found = search(case, spec, SETTINGS.model_copy(update={"trials": 4}))
+    found = search(case, spec, SearchSettings(trials=2, space={"fit.learning_rate": [0.01, 0.1]}))
     assert found.trials[0].completed
     assert any(len(trial.history) < 4 for trial in found.trials), "no trial was stopped"
     alone, _ = fitted_here(spec.with_values(found.best.point), case.features)
