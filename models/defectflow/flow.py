@@ -188,7 +188,7 @@ class Flow(nn.Module):
     def merge(self, scores: Sequence[Tensor]) -> Tensor:
         """The mean over the nodes' position scores as one anomaly map [B, H, W] of the finest node's size."""
         size = max((tuple(node.shape[-2:]) for node in scores), key=math.prod)
-        return torch.stack([_resize(node, size) for node in scores]).mean(0)
+        return torch.stack([resize(node, size) for node in scores]).mean(0)
 
     def image_scores(self, scores: Sequence[Tensor], top: float) -> Tensor:
         """Score [B, V] of each image: the mean over the `top` fraction of all nodes' position scores, the highest."""
@@ -234,7 +234,7 @@ class Flow(nn.Module):
 
     def anomaly_map(self, maps: Maps, size: tuple[int, int], score_type: ScoreType = "latent") -> Tensor:
         """The anomaly map upsampled to `size` (rows, columns), [B, h, w]; [B, V, h, w] for Multi-Flow."""
-        return _resize(self.predict(maps, score_type)[1], size)
+        return resize(self.predict(maps, score_type)[1], size)
 
 
 def masked(
@@ -265,7 +265,7 @@ def minimum_outside(scores: list[Tensor], mask: Sequence[Tensor] | None) -> list
     return clipped
 
 
-def _resize(scores: Tensor, size: tuple[int, ...]) -> Tensor:
+def resize(scores: Tensor, size: tuple[int, ...]) -> Tensor:
     """Resizes position scores [..., H, W] bilinearly."""
     if scores.shape[-2:] == size:
         return scores

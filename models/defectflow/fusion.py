@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from defectflow.config import FusionConfig, GaussianConfig, ScoreType
 from defectflow.csflow import CSFlow
-from defectflow.flow import Flow, Maps, top_mean
+from defectflow.flow import Flow, Maps, resize, top_mean
 from defectflow.gaussian import Gaussian
 
 COUNTED = 2
@@ -21,8 +21,12 @@ PRIOR = 8
 """The weight, in images, of the members' common relative spread when a member's own is estimated from few images."""
 
 
-LEAST_WEIGHT = 0.01
-"""Of a member that finds no defect, before it is squared; it never counts for nothing."""
+LEAST_POWER = 0.1
+"""Of a member that finds no defect, so that it never counts for nothing."""
+
+SPREAD = 2.0
+"""Where a CS-Flow's map ends, an asinh of standard deviations: its convolutions spread what is more evident than that
+over the whole map, which then says nothing of where."""
 
 
 class Fusion(CSFlow):
@@ -33,7 +37,7 @@ class Fusion(CSFlow):
     good images, and the mean of the `COUNTED` highest counts: a defect need not be evident to the others. A position's
     score is the root of the member's, a distance; an image's is the inverse hyperbolic sine, which is linear near the
     threshold and keeps far outliers readable. The anomaly map is the mean of such position scores of the located
-    Gaussians.
+    Gaussians and, bounded and weighted, of the CS-Flow.
 
     The CS-Flow is what is trained; `standardise` and `weigh` follow each epoch.
 
@@ -45,7 +49,7 @@ class Fusion(CSFlow):
     """
 
     config_class = FusionConfig
-    version = 2
+    version = 3
     weighted = True
     top = 0.01
     config: FusionConfig
@@ -95,7 +99,7 @@ class Fusion(CSFlow):
 
     @torch.no_grad()
     def weigh(self, good: Iterable[Maps], defective: Iterable[Maps]) -> Self:
-        """Weighs each member by the square of 2 AUROC - 1 with which it tells defective images from good ones.
+        """Weighs each member by the fourth power of 2 AUROC - 1 with which it tells defective images from good ones.
 
         The highest weight is 1. An AUROC depends on the order of scores alone, so it does not matter how large the
         synthetic defects are in units of the members' spreads, which says little of real ones.
@@ -106,8 +110,8 @@ class Fusion(CSFlow):
             for batches in (good, defective)
         )
         auroc_M = torch.stack([auroc(*scores) for scores in zip(good_MB, defective_MB, strict=True)])
-        power_M = (2 * auroc_M - 1).clamp_min(LEAST_WEIGHT)
-        cast(Tensor, self.weight).copy_((power_M / power_M.max()).square())
+        power_M = (2 * auroc_M - 1).clamp_min(LEAST_POWER)
+        cast(Tensor, self.weight).copy_((power_M / power_M.max()) ** 4)
         return self
 
     def _distances(self, maps: Maps, score_type: ScoreType) -> list[Tensor]:
@@ -149,9 +153,12 @@ class Fusion(CSFlow):
         return highest.mean(0).asinh()[:, None]
 
     def merge(self, scores: Sequence[Tensor]) -> Tensor:
-        """The mean of the located Gaussians' maps [B, H, W], by their asinh, of the size of the finest."""
+        """The mean of the located Gaussians' map and the CS-Flow's, by their asinh, [B, H, W] of the finest Gaussian's."""
         located = self.config.located or range(len(self.gaussians))
-        return Flow.merge(self, [scores[1 + index].asinh() for index in located])
+        of_gaussians_BHW = Flow.merge(self, [scores[1 + index].asinh() for index in located])
+        of_flow_BHW = resize(scores[0].asinh().clamp_max(SPREAD), of_gaussians_BHW.shape[-2:])
+        weight = cast(Tensor, self.weight)[0]
+        return (of_gaussians_BHW + weight * of_flow_BHW) / (1 + weight)
 
 
 def auroc(negative_N: Tensor, positive_P: Tensor) -> Tensor:

@@ -29,9 +29,12 @@ def flow():
 
 
 def test_unseen_good_images_have_standard_scores(flow):
-    scores_B, map_BHW = flow.predict(maps_of(200, 2))
+    maps = maps_of(200, 2)
+    scores_B, map_BHW = flow.predict(maps)
     assert -0.5 < scores_B.mean() < 1.5 and scores_B.max() < 3
-    assert abs(map_BHW.mean()) < 0.2 and 0.7 < map_BHW.std() < 1.3
+    assert abs(map_BHW.mean()) < 0.2
+    for scores_BHW in flow.position_scores(maps):
+        assert abs(scores_BHW.mean()) < 0.2 and 0.7 < scores_BHW.std() < 1.3
 
 
 @pytest.mark.parametrize("member", [0, 1])
@@ -71,14 +74,27 @@ def test_averaged_gaussians_read_means_over_three_by_three_positions():
     assert plain_HW[8, 4] < 5 < averaged_HW[8, 4], "its neighbours see the position, too"
 
 
-def test_the_map_is_that_of_the_located_gaussian(flow):
-    maps = maps_of(1, 4)
-    maps[0][0, :, 9, 5] += 9
-    _, map_BHW = flow.predict(maps)
+def test_the_map_is_that_of_the_located_gaussian_and_of_the_cs_flow(flow):
+    maps, evident, endless = maps_of(1, 4), maps_of(1, 4), maps_of(1, 4)
+    evident[0][0, :, 9, 5] += 9
+    map_BHW = flow.predict(evident)[1]
     assert map_BHW.shape == (1, 16, 16)
     assert divmod(int(map_BHW[0].argmax()), 16) == (9, 5)
-    maps[1][0, :, 1, 1] += 9  # not read by the located one
-    assert torch.equal(flow.predict(maps)[1], map_BHW)
+    # The second map is not read by the located Gaussian.
+    evident[1][0, :, 1, 1] += 9
+    endless[1][0, :, 1, 1] += 9e9
+    difference = flow.predict(evident)[1] - map_BHW
+    assert difference[0, 2, 2] > 0.1 > difference[0, 14, 14].abs()
+    assert (flow.predict(endless)[1] - flow.predict(maps)[1]).max() < 3, "what the convolutions spread is bounded"
+
+
+def test_the_map_of_a_cs_flow_that_finds_no_defect_hardly_counts(flow):
+    good, defective, maps, changed = maps_of(60, 3), maps_of(60, 4), maps_of(1, 4), maps_of(1, 4)
+    changed[1][0, :, 1, 1] += 9
+    before = (flow.predict(changed)[1] - flow.predict(maps)[1]).max()
+    defective[0][:, :, 3, 2] += 4
+    flow.weigh([good], [defective])
+    assert (flow.predict(changed)[1] - flow.predict(maps)[1]).max() < before / 5
 
 
 def test_far_outliers_stay_readable(flow):

@@ -12,8 +12,8 @@ class FusionConfig(CSFlowConfig):
     Attributes:
         gaussians: The maps that each Gaussian reads. Different blocks and scales see defects of different kinds.
         scored: The Gaussians, counted from 0, that score images beside the CS-Flow; all if empty.
-        located: The Gaussians, counted from 0, whose position scores make the anomaly map; all if empty. Fine maps
-            show where, coarse ones blur it.
+        located: The Gaussians, counted from 0, whose position scores make the anomaly map beside the CS-Flow's; all if
+            empty. Fine maps show where, coarse ones blur it.
         averaged: The Gaussians, counted from 0, that read means over 3 x 3 positions; see `GaussianConfig`.
     """
 

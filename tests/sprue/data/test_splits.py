@@ -159,3 +159,7 @@ def test_values_out_of_range_are_refused(values, message):
 def test_validation_leaves_enough_to_train_on():
     assert split_counts(ManifestSettings(validation=0.15), 200, 19) == (19, 30, 151)
     assert split_counts(ManifestSettings(validation=0.15), 29, 19) == (19, 2, 8)
+
+
+def test_a_large_class_trains_on_what_validation_does_not_need():
+    assert split_counts(ManifestSettings(validation=0.15), 5000, 19) == (250, 40, 4710)
