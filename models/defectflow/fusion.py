@@ -153,7 +153,7 @@ class Fusion(CSFlow):
         return highest.mean(0).asinh()[:, None]
 
     def merge(self, scores: Sequence[Tensor]) -> Tensor:
-        """The mean of the located Gaussians' map and the CS-Flow's, by their asinh, [B, H, W] of the finest Gaussian's."""
+        """The mean of the located Gaussians' map and the CS-Flow's, [B, H, W], by their asinh."""
         located = self.config.located or range(len(self.gaussians))
         of_gaussians_BHW = Flow.merge(self, [scores[1 + index].asinh() for index in located])
         of_flow_BHW = resize(scores[0].asinh().clamp_max(SPREAD), of_gaussians_BHW.shape[-2:])
