@@ -4,7 +4,8 @@ Prints, for each flow at the size of its paper's features: the convolutions' wor
 the architecture; what is computed twice or besides is not counted), the step's time and what it consists of, the rate
 as a fraction of what the same cores reach on a 2048 x 2048 matrix product just before and after, and the peak memory.
 Processes keep freed memory, as those that fit do.
-CS-Flow is also compared with its network as its authors wrote it, step by step in turn, and with recomputation.
+CS-Flow is also compared with its network as its authors wrote it, and with recomputation; all flows with themselves in
+bfloat16, which fits use where the hardware multiplies in it.
 
 Shapes: B images, C channels, H rows, W columns of a map.
 """
@@ -77,7 +78,9 @@ def authors_csflow() -> Flow:
     return flow
 
 
-def training_step(flow: Flow, maps: list[Tensor], fused: bool) -> tuple[Callable[[], None], dict[str, float]]:
+def training_step(
+    flow: Flow, maps: list[Tensor], fused: bool, bfloat16: bool
+) -> tuple[Callable[[], None], dict[str, float]]:
     """A training step, and the seconds that its parts took the last time."""
     optimizer = torch.optim.Adam(flow.parameters(), 2e-4, fused=fused)
     seconds: dict[str, float] = {}
@@ -85,7 +88,8 @@ def training_step(flow: Flow, maps: list[Tensor], fused: bool) -> tuple[Callable
     def step() -> None:
         marks = [time.perf_counter()]
         optimizer.zero_grad(set_to_none=True)
-        loss = flow.nll(maps).mean()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss = flow.nll(maps).mean()
         marks.append(time.perf_counter())
         loss.backward()
         marks.append(time.perf_counter())
@@ -131,7 +135,7 @@ def prepared(name: str) -> tuple[Flow, list[Tensor]]:
 
 def work(name: str) -> float:
     """GFLOP of the couplings' convolutions in a step, forward and backward; PatchFlow's 1x1 are matrix products."""
-    kind = "bmm" if name == "patchflow" else "conv"
+    kind = "bmm" if name.startswith("patchflow") else "conv"
     flow, maps = prepared(name)
     nodes = flow.adapt(maps)
     with FlopCounterMode(display=False) as counter:
@@ -145,7 +149,7 @@ def measure(name: str, rounds: int, pipe) -> None:
     keep_freed_memory()
     flow, maps = prepared(name)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step, parts = training_step(flow, maps, fused=name != "csflow-authors")
+    step, parts = training_step(flow, maps, fused=name != "csflow-authors", bfloat16=name.endswith("bfloat16"))
     step()
     step()
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
@@ -179,15 +183,19 @@ def main() -> None:
         "flow", "GFLOP", "step, s", "forward", "backward", "norm", "optimizer", "GFLOP/s", "of a product", "MiB"
     )
     times = {}
-    for name in ("csflow-authors", "csflow", "csflow-recomputing", "patchflow", "dnfad", "multiflow"):
-        gflop = work("csflow" if name.startswith("csflow") else name)
+    variants = [name for flow in CASES for name in (flow, f"{flow}-bfloat16")]
+    for name in ("csflow-authors", "csflow-recomputing", *variants):
+        gflop = work(name.split("-")[0])
         rate, times[name], parts, peak = in_own_process(name, rounds)
         table.add_row(
             name, f"{gflop:.0f}", f"{times[name]:.2f}", *(f"{parts[part]:.2f}" for part in parts),
             f"{gflop / times[name]:.0f}", f"{gflop / times[name] / rate:.0%}", f"{peak:.0f}",
         )  # fmt: skip
     Console(width=140).print(table)
-    print(f"CS-Flow: {times['csflow-authors'] / times['csflow']:.2f} times as fast as its authors' network")
+    for name in ("csflow", "csflow-bfloat16"):
+        print(f"{name}: {times['csflow-authors'] / times[name]:.2f} times as fast as its authors' network in float32")
+    for name in CASES:
+        print(f"{name} in bfloat16: {times[name] / times[f'{name}-bfloat16']:.2f} times as fast as in float32")
 
 
 if __name__ == "__main__":

@@ -126,6 +126,9 @@ class FitSettings(Settings):
     """Strength of the pull of the weights to zero."""
     gradient_norm: Annotated[float, Gt(0)] = 1.0
     """Gradients are scaled down to this norm."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the couplings' products in training; weights, log-determinants and scores are float32. ``auto`` is bfloat16 on
+    GPUs and on CPUs that multiply in it (AVX512-BF16 or AMX)."""
     recompute: bool = False
     """Save memory by recomputing the couplings' inputs in the backward pass."""
     workers: Annotated[int, Ge(1)] = 1

@@ -21,7 +21,7 @@ from sprue.training.checkpoint import Checkpoint
 from sprue.training.dataloader import DataLoader
 from sprue.training.distributed import SINGLE_PROCESS, ProcessGroup
 
-VERSION = 1
+VERSION = 2
 """Changes when the same spec gives other weights."""
 
 LEAST_STANDARD = 5
@@ -80,6 +80,14 @@ def build_optimizer(flow: Flow, settings: FitSettings) -> torch.optim.Optimizer:
     # The baseline has no parameters, and torch refuses to optimise nothing.
     parameters = list(flow.parameters()) or [torch.nn.Parameter(torch.empty(0))]
     return kind(parameters, betas=settings.betas, eps=settings.epsilon, weight_decay=settings.weight_decay, fused=True)
+
+
+def trains_in_bfloat16(settings: FitSettings, device: torch.device) -> bool:
+    """Whether the couplings are trained in bfloat16 on a device."""
+    if settings.precision != "auto":
+        return settings.precision == "bfloat16"
+    supported = torch.cpu.get_capabilities()
+    return device.type == "cuda" or bool(supported.get("avx512_bf16") or supported.get("amx_bf16"))
 
 
 def to_device(batch: Sequence[Tensor], device: torch.device) -> list[Tensor]:
@@ -223,7 +231,7 @@ def _train_epoch(
         flow.shard = group.noise_shard(size)
         shard = to_device(group.shard(batch), device)
         if samples_in(shard):
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=trains_in_bfloat16(settings, device)):
                 nll = flow.nll(shard).sum()
             (nll / size).backward()  # type: ignore[no-untyped-call]
             total += float(nll.detach())

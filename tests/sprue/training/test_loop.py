@@ -17,7 +17,7 @@ from sprue.config import FitSettings
 from sprue.errors import SprueError
 from sprue.training.checkpoint import Checkpoint
 from sprue.training.dataloader import InMemoryDataLoader
-from sprue.training.loop import VERSION, mean_nll, rate_at, train
+from sprue.training.loop import VERSION, mean_nll, rate_at, train, trains_in_bfloat16
 
 CPU = torch.device("cpu")
 SETTINGS = FitSettings(epochs=5, batch_size=4, learning_rate=0.02, weight_decay=1e-4, seed=3)
@@ -176,18 +176,45 @@ def test_a_likelihood_that_is_not_finite_stops_the_fit():
 
 
 PINNED = {
-    1: [(1.406775849, 1.411689679, -0.896508824), (1.394080673, 1.410248121, -2.099024527)],
+    2: [(1.406775849, 1.411689679, -0.896508824), (1.394080673, 1.410248121, -2.099024527)],
 }
-"""By `VERSION`, for each of two epochs: both likelihoods, and the weights' product with a ramp."""
+"""By `VERSION`, for each of two epochs in float32: both likelihoods, and the weights' product with a ramp."""
 
 
 def test_other_weights_need_another_version():
     found = []
-    for epoch, checkpoint in fit(changed(epochs=2)):
+    for epoch, checkpoint in fit(changed(epochs=2, precision="float32")):
         values = [value.double().flatten() for value in checkpoint.flow.values() if value.is_floating_point()]
         product = sum(float(value @ torch.linspace(-1, 1, len(value), dtype=torch.float64)) for value in values)
         found.append((epoch.train_nll, epoch.validation_nll, product))
     assert found == [pytest.approx(expected, rel=1e-5) for expected in PINNED[VERSION]]
+
+
+def test_bfloat16_learns_what_float32_does_and_resumes_bit_for_bit():
+    precise, rounded = (fit(changed(precision=precision)) for precision in ("float32", "bfloat16"))
+    assert [epoch.validation_nll for epoch, _ in rounded] == pytest.approx(
+        [epoch.validation_nll for epoch, _ in precise], rel=1e-2
+    )
+    assert any(not torch.equal(value, rounded[-1][1].flow[key]) for key, value in precise[-1][1].flow.items())
+    assert all(value.dtype != torch.bfloat16 for value in rounded[-1][1].flow.values())
+    resumed = fit(changed(precision="bfloat16"), start=rounded[1][1])
+    assert_same_weights(resumed[-1][1].flow, rounded[-1][1].flow)
+
+
+@pytest.mark.parametrize(
+    ("precision", "capabilities", "expected"),
+    [
+        ("auto", {"avx512_bf16": True}, True),
+        ("auto", {"amx_bf16": True, "avx512_bf16": False}, True),
+        ("auto", {"avx2": True}, False),
+        ("float32", {"avx512_bf16": True}, False),
+        ("bfloat16", {}, True),
+    ],
+)
+def test_the_precision_follows_the_hardware_unless_it_is_set(monkeypatch, precision, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert trains_in_bfloat16(changed(precision=precision), CPU) is expected
+    assert trains_in_bfloat16(changed(precision="auto"), torch.device("cuda"))
 
 
 def fitted(flow, start=None, settings=SETTINGS, synthetic=None):
