@@ -89,17 +89,19 @@ def ports() -> Callable[[int], list[int]]:
     return free_ports
 
 
-def _own_ports() -> Iterator[int]:
-    """Ports that neither the kernel nor Ray gives away by itself, in an order of this process's own."""
-    kernels_lowest = 32768
-    yield from random.SystemRandom().sample(range(20_000, kernels_lowest), kernels_lowest - 20_000)
+def _own_ports() -> list[int]:
+    """Ports that neither the kernel nor Ray gives away by itself, and that no other process of these tests takes."""
+    kernels_lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    ports = range(20_000, kernels_lowest)[worker :: int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))]
+    return random.SystemRandom().sample(ports, len(ports))
 
 
-OWN_PORTS = _own_ports()
+OWN_PORTS = iter(_own_ports())
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on, each found once; nothing takes one before it is used."""
+    """Ports that nothing listens on, each found once."""
     free: list[int] = []
     while len(free) < count:
         port = next(OWN_PORTS)

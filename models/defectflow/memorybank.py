@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from defectflow.config import MemoryBankConfig
-from defectflow.flow import LOG_2PI, Flow, Maps, minimum_outside
+from defectflow.flow import LOG_2PI, Flow, Maps
 from defectflow.pyramid import Grid, finest_size, fuse, fuse_projected
 from defectflow.whitening import fit_whitening, sample_vectors
 
@@ -68,11 +68,10 @@ class MemoryBank(Flow):
             weight_DD, bias_D = fit_whitening(vectors, self.config.fused, decorrelate=decorrelate, shrink=True)
             self.get_buffer("weight").copy_(weight_DD)
             self.get_buffer("bias").copy_(bias_D)
-        vectors_ND = torch.cat([sample_vectors(self.adapt(maps)[0]) for maps in batches])
-        if not torch.isfinite(vectors_ND).all():
+        vectors = (sample_vectors(self.adapt(maps)[0]) for maps in batches)
+        candidates_ND = random_subset(vectors, CANDIDATES * self.config.size)
+        if not torch.isfinite(candidates_ND).all():
             raise ValueError("memory bank: the features are not finite")
-        stride = max(1, len(vectors_ND) // (CANDIDATES * self.config.size))
-        candidates_ND = vectors_ND[::stride]
         self.get_buffer("bank").copy_(candidates_ND[coreset(candidates_ND, self.config.size)])
         return self
 
@@ -92,17 +91,52 @@ class MemoryBank(Flow):
         vectors_ND = map_BDHW.movedim(1, 3).flatten(0, 2)
         distance_N = torch.cat([self._nearest(chunk_ND) for chunk_ND in torch.split(vectors_ND, CHUNK)])
         energy_BHW = 0.5 * distance_N.square().reshape(map_BDHW[:, 0].shape) / map_BDHW.shape[1]
-        (energy_BHW,) = minimum_outside([energy_BHW], mask)
         return [energy_BHW], [energy_BHW + 0.5 * LOG_2PI]
 
     def nll(
         self, maps: Maps, condition: Sequence[Tensor] | None = None, mask: Sequence[Tensor] | None = None
     ) -> Tensor:
-        """Mean of the positions' negative log-likelihoods under the nearest kernels, [B]."""
-        return self.position_nll(maps, condition, mask)[1][0].mean((1, 2))
+        """Mean of the (foreground's) positions' negative log-likelihoods under the nearest kernels, [B]."""
+        nll_BHW = self.position_nll(maps)[1][0]
+        if mask is None:
+            return nll_BHW.mean((1, 2))
+        mask_BHW = mask[0][:, 0]
+        return (nll_BHW * mask_BHW).sum((1, 2)) / mask_BHW.sum((1, 2)).clamp_min(1.0)
+
+    def forward(
+        self, maps: Maps, condition: Sequence[Tensor] | None = None, mask: Sequence[Tensor] | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Raises NotImplementedError: a memory bank has no latents."""
+        raise NotImplementedError("a memory bank has distances, and no latents")
+
+    def inverse(self, latents: Sequence[Tensor], condition: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Raises NotImplementedError, as `forward`."""
+        raise NotImplementedError("a memory bank has distances, and no latents")
 
     def _nearest(self, vectors_ND: Tensor) -> Tensor:
         return torch.cdist(vectors_ND, self.get_buffer("bank")).amin(1)
+
+
+def random_subset(batches: Iterable[Tensor], size: int) -> Tensor:
+    """At most `size` of the vectors [N, D] of some batches, chosen at random; holds about twice as many.
+
+    >>> random_subset([torch.arange(6.0)[:, None], torch.arange(6.0, 9.0)[:, None]], size=3).shape
+    torch.Size([3, 1])
+    """
+    generator = torch.Generator().manual_seed(0)
+    kept, keys = [], []
+    for vectors_ND in batches:
+        kept.append(vectors_ND)
+        keys.append(torch.rand(len(vectors_ND), generator=generator, dtype=torch.float64))
+        if sum(map(len, keys)) > 2 * size:
+            kept, keys = [[each] for each in _largest(torch.cat(kept), torch.cat(keys), size)]
+    return _largest(torch.cat(kept), torch.cat(keys), size)[0]
+
+
+def _largest(vectors_ND: Tensor, keys_N: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The vectors with the largest keys, in their order, and the keys."""
+    chosen_N = keys_N.topk(min(size, len(keys_N))).indices.sort().values
+    return vectors_ND[chosen_N.to(vectors_ND.device)], keys_N[chosen_N]
 
 
 def coreset(vectors_ND: Tensor, size: int) -> Tensor:

@@ -55,7 +55,7 @@ class ManifestSettings(Settings):
     """Fraction of the good images that is held out to calibrate; at least as many as ``calibration.alpha`` needs."""
     validation: Fraction = 0.15
     """Fraction of the good images that is held out to choose the best epoch, to search, and to standardise the scores
-    of a fusion; less where too few would be left to train on, and at most 40 images."""
+    of a fusion; less where too few would be left to train on, and at most 40 samples."""
     keep: Annotated[tuple[str, ...], Strict(False)] = ()
     """Images that are good although they look foreign or like a copy, by their paths in the dataset's folder."""
     drop: Annotated[tuple[str, ...], Strict(False)] = ()

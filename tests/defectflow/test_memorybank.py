@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from defectflow import build_flow
-from defectflow.memorybank import coreset
+from defectflow.memorybank import coreset, random_subset
 from defectflow.pyramid import fuse
 
 
@@ -54,3 +54,31 @@ def test_features_that_are_not_finite_are_refused():
     maps[0][0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="memory bank: the features are not finite"):
         build_flow("memorybank", channels=(4, 3), size=5).fit_adaptor([maps])
+
+
+def test_candidates_come_from_all_positions_of_all_images():
+    """Each image has 256 positions: a regular stride would read the same few of each."""
+    vectors = [torch.stack([torch.full((256,), float(image)), torch.arange(256.0)], dim=1) for image in range(64)]
+    subset_N2 = random_subset(vectors, 4096)
+    assert len(subset_N2) == len({tuple(each) for each in subset_N2.tolist()}) == 4096
+    assert len(subset_N2[:, 0].unique()) == 64 and len(subset_N2[:, 1].unique()) == 256
+    assert torch.equal(random_subset([torch.cat(vectors)], 4096), subset_N2), "the batches' sizes do not matter"
+
+
+def test_the_background_does_not_count():
+    training, images = maps_of(6), maps_of(2, seed=1)
+    bank = build_flow("memorybank", channels=(4, 3), size=100).fit_adaptor([training])
+    mask_B1HW = torch.zeros(2, 1, 8, 8)
+    mask_B1HW[:, :, 2:6, 2:6] = 1
+    inside = (slice(None), slice(2, 6), slice(2, 6))
+    nll_BHW, scores_BHW = bank.position_nll(images)[1][0], bank.position_scores(images, mask=[mask_B1HW])[0]
+    torch.testing.assert_close(bank.nll(images, mask=[mask_B1HW]), nll_BHW[inside].mean((1, 2)))
+    torch.testing.assert_close(scores_BHW.amin((1, 2)), scores_BHW[inside].amin((1, 2)))
+    torch.testing.assert_close(scores_BHW[:, 0, 0], scores_BHW[inside].amin((1, 2)))
+
+
+def test_there_are_no_latents():
+    bank = build_flow("memorybank", channels=(4, 3), size=5)
+    for call in (bank, bank.inverse):
+        with pytest.raises(NotImplementedError, match="no latents"):
+            call(maps_of(1))

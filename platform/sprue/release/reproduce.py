@@ -33,7 +33,7 @@ class Comparison:
 
 
 def reproduce(registered: RegisteredDetector, store: UPath, on_epoch: Callable[[Epoch], None]) -> Comparison:
-    """Fits a version's flow once more in this process, with as many threads as the first time.
+    """Fits a version's flow once more in this process, with as many threads and in the precision of the first time.
 
     Args:
         registered: The version.
@@ -51,6 +51,8 @@ def reproduce(registered: RegisteredDetector, store: UPath, on_epoch: Callable[[
             "same order, bit for bit"
         )
     torch.set_num_threads(lineage.fit["cpus"])
+    precision = lineage.fit["history"][0]["precision"]
+    spec = spec.model_copy(update={"fit": spec.fit.model_copy(update={"precision": precision})})
     best: tuple[float, Checkpoint] | None = None
 
     def report(epoch: Epoch, checkpoint: Checkpoint) -> None:

@@ -33,7 +33,7 @@ def main(context: Context) -> None:
             failures[name] = str(error)
     failures |= extract(context, manifest, specs)
     plans = [spec for spec in specs if spec.class_name not in failures]
-    if settings.trials:
+    if settings.trials and plans:
         # Imported only now: Ray Tune and MLflow take seconds.
         from sprue.stages.search_trials import search
 

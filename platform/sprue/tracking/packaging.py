@@ -14,6 +14,7 @@ import pandas as pd
 from mlflow.entities import LoggedModel, LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
+from mlflow.protos.databricks_pb2 import BAD_REQUEST, ErrorCode
 from mlflow.types import ColSpec, DataType, Schema
 
 import defectflow
@@ -66,7 +67,7 @@ def log_detector(
         The logged model's URI.
 
     Raises:
-        MlflowException: If MLflow has failed `ATTEMPTS` times.
+        MlflowException: If MLflow refuses `ATTEMPTS` times, or fails in another way.
     """
     for attempt in range(1, ATTEMPTS + 1):
         complete = [model for model in logged_models(run_id, detector_key) if model.status == LoggedModelStatus.READY]
@@ -74,7 +75,7 @@ def log_detector(
             uri = complete[0].model_uri if complete else _log(folder, run_id, detector_key, example, metadata)
             break
         except MlflowException as error:
-            if attempt == ATTEMPTS:
+            if attempt == ATTEMPTS or error.error_code != ErrorCode.Name(BAD_REQUEST):
                 raise
             logger.warning("the model of run %s is logged once more: %s", run_id, str(error).partition("\n")[0])
     for model in logged_models(run_id, detector_key):

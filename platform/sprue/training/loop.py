@@ -39,6 +39,7 @@ class Epoch:
         learning_rate: Of the last step.
         seconds: Time of the training pass.
         images_per_second: Training images over that time.
+        precision: ``bfloat16`` or ``float32``; see `FitSettings.precision`.
         time: When it ended, in seconds since 1970.
     """
 
@@ -48,6 +49,7 @@ class Epoch:
     learning_rate: float
     seconds: float
     images_per_second: float
+    precision: str
     time: float
 
     def __str__(self) -> str:
@@ -196,7 +198,14 @@ def train(
                 f"{validation_nll}): lower fit.learning_rate; the last good checkpoint is kept"
             )
         result = Epoch(
-            epoch, train_nll, validation_nll, rate, seconds, len(training) * flow.views / seconds, time.time()
+            epoch,
+            train_nll,
+            validation_nll,
+            rate,
+            seconds,
+            images_per_second=len(training) * flow.views / seconds,
+            precision="bfloat16" if trains_in_bfloat16(settings, device) else "float32",
+            time=time.time(),
         )
         history.append(asdict(result))
         flow.standardise(_Ordered(unseen, settings.batch_size, device))

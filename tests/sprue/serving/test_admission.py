@@ -18,13 +18,18 @@ LIMITS = AdmissionLimits(max_queued=2, max_reading=3, max_body_bytes=100, grace_
 
 
 class SimulatedTime(asyncio.SelectorEventLoop):
-    """An event loop that jumps to its next timer instead of waiting for it: a busy machine changes no result."""
+    """An event loop that jumps to its next timer instead of waiting for it: a busy machine changes no result.
+
+    Threads and sockets are not waited for.
+    """
 
     class Selector(DefaultSelector):
         elapsed_s = 0.0
 
         def select(self, timeout: float | None = None) -> Any:
-            self.elapsed_s += timeout or 0.0
+            if timeout is None:
+                raise RuntimeError("nothing is left to wait for")
+            self.elapsed_s += timeout
             return super().select(0)
 
     def __init__(self) -> None:

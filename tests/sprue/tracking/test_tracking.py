@@ -12,6 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import BAD_REQUEST
 from PIL import Image
 from skimage import data
 
@@ -25,7 +27,7 @@ from sprue.inference.engines import build_engine, cache_folder
 from sprue.inference.images import model_input
 from sprue.release.aliases import assign_alias
 from sprue.tracking.digests import digest_tags
-from sprue.tracking.packaging import log_detector
+from sprue.tracking.packaging import ATTEMPTS, log_detector, logged_models
 from sprue.tracking.provenance import provenance
 from sprue.tracking.registry import (
     RegisteredDetector,
@@ -169,6 +171,29 @@ def logged(store, detector, tmp_path_factory):
     example = [png(crops(1, seed=9)[0])]
     uri = log_detector(folder, run.run_id, "key-1", example, {"sprue.dataset": "textures"})
     return run.run_id, uri, digest_tags(folder)
+
+
+@pytest.mark.parametrize("failures", [1, ATTEMPTS])
+def test_a_call_that_mlflow_repeats_in_vain_is_made_anew(store, detector, tmp_path, monkeypatch, failures):
+    """Its client sends a call again whose response was lost; the server had done it, and refuses the second."""
+    run = FitRun.open(experiment_id("repeated", store), "brick", f"k{failures}", {})
+    folder, calls, log_outputs = saved(detector, tmp_path / "detector"), [], mlflow.MlflowClient.log_outputs
+
+    def repeated(*arguments, **named):
+        log_outputs(*arguments, **named)
+        calls.append(arguments)
+        if len(calls) <= failures:
+            raise MlflowException("duplicate key", BAD_REQUEST)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_outputs", repeated)
+    arguments = folder, run.run_id, "key", [png(crops(1, seed=9)[0])], {}
+    if failures < ATTEMPTS:
+        uri = log_detector(*arguments)
+        assert [(each.model_uri, each.status) for each in logged_models(run.run_id, "key")] == [(uri, "READY")]
+    else:
+        with pytest.raises(MlflowException, match="duplicate key"):
+            log_detector(*arguments)
+    assert len(calls) == min(failures + 1, ATTEMPTS)
 
 
 def test_a_registered_detector_is_found_and_comes_back_as_it_was(store, detector, logged):
