@@ -312,7 +312,7 @@ def test_settings_out_of_range_are_refused_by_name(setting, match):
 def test_an_unknown_flow_is_refused_and_the_flows_are_named():
     with pytest.raises(
         ValueError,
-        match=r"^name: there is no flow 'nice'; there are csflow, dnfad, fusion, gaussian, multiflow, patchflow",
+        match=r"^name: there is no flow 'nice'; there are csflow, dnfad, fusion, gaussian, memorybank, multiflow, pat",
     ):
         build_flow("nice", channels=CHANNELS)
 

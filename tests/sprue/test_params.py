@@ -61,7 +61,7 @@ def refusal(file, name=None):
         (
             "name: patchflow",
             "name: patchflaw",
-            "flow.name: 'patchflaw': give one of csflow, dnfad, fusion, gaussian, multiflow, patchflow",
+            "flow.name: 'patchflaw': give one of csflow, dnfad, fusion, gaussian, memorybank, multiflow, patchflow",
         ),
         ("steps: 1", "steps: 1.5", "flow.steps: 1.5: input should be a valid integer"),
         ("neighbourhood: 3", "neighbourhood: 2", "flow.neighbourhood: 2 is not an odd number from 1"),
