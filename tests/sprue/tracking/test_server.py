@@ -15,8 +15,9 @@ def no_server(monkeypatch):
 
 
 def refused(store, match):
-    with pytest.raises(SprueError, match=match):
+    with pytest.raises(SprueError, match=match) as caught:
         server.connect(store)
+    return caught.value
 
 
 def test_a_server_that_is_away_is_named(tmp_path, monkeypatch):
@@ -33,7 +34,8 @@ def test_a_server_that_never_answers_is_waited_for_only_so_long(tmp_path, monkey
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}/")
-        refused(UPath(tmp_path), "does not answer")
+        error = refused(UPath(tmp_path), "does not answer")
+    assert "read timeout=0.3" in str(error.__cause__)
 
 
 @pytest.mark.parametrize("uri", ["mlruns", "./mlruns", "/data/mlruns", "file:///data/mlruns"])
