@@ -183,8 +183,6 @@ def train(
     if start is not None:
         start.restore(optimizer)
     history = list(start.history) if start else []
-    # Unseen images score higher than those that were fitted, but a few say nothing about their spread.
-    unseen = [validation] if len(validation) >= LEAST_STANDARD else [training, validation]
     while not is_done(history, settings):
         epoch = len(history) + 1
         started = time.perf_counter()
@@ -208,12 +206,26 @@ def train(
             time=time.time(),
         )
         history.append(asdict(result))
-        flow.standardise(_Ordered(unseen, settings.batch_size, device))
-        if synthetic is not None:
-            # The defects are on validation images, which even without defects score higher than training images.
-            good, defective = (_Ordered([each], settings.batch_size, device) for each in (validation, synthetic))
-            flow.weigh(good, defective)
+        _fit_scores(flow, training, validation, synthetic, settings.batch_size, device)
         report(result, Checkpoint.take(flow, optimizer, epoch, list(history)))
+
+
+def _fit_scores(
+    flow: Flow,
+    training: DataLoader,
+    validation: DataLoader,
+    synthetic: DataLoader | None,
+    size: int,
+    device: torch.device,
+) -> None:
+    """Fits what scales the scores, and with synthetic defects how much each member counts; see `train`."""
+    # Unseen images score higher than those that were fitted, but a few say nothing about their spread.
+    unseen = [validation] if len(validation) >= LEAST_STANDARD else [training, validation]
+    flow.standardise(_Ordered(unseen, size, device))
+    if synthetic is not None:
+        # The defects are on validation images, which even without defects score higher than training images.
+        good, defective = (_Ordered([each], size, device) for each in (validation, synthetic))
+        flow.weigh(good, defective)
 
 
 def _train_epoch(
