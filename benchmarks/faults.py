@@ -244,7 +244,7 @@ def metrics_lost(site: Site, store: Path, kind: str) -> tuple[int, int]:
     experiment = client.get_experiment_by_name(DATASET)
     missing = twice = 0
     for spec, epochs in fits_of(store, kind):
-        (run,) = client.search_runs([experiment.experiment_id], f"tags.`{KEY_TAG}` = '{spec.name}'")
+        (run,) = client.search_runs([experiment.experiment_id], f"tags.`{KEY_TAG}` = '{spec.checkpoints}'")
         steps = Counter(each.step for each in client.get_metric_history(run.info.run_id, "validation_nll"))
         missing += len(set(range(1, epochs + 1)) - set(steps))
         twice += sum(count - 1 for count in steps.values())

@@ -23,7 +23,8 @@ from defectflow import Flow
 from sprue.config import CalibrationSettings, DatasetSettings
 from sprue.data.manifest import Manifest
 from sprue.errors import SprueError
-from sprue.evaluation.evaluate import calibrate, evaluate
+from sprue.evaluation.calibrate import HeldOut, calibrate
+from sprue.evaluation.evaluate import evaluate
 from sprue.features.synthetic import extract_synthetic
 from sprue.inference.backbone import resolve
 from sprue.inference.detector import best_device
@@ -63,10 +64,10 @@ def measure(
     minutes = (time.perf_counter() - started) / 60
     table = spec.table(features)
     calibration, test = (manifest.select(spec.class_name, split) for split in ("calibration", "test"))
-    promise = CalibrationSettings(alpha=alpha)
+    promise, held_out = CalibrationSettings(alpha=alpha), [HeldOut(flow, calibration)]
     detector = calibrate(
-        spec.dataset, spec.class_name, spec.features, spec.flow_name, flow, spec.scoring, promise, table, calibration
-    )  # fmt: skip
+        spec.dataset, spec.class_name, spec.features, spec.flow_name, held_out, spec.scoring, promise, table
+    )
     metrics = evaluate(detector, table, test, root).metrics
     return {name: 100 * metrics[name] for name in SHOWN if name in metrics} | {"minutes": minutes}
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from defectflow.csflow import CSFlow
     from defectflow.dnfad import DNFAD
+    from defectflow.ensemble import Ensemble
     from defectflow.flow import Flow, Maps
     from defectflow.fusion import Fusion
     from defectflow.gaussian import Gaussian
@@ -42,6 +43,7 @@ __all__ = [
     "CSFlow",
     "CSFlowConfig",
     "DNFADConfig",
+    "Ensemble",
     "Flow",
     "Fusion",
     "FusionConfig",
@@ -58,7 +60,7 @@ __all__ = [
     "config_for_features",
 ]
 
-_MODULES = ("config", "registry", "flow")
+_MODULES = ("config", "registry", "flow", "ensemble")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,9 @@
-"""Two datasets with a class of one name, run at once in a checkout that has a third; all are served."""
+"""Two datasets with a class of one name, run at once in a checkout that has a third; all are served.
 
+One of them holds out no calibration set: it fits a flow for each of two folds.
+"""
+
+import json
 import subprocess
 import time
 
@@ -7,9 +11,13 @@ import mlflow
 import pytest
 import requests
 from ruamel.yaml import YAML
+from upath import UPath
+
+from sprue.data.manifest import Manifest
 
 NAMES = ("left", "right")
 CPUS = 2  # the two run at once
+FOLDS = 2
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +32,15 @@ def recipe(checkout, parameters, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def datasets(checkout, ray_head, images, recipe, tmp_path_factory):
+def datasets(checkout, ray_head, images, recipe, parameters, tmp_path_factory):
     """A checkout in which the pipelines of two datasets have run at the same time; their outputs."""
     folder = tmp_path_factory.mktemp("datasets")
     shared = checkout.copy(folder / "checkout")
     before = (shared.folder / "params.yaml").read_text()
+    parameters(folder / "folds.yaml", {"calibration": {"alpha": 0.05, "folds": FOLDS}}, "left")
+    params = YAML().load(shared.folder / "params.yaml")
+    params["datasets"] |= YAML().load(folder / "folds.yaml")["datasets"]
+    YAML().dump(params, shared.folder / "params.yaml")
     commands = {}
     for name in NAMES:
         source = images(folder / "sources" / name, classes=("brick",))
@@ -52,6 +64,29 @@ def test_both_have_run_and_neither_has_changed_the_other(datasets):
     uri = f"sqlite:///{shared.folder}/store/mlflow/mlflow.db"
     models = mlflow.MlflowClient(uri, uri).search_registered_models()
     assert {model.name: model.aliases for model in models} == {f"{name}.brick": {"champion": 1} for name in NAMES}
+
+
+def test_the_champion_with_folds_is_two_flows_that_all_good_images_calibrate(datasets):
+    shared, _, _ = datasets
+    store = shared.folder / "store/left"
+    for fold in range(1, FOLDS + 1):
+        assert (store / f"fits/brick/fold-{fold}/flow.safetensors").is_file()
+    saved = json.loads((store / "detectors/brick/detector.json").read_text())
+    frame = Manifest.read(UPath(store / "manifest.parquet")).frame
+    good = frame[frame["split"] != "test"]
+    assert sorted(good["split"].unique()) == ["fold-1", "fold-2"]
+    assert (saved["members"], saved["calibration"]["folds"]) == (FOLDS, FOLDS)
+    assert len(saved["calibration"]["scores"]) == len(good)
+    client = mlflow.MlflowClient(*[f"sqlite:///{shared.folder}/store/mlflow/mlflow.db"] * 2)
+    version = client.get_model_version_by_alias("left.brick", "champion")
+    assert version.description.startswith(f"2 flows, patchflow, fitted on {len(good)} good images")
+    run = client.get_run(version.run_id)
+    children = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run.info.run_id}'")
+    assert sorted(child.info.run_name for child in children) == ["brick/fold-1", "brick/fold-2"]
+    assert {child.info.status for child in children} == {"FINISHED"}
+    assert len(client.get_metric_history(children[0].info.run_id, "validation_nll")) == 2
+    again = shared.run("python", "-m", "sprue.cli", "reproduce", "left.brick", "--json")
+    assert json.loads(again.stdout)["equal"] is True
 
 
 def test_a_change_of_one_reruns_its_stages_alone(datasets):

@@ -38,11 +38,11 @@ def parts(checkout, ray_head, tmp_path):
 def in_the_way(parts):
     """A file where grass's fit has its checkpoints."""
     plan = json.loads((parts.folder / "store/tiny/plan/grass.json").read_text())
-    assert plan["class_name"] == "grass"
+    assert [fit["class_name"] for fit in plan["fits"]] == ["grass"]
     done = parts.run(
         "python", "-c",
-        "from sprue.store import location; from sprue.training.spec import FitSpec;"
-        "print(FitSpec.read(location('store/tiny/plan'), 'grass').name)",
+        "from sprue.store import location; from sprue.training.plan import ClassPlan;"
+        "print(ClassPlan.read(location('store/tiny/plan'), 'grass').first.checkpoints)",
     )  # fmt: skip
     return parts.folder / "store/tiny/runs" / done.stdout.strip()
 

@@ -58,9 +58,9 @@ def one_class(checkout, tmp_path):
 def check_store(read, commit):
     """The fit is of the plan; the evaluation is complete."""
     plan, fit = json.loads(read(f"plan/{CLASS_NAME}.json")), json.loads(read(f"fits/{CLASS_NAME}/fit.json"))
-    assert fit["spec"] == plan
+    assert [fit["spec"]] == plan["fits"]
     assert fit["commit"] == commit
-    assert plan["manifest"] == hashlib.sha256(read("manifest.parquet")).hexdigest()
+    assert fit["spec"]["manifest"] == hashlib.sha256(read("manifest.parquet")).hexdigest()
     assert json.loads(read(f"metrics/{CLASS_NAME}.json"))["sample_auroc"] > 0.5
     assert read(f"evaluation/{CLASS_NAME}/heatmaps.png").startswith(b"\x89PNG")
 

@@ -10,6 +10,7 @@ from upath import UPath
 
 from sprue.config import CalibrationSettings, ManifestSettings
 from sprue.data.decisions import without_dropped
+from sprue.data.folds import assign_folds
 from sprue.data.inspection import Inspection, inspect_images
 from sprue.data.layouts import GOOD, LAYOUTS, ImageRecord, SkippedFile
 from sprue.data.manifest import COLUMNS, Manifest, typed
@@ -20,7 +21,7 @@ from sprue.errors import SprueError
 
 
 def build_manifest(root: UPath, dataset: str, settings: ManifestSettings, calibration: CalibrationSettings) -> Manifest:
-    """Reads a dataset's folders, decodes every image once and splits the good training samples.
+    """Reads a dataset's folders, decodes every image once and splits the good training samples, or makes folds of them.
 
     Skips damaged images, files that are no images, training images that are also test images or copies of one, images
     that `settings` drops, and samples that lack a view because of this. A sample with a damaged mask stays, without
@@ -105,7 +106,7 @@ def _split_training(
     settings: ManifestSettings,
     calibration: CalibrationSettings,
 ) -> dict[str, str]:
-    """Split of each training sample of a class; raises a SprueError if there are too few."""
+    """Split or fold of each training sample of a class; raises a SprueError if there are too few."""
     what = "samples" if any(record.view for record in records) else "images"
     digests_of: dict[str, list[str]] = defaultdict(list)
     shared = shared_digests(records, found)
@@ -114,7 +115,10 @@ def _split_training(
             digests_of[record.sample_id].append(shared[record.path])
     contents = ["".join(digests) for digests in digests_of.values()]
     try:
-        assigned = assign_splits(class_name, contents, settings, calibration, what)
+        if calibration.folds:
+            assigned = assign_folds(class_name, contents, calibration.folds, settings, what)
+        else:
+            assigned = assign_splits(class_name, contents, settings, calibration, what)
     except SprueError as error:
         raise SprueError(f"{error}{_skipped_training_files(class_name, skipped)}") from error
     return dict(zip(digests_of, assigned, strict=True))

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Self
 
@@ -11,9 +11,10 @@ import pandas as pd
 from upath import UPath
 
 from sprue.config import CalibrationSettings, ManifestSettings
+from sprue.data.folds import fold_split, is_fold
 from sprue.data.layouts import SkippedFile
-from sprue.data.samples import samples_of
-from sprue.data.splits import CALIBRATION, lowest_alpha
+from sprue.data.samples import Sample, samples_of
+from sprue.data.splits import CALIBRATION, TEST, lowest_alpha
 from sprue.errors import SprueError
 from sprue.store import KeptBytes, write_bytes
 
@@ -43,7 +44,8 @@ class Manifest:
         dataset: The dataset's name.
         settings: Layout, fractions and seed.
         frame: A row for each image, sorted by class, sample and view; columns as in ``COLUMNS``: ``split`` is train,
-            calibration, validation or test, ``label`` 0 (good) or 1 (defective) of the sample, ``defect_type``
+            calibration, validation or test, and with cross-conformal calibration fold-1, fold-2 ... instead of the
+            first three; ``label`` 0 (good) or 1 (defective) of the sample, ``defect_type``
             "good" or the defect's name, ``view`` empty for samples of one image, ``path`` and ``mask_path`` (empty
             if there is none) relative to the root, ``width`` and ``height`` in stored pixels. All samples of a
             class have the same views.
@@ -73,12 +75,34 @@ class Manifest:
         chosen = (self.frame["class_name"] == class_name) & (self.frame["split"] == split)
         return self.frame[chosen].reset_index(drop=True)
 
+    def folds(self, class_name: str) -> list[pd.DataFrame]:
+        """The rows of each fold of a class, in order; none where a calibration set is held out."""
+        splits = self.frame.loc[self.frame["class_name"] == class_name, "split"].unique()
+        count = sum(map(is_fold, splits))
+        return [self.select(class_name, fold_split(fold)) for fold in range(1, count + 1)]
+
+    def calibration_rows(self, class_name: str) -> pd.DataFrame:
+        """The rows that calibrate a class: of its calibration split, or of all folds in turn.
+
+        Raises:
+            SprueError: If the class is unknown.
+        """
+        folds = self.folds(class_name)
+        return pd.concat(folds, ignore_index=True) if folds else self.select(class_name, CALIBRATION)
+
+    def rows_of(self, class_name: str, samples: Collection[Sample]) -> pd.DataFrame:
+        """The rows of some samples of a class, in the manifest's order."""
+        rows = self.frame[(self.frame["class_name"] == class_name) & (self.frame["split"] != TEST)]
+        wanted = set(samples)
+        chosen = rows.groupby("sample_id", sort=False)["sha256"].transform(lambda digests: tuple(digests) in wanted)
+        return rows[chosen.astype(bool)].reset_index(drop=True)
+
     def calibration(self, class_name: str, settings: CalibrationSettings) -> CalibrationSettings:
         """A class's settings: where its calibration samples are few, ``alpha`` is the lowest that they can promise.
 
         Copies of a sample do not count: they say nothing new.
         """
-        alpha = lowest_alpha(settings, len(set(samples_of(self.select(class_name, CALIBRATION)))))
+        alpha = lowest_alpha(settings, len(set(samples_of(self.calibration_rows(class_name)))))
         return settings.model_copy(update={"alpha": alpha})
 
     def write(self, path: UPath) -> None:

@@ -6,11 +6,13 @@ borders, and identical samples always share a split.
 
 A class with too few samples for the fractions and the wanted false-alarm rate is still split, down to `FEWEST` samples:
 fewer calibrate, and the rate that its detector can promise is higher; see `lowest_alpha`.
+
+With cross-conformal calibration there are folds instead; see `sprue.data.folds`.
 """
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
 from sprue.config import CalibrationSettings, ManifestSettings
@@ -41,9 +43,17 @@ def split_counts(settings: ManifestSettings, total: int, least_calibration: int)
     """
     calibration = max(math.ceil(_decimal(settings.calibration) * total), least_calibration)
     spare = total - calibration - MINIMUM_TRAIN
-    wanted = min(round(_decimal(settings.validation) * total), MAXIMUM_VALIDATION)
-    validation = max(MINIMUM_VALIDATION, min(wanted, spare))
+    validation = max(MINIMUM_VALIDATION, min(wanted_validation(settings, total), spare))
     return calibration, validation, total - calibration - validation
+
+
+def wanted_validation(settings: ManifestSettings, total: int) -> int:
+    """How many of ``total`` samples validate, where enough are left to train on.
+
+    >>> wanted_validation(ManifestSettings(), 100), wanted_validation(ManifestSettings(), 1000)
+    (15, 40)
+    """
+    return min(round(_decimal(settings.validation) * total), MAXIMUM_VALIDATION)
 
 
 def minimum_total(settings: ManifestSettings, least_calibration: int) -> int:
@@ -92,6 +102,11 @@ def lowest_alpha(settings: CalibrationSettings, calibration: int) -> float:
     return max(marginal, math.ceil(1e5 * (1 - (1 - settings.confidence) ** (1 / calibration))) / 1e5)
 
 
+def ranked(digests: Iterable[str], seed: int) -> list[str]:
+    """Digests in the order of a seeded digest of each."""
+    return sorted(digests, key=lambda digest: (hashlib.sha256(f"{seed}:{digest}".encode()).digest(), digest))
+
+
 def assign_splits(
     class_name: str,
     digests: Sequence[str],
@@ -113,7 +128,7 @@ def assign_splits(
     >>> {name: splits.count(name) for name in ("train", "calibration", "validation")}
     {'train': 66, 'calibration': 19, 'validation': 15}
     """
-    distinct = sorted(set(digests), key=lambda digest: (_rank_key(settings.seed, digest), digest))
+    distinct = ranked(set(digests), settings.seed)
     least = _least(calibration)
     needed = minimum_total(settings, least)
     if len(distinct) < min(needed, FEWEST):
@@ -142,10 +157,6 @@ def promise(settings: CalibrationSettings) -> str:
 
 def _least(settings: CalibrationSettings) -> int:
     return calibration_samples_needed(settings.alpha, settings.guarantee, settings.confidence)
-
-
-def _rank_key(seed: int, digest: str) -> bytes:
-    return hashlib.sha256(f"{seed}:{digest}".encode()).digest()
 
 
 def _decimal(value: float) -> Fraction:

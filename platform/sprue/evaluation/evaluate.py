@@ -1,4 +1,4 @@
-"""Makes a detector of a fitted flow and measures it once on the test split.
+"""Measures a detector once on the test split.
 
 A sample is one image or several views.
 
@@ -17,9 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from upath import UPath
 
-from defectflow import Flow
-from sprue.config import CalibrationSettings, ScoringSettings
-from sprue.data.samples import samples_of, views_of
+from sprue.data.samples import samples_of
 from sprue.errors import SprueError
 from sprue.evaluation.baseline import Batches, Comparison, as_metrics, compare
 from sprue.evaluation.curves import Counts, Curve
@@ -28,11 +26,9 @@ from sprue.evaluation.pixels import PixelCounts, predicted_mask_fractions
 from sprue.evaluation.render import histogram, panel, stack
 from sprue.evaluation.truth import GroundTruth, read_mask
 from sprue.features.tables import FeatureTable
-from sprue.inference.calibration import Calibration
-from sprue.inference.detector import Detector, Predictions, anomaly_map, best_device, require_views, score_features
+from sprue.inference.detector import Detector, Predictions
 from sprue.inference.heatmap import heat
 from sprue.inference.images import open_image
-from sprue.inference.spec import FeatureSpec
 
 VERSION = 1
 """Changes when the same scores, labels and maps give other metrics."""
@@ -101,42 +97,6 @@ class Evaluation:
     def labels_N(self) -> NDArray[np.integer[Any]]:
         """1 for a defective sample, 0 for a good one."""
         return self.samples["label"].to_numpy()
-
-
-def calibrate(
-    dataset: str,
-    class_name: str,
-    spec: FeatureSpec,
-    flow_name: str,
-    flow: Flow,
-    scoring: ScoringSettings,
-    settings: CalibrationSettings,
-    table: FeatureTable,
-    calibration: pd.DataFrame,
-) -> Detector:
-    """A detector of a fitted flow, calibrated on the manifest's calibration rows.
-
-    Raises:
-        SprueError: If there are too few samples for the guarantee, the flow expects another number of views, or scores
-            are not finite; the message names the class.
-    """
-    views = views_of(calibration)
-    flow = flow.to(best_device())
-    require_views(class_name, flow_name, flow, len(views))
-    maps = table.read_samples(samples_of(calibration), len(views))
-    scores_N, _, position_scores_NVHW = score_features(flow, scoring, maps)
-    sizes_NV2 = calibration[["height", "width"]].to_numpy().reshape(-1, len(views), 2)
-    anomaly_maps = (
-        [anomaly_map(*each).ravel() for each in zip(position_scores_VHW, sizes_V2.tolist(), strict=True)]
-        for position_scores_VHW, sizes_V2 in zip(position_scores_NVHW, sizes_NV2, strict=True)
-    )
-    try:
-        calibrated = Calibration.fit(
-            scores_N, position_scores_NVHW, settings.alpha, anomaly_maps, settings.guarantee, settings.confidence
-        )
-    except SprueError as error:
-        raise SprueError(f"class {class_name}: {error}") from error
-    return Detector(dataset, class_name, spec, flow_name, flow, scoring, calibrated, views)
 
 
 def evaluate(

@@ -12,7 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from sprue.data.samples import samples_of
+from sprue.evaluation.calibrate import HeldOut, score_held_out
 from sprue.features.tables import FeatureTable
 from sprue.inference.detector import Detector
 
@@ -54,15 +54,16 @@ class Outlier(BaseModel):
     score: float
 
 
-def outlying_samples(detector: Detector, table: FeatureTable, calibration: pd.DataFrame) -> list[Outlier]:
+def outlying_samples(detector: Detector, table: FeatureTable, held_out: Sequence[HeldOut]) -> list[Outlier]:
     """The calibration samples whose scores are outliers, the highest first; most classes have none.
 
-    `calibration` are the manifest's rows that the detector was calibrated on; they are scored again to find which.
+    `held_out` is what the detector was calibrated on; it is scored again to find which.
     """
     if not len(outliers(np.array(detector.calibration.scores))):
         return []
     views = len(detector.views)
-    scores_N = detector.predict_features(table.read_samples(samples_of(calibration), views)).score_B
+    scores_N, _ = score_held_out(held_out, detector.scoring, table)
+    calibration = pd.concat([each.rows for each in held_out], ignore_index=True)
     paths_NV, ids_N = calibration["path"].to_numpy().reshape(-1, views), calibration["sample_id"].to_numpy()[::views]
     return [
         Outlier(sample_id=str(ids_N[index]), paths=tuple(map(str, paths_NV[index])), score=float(scores_N[index]))

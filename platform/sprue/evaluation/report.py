@@ -20,7 +20,12 @@ from sprue.evaluation.metrics import Estimate
 from sprue.evaluation.outliers import outliers
 from sprue.evaluation.render import histogram
 from sprue.evaluation.summary import wrong_samples
-from sprue.inference.calibration import RATE_COVERAGE, Calibration, calibration_samples_needed
+from sprue.inference.calibration import (
+    RATE_COVERAGE,
+    Calibration,
+    calibration_samples_needed,
+    cross_conformal_bound,
+)
 from sprue.inference.detector import Detector
 
 WORST = 4
@@ -84,6 +89,25 @@ def class_report(evaluation: Evaluation, detector: Detector, origin: Mapping[str
 
 def guarantee_in_words(calibration: Calibration) -> str:
     """What a threshold promises, what it would be under the other guarantee, and what the false-alarm rate may be."""
+    low, high = (100 * rate for rate in calibration.false_alarm_rates)
+    rates = f"lies between {low:.3g} % and {high:.3g} % ({100 * RATE_COVERAGE:.3g} % confidence)."
+    promise = _folds_in_words(calibration, rates) if calibration.folds > 1 else _promise_in_words(calibration, rates)
+    return promise + _outliers_in_words(calibration)
+
+
+def _folds_in_words(calibration: Calibration, rates: str) -> str:
+    alpha, folds, samples = calibration.alpha, calibration.folds, len(calibration.scores)
+    bound = cross_conformal_bound(samples, folds, alpha)
+    return (
+        f"Cross-conformal calibration: {folds} flows, each fitted without the fold that calibrates it, and "
+        f"{samples} good samples in all. About {100 * alpha:.3g} % of exchangeable good samples are called anomalous "
+        f"(score above {calibration.threshold:.4g}). Proven is at most {100 * bound:.3g} %, for the comparison with "
+        "each fold by its own flow. If the mean of the flows scores new good samples as each flow scores its fold, the "
+        f"true false-alarm rate {rates}"
+    )
+
+
+def _promise_in_words(calibration: Calibration, rates: str) -> str:
     alpha, confidence, samples = calibration.alpha, calibration.confidence, len(calibration.scores)
     promises = {
         name: promise.format(alpha=100 * alpha, confidence=100 * confidence) for name, promise in PROMISES.items()
@@ -91,13 +115,11 @@ def guarantee_in_words(calibration: Calibration) -> str:
     other: Guarantee = "conditional" if calibration.guarantee == "marginal" else "marginal"
     needed = calibration_samples_needed(alpha, other, confidence)
     threshold = f"the threshold would be {calibration.threshold_under(other):.4g}"
-    low, high = calibration.false_alarm_rates
     return (
         f"The {calibration.guarantee} guarantee holds: {promises[calibration.guarantee]} (score above "
         f"{calibration.threshold:.4g}). Under the {other} guarantee ({promises[other]}) "
         f"{threshold if samples >= needed else f'at least {needed} calibration samples are needed'}. "
-        f"With {samples} calibration samples the true false-alarm rate lies between {100 * low:.3g} % and "
-        f"{100 * high:.3g} % ({100 * RATE_COVERAGE:.3g} % confidence)." + _outliers_in_words(calibration)
+        f"With {samples} calibration samples the true false-alarm rate {rates}"
     )
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from pydantic import BaseModel
 from torch import Tensor
 
-from defectflow import Flow, build_flow
+from defectflow import Ensemble, Flow, build_flow
 from sprue.config import ScoringSettings
 from sprue.errors import SprueError
 from sprue.inference.calibration import Calibration
@@ -84,7 +84,7 @@ class Detector:
         class_name: The product class in it.
         spec: The feature spec.
         flow_name: The flow's key in `defectflow.FLOWS`.
-        flow: The fitted flow.
+        flow: The fitted flow, or several that cross-conformal calibration has fitted.
         scoring: How a score is made of position scores.
         calibration: Thresholds and p-values.
         views: Names of a sample's views, in order; ``("",)`` for samples of one image.
@@ -94,7 +94,7 @@ class Detector:
     class_name: str
     spec: FeatureSpec
     flow_name: str
-    flow: Flow
+    flow: Flow | Ensemble
     scoring: ScoringSettings
     calibration: Calibration
     views: tuple[str, ...] = ("",)
@@ -155,7 +155,8 @@ class Detector:
         `backbone` holds the backbone's weights, as `sprue.inference.backbone.backbone_state` returns them.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        saved = _SavedDetector(**vars(self), flow_config=asdict(self.flow.config))
+        members = len(self.flow.members) if isinstance(self.flow, Ensemble) else 1
+        saved = _SavedDetector(**vars(self), flow_config=asdict(self.flow.config), members=members)
         (folder / "detector.json").write_text(json.dumps(saved.model_dump(mode="json"), indent=2) + "\n")
         safetensors.torch.save_file(portable_state(self.flow), folder / "flow.safetensors")
         (folder / "backbone.safetensors").write_bytes(backbone)
@@ -176,7 +177,8 @@ class Detector:
             state = safetensors.torch.load_file(folder / "flow.safetensors")
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise SprueError(f"{folder} is not a saved detector: {error}") from error
-        flow = build_flow(saved.flow_name, **saved.flow_config)
+        flows = [build_flow(saved.flow_name, **saved.flow_config) for _ in range(saved.members)]
+        flow = flows[0] if len(flows) == 1 else Ensemble(flows)
         flow.load_state_dict(state)
         weights = f"file:{folder / 'backbone.safetensors'}"
         values = dict(saved) | {"flow": flow, "spec": saved.spec.model_copy(update={"weights": weights})}
@@ -196,6 +198,8 @@ class _SavedDetector(BaseModel):
     spec: FeatureSpec
     flow_name: str
     flow_config: dict[str, Any]
+    members: int
+    """Flows of this configuration, whose mean scores."""
     scoring: ScoringSettings
     calibration: Calibration
     views: tuple[str, ...]
@@ -212,7 +216,7 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def require_views(class_name: str, flow_name: str, flow: Flow, views: int) -> None:
+def require_views(class_name: str, flow_name: str, flow: Flow | Ensemble, views: int) -> None:
     """Checks that a flow takes samples of a number of views.
 
     Raises:
@@ -229,7 +233,7 @@ def require_views(class_name: str, flow_name: str, flow: Flow, views: int) -> No
 
 
 def score_features(
-    flow: Flow, scoring: ScoringSettings, maps: Sequence[NDArray[np.float16]]
+    flow: Flow | Ensemble, scoring: ScoringSettings, maps: Sequence[NDArray[np.float16]]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
     """Scores samples by their views' backbone maps [B, C, H, W]; see `Detector.predict_features`.
 

@@ -2,7 +2,8 @@
 
 The threshold is the k-th highest of n calibration scores; the guarantee chooses k. Over calibrations, the fraction of
 good samples above it is distributed as Beta(k, n + 1 - k), so their number among m is beta-binomial; this is exact if
-scores have no ties. Source: Vovk, "Conditional validity of inductive conformal predictors" (2012), section 3.
+scores have no ties, and approximate where cross-conformal calibration has given them. Source: Vovk, "Conditional
+validity of inductive conformal predictors" (2012), section 3.
 """
 
 from scipy.stats import betabinom, rv_discrete

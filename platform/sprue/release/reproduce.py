@@ -1,11 +1,13 @@
-"""Repeats the fit of a registered version from its record and compares the weights."""
+"""Repeats the fits of a registered version from its record and compares the weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from upath import UPath
 
+from defectflow import Ensemble
 from sprue.errors import SprueError
 from sprue.inference.detector import best_device
 from sprue.inference.weights import portable_state
@@ -19,21 +21,21 @@ from sprue.training.worker import fit_flow
 
 @dataclass(frozen=True)
 class Comparison:
-    """The weights of two fits.
+    """The weights of two fits, or of two fits for each fold.
 
     Attributes:
         equal: Whether all weights are equal, bit for bit.
         largest: The largest difference of a weight.
-        epoch: The epoch that the new weights are of.
+        epochs: The epoch that the new weights of each fit are of.
     """
 
     equal: bool
     largest: float
-    epoch: int
+    epochs: tuple[int, ...]
 
 
 def reproduce(registered: RegisteredDetector, store: UPath, on_epoch: Callable[[Epoch], None]) -> Comparison:
-    """Fits a version's flow once more in this process, with as many threads and in the precision of the first time.
+    """Repeats a version's fits in this process, with as many threads and in the precision of the first time.
 
     Args:
         registered: The version.
@@ -43,15 +45,33 @@ def reproduce(registered: RegisteredDetector, store: UPath, on_epoch: Callable[[
     Raises:
         SprueError: If the version has no record or was fitted by several workers, or its features are not in the store.
     """
-    lineage = Lineage.read(registered)
-    spec = FitSpec.model_validate(lineage.spec, strict=False)
-    if spec.fit.workers > 1:
+    fits = Lineage.read(registered).fits
+    workers = fits[0]["spec"]["fit"]["workers"]
+    if workers > 1:
         raise SprueError(
-            f"{registered} was fitted by {spec.fit.workers} workers; one process does not sum their gradients in the "
+            f"{registered} was fitted by {workers} workers; one process does not sum their gradients in the "
             "same order, bit for bit"
         )
-    torch.set_num_threads(lineage.fit["cpus"])
-    precision = lineage.fit["history"][0]["precision"]
+    repeated = [_fit_again(fit, store, on_epoch) for fit in fits]
+    flow = load_detector(registered).flow
+    recorded = [portable_state(member) for member in (flow.members if isinstance(flow, Ensemble) else [flow])]
+    pairs = [
+        (value, checkpoint.flow[name])
+        for state, checkpoint in zip(recorded, repeated, strict=True)
+        for name, value in state.items()
+    ]
+    return Comparison(
+        all(torch.equal(*pair) for pair in pairs),
+        max(float((old.double() - new.double()).abs().max()) for old, new in pairs),
+        tuple(checkpoint.epoch for checkpoint in repeated),
+    )
+
+
+def _fit_again(fit: dict[str, Any], store: UPath, on_epoch: Callable[[Epoch], None]) -> Checkpoint:
+    """Repeats a recorded fit; returns its best epoch."""
+    spec = FitSpec.model_validate(fit["spec"], strict=False)
+    torch.set_num_threads(fit["cpus"])
+    precision = fit["history"][0]["precision"]
     spec = spec.model_copy(update={"fit": spec.fit.model_copy(update={"precision": precision})})
     best: tuple[float, Checkpoint] | None = None
 
@@ -63,8 +83,4 @@ def reproduce(registered: RegisteredDetector, store: UPath, on_epoch: Callable[[
 
     fit_flow(spec, store / spec.dataset / "features", best_device(), report)
     assert best is not None  # a fit has at least one epoch
-    recorded = portable_state(load_detector(registered).flow)
-    repeated = best[1].flow
-    differences = [float((value.double() - repeated[name].double()).abs().max()) for name, value in recorded.items()]
-    equal = all(torch.equal(value, repeated[name]) for name, value in recorded.items())
-    return Comparison(equal, max(differences), best[1].epoch)
+    return best[1]

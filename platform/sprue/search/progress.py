@@ -41,7 +41,7 @@ class TrialRuns:
     def open(self, point: Mapping[str, Any]) -> FitRun:
         """The run of the fit at a point, below the search's; made if there is none."""
         spec = self.spec.with_values(point, self.epochs)
-        return FitRun.open(self.experiment_id, spec.class_name, spec.key, spec.params, self.tags, self.parent)
+        return FitRun.open(self.experiment_id, spec.name, spec.key, spec.params, self.tags, self.parent)
 
 
 class Progress(tune.Callback):

@@ -121,7 +121,7 @@ class Trial:
     def _fit_on_workers(self, spec: FitSpec, report: Report) -> None:
         # Another trial may try the same point.
         runs = self.runs / str(ray.tune.get_context().get_trial_id())
-        checkpoints = Checkpoints(runs / spec.name)
+        checkpoints = Checkpoints(runs / spec.checkpoints)
         # A trial resumes after the last checkpoint that Ray Tune has recorded.
         remove_folder(runs)
         start = _latest_checkpoint()

@@ -5,7 +5,6 @@ import json
 import logging
 import tempfile
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -14,10 +13,12 @@ from upath import UPath
 from defectflow import Gaussian
 from sprue.data.layouts import COPY
 from sprue.data.manifest import Manifest
+from sprue.data.splits import TEST
 from sprue.errors import SprueError
 from sprue.evaluation import evaluate as evaluation
 from sprue.evaluation.baseline import baseline_maps
-from sprue.evaluation.evaluate import Evaluation, calibrate, evaluate, write_evaluation
+from sprue.evaluation.calibrate import HeldOut, calibrate
+from sprue.evaluation.evaluate import Evaluation, evaluate, write_evaluation
 from sprue.evaluation.metrics import Estimate
 from sprue.evaluation.outliers import Outlier, outlying_samples, undecided, warn_of_outliers
 from sprue.evaluation.overview import ClassResult, FailedClass, overview
@@ -30,8 +31,8 @@ from sprue.stages.failures import all_failures, close_stage, failed_before, writ
 from sprue.stages.runtime import Context
 from sprue.store import digest, read_json, remove_folder, replace_folder, write_bytes, write_json
 from sprue.training.dataloader import build_dataloader
-from sprue.training.record import FitRecord
-from sprue.training.spec import FitSpec, read_plan
+from sprue.training.plan import ClassPlan, read_plans
+from sprue.training.record import ClassFit
 
 logger = logging.getLogger(__name__)
 
@@ -57,15 +58,15 @@ def main(context: Context) -> None:
     manifest = Manifest.read(context.folder / "manifest.parquet")
     skipped = failed_before(context.folder, "evaluate")
     done, failures = [], {}
-    for spec in read_plan(context.folder):
-        if spec.class_name in skipped:
+    for plan in read_plans(context.folder):
+        if plan.class_name in skipped:
             continue
         try:
-            _bring_up_to_date(context, manifest, spec)
+            _bring_up_to_date(context, manifest, plan)
         except (SprueError, OSError) as error:
-            failures[spec.class_name] = str(error)
+            failures[plan.class_name] = str(error)
         else:
-            done.append(spec.class_name)
+            done.append(plan.class_name)
     _remove_others(context, done)
     write_failures(context.folder, "evaluate", failures)
     _write_overview(context, manifest, done)
@@ -81,30 +82,25 @@ def _write_overview(context: Context, manifest: Manifest, done: Sequence[str]) -
     write_bytes(context.folder / "evaluation" / "index.html", page.encode())
 
 
-def _bring_up_to_date(context: Context, manifest: Manifest, spec: FitSpec) -> None:
-    """Evaluates a class, unless that has been done; raises SprueError if its fit is not the one that is planned."""
-    folder = context.folder / "fits" / spec.class_name
-    fit = FitRecord.read(folder)
-    if fit.spec.key != spec.key:
-        raise SprueError(f"class {spec.class_name}: {folder} is of another plan; run the fit stage again")
-    # The plan may score the same fit in another way.
-    fit = replace(fit, spec=spec)
+def _bring_up_to_date(context: Context, manifest: Manifest, plan: ClassPlan) -> None:
+    """Evaluates a class, unless that has been done; raises SprueError if its fits are not those that are planned."""
+    fit = ClassFit.read(context.folder / "fits", plan)
     key = _key(context, manifest, fit)
-    file = context.folder / "evaluation" / spec.class_name / MARKER
+    file = context.folder / "evaluation" / plan.class_name / MARKER
     if not (file.is_file() and read_json(file, made_by="evaluate").get("key") == key):
         _evaluate(context, manifest, fit, key)
 
 
-def _key(context: Context, manifest: Manifest, fit: FitRecord) -> str:
+def _key(context: Context, manifest: Manifest, fit: ClassFit) -> str:
     """Names an evaluation by everything that it depends on, versions of the code included."""
-    rows = manifest.frame[manifest.frame["class_name"] == fit.spec.class_name]
-    rows = rows[rows["split"].isin(["calibration", "test"])]
+    name = fit.plan.class_name
+    rows = pd.concat([manifest.calibration_rows(name), manifest.select(name, TEST)])
     masks = [hashlib.sha256((context.data / path).read_bytes()).hexdigest() for path in rows["mask_path"] if path]
     facts = {
-        "fit": fit.spec.key,
-        "weights": digest(context.folder / "fits" / fit.spec.class_name / "flow.safetensors"),
-        "scoring": fit.spec.scoring.model_dump(mode="json"),
-        "calibration": manifest.calibration(fit.spec.class_name, context.settings.calibration).model_dump(mode="json"),
+        "fit": fit.plan.key,
+        "weights": [digest(context.folder / "fits" / spec.name / "flow.safetensors") for spec in fit.plan.fits],
+        "scoring": fit.plan.first.scoring.model_dump(mode="json"),
+        "calibration": manifest.calibration(name, context.settings.calibration).model_dump(mode="json"),
         "published": context.settings.published,
         "images": rows.to_csv(index=False),
         "masks": masks,
@@ -117,14 +113,14 @@ def _key(context: Context, manifest: Manifest, fit: FitRecord) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _evaluate(context: Context, manifest: Manifest, fit: FitRecord, key: str) -> None:
+def _evaluate(context: Context, manifest: Manifest, fit: ClassFit, key: str) -> None:
     """Evaluates a class and writes its part of every output."""
-    spec, name = fit.spec, fit.spec.class_name
+    spec, name = fit.plan.first, fit.plan.class_name
     detector, outliers = _calibrate(context, manifest, fit)
     table = spec.table(context.features)
     limit = int(min(BASELINE_MEMORY, spec.fit.memory) * 2**30)
-    training = build_dataloader(table, spec.train, spec.views, baseline_maps(spec.features), limit)
-    measured = evaluate(detector, table, manifest.select(name, "test"), context.data, training.ordered)
+    training = build_dataloader(table, fit.plan.training_samples, spec.views, baseline_maps(spec.features), limit)
+    measured = evaluate(detector, table, manifest.select(name, TEST), context.data, training.ordered)
     page = class_report(measured, detector, _origin(context, manifest, detector, fit), context.data)
     backbone = context.backbone(spec.features).read_bytes()
     with tempfile.TemporaryDirectory() as temporary:
@@ -142,27 +138,29 @@ def _evaluate(context: Context, manifest: Manifest, fit: FitRecord, key: str) ->
     logger.info("%-20s %s", name, measured.headline)
 
 
-def _calibrate(context: Context, manifest: Manifest, fit: FitRecord) -> tuple[Detector, list[Outlier]]:
+def _calibrate(context: Context, manifest: Manifest, fit: ClassFit) -> tuple[Detector, list[Outlier]]:
     """A class's detector, and the outliers among its calibration scores; warns of those that are not decided."""
-    spec, name = fit.spec, fit.spec.class_name
+    spec, name = fit.plan.first, fit.plan.class_name
     settings, table = manifest.calibration(name, context.settings.calibration), spec.table(context.features)
-    rows, flow = manifest.select(name, "calibration"), fit.build_flow()
-    detector = calibrate(spec.dataset, name, spec.features, spec.flow_name, flow, spec.scoring, settings, table, rows)
-    found = outlying_samples(detector, table, rows)
+    rows = manifest.folds(name) or [manifest.calibration_rows(name)]
+    held_out = [HeldOut(record.build_flow(), of_fit) for record, of_fit in zip(fit.records, rows, strict=True)]
+    detector = calibrate(
+        spec.dataset, name, spec.features, spec.flow_name, held_out, spec.scoring, settings, table
+    )  # fmt: skip
+    found = outlying_samples(detector, table, held_out)
     others_end = detector.calibration.scores[-len(found) - 1]
     warn_of_outliers(name, undecided(found, manifest.settings.keep), others_end)
     return detector, found
 
 
-def _write_metrics(context: Context, measured: Evaluation, fit: FitRecord) -> None:
-    name = fit.spec.class_name
+def _write_metrics(context: Context, measured: Evaluation, fit: ClassFit) -> None:
+    name = fit.plan.class_name
     write_json(context.folder / "metrics" / f"{name}.json", measured.metrics)
-    nll = pd.DataFrame(fit.history)[["epoch", "train_nll", "validation_nll"]]
     curves = {
         curve: pd.DataFrame(dict(zip(axes, measured.curves.get(curve, ([], [])), strict=True)))
         for curve, axes in CURVES.items()
     }
-    for plot, points in {"nll": nll, **curves}.items():
+    for plot, points in {"nll": fit.history, **curves}.items():
         write_bytes(_plot(context, plot, name), points.to_csv(index=False).encode())
 
 
@@ -191,22 +189,30 @@ def _remove_others(context: Context, class_names: Collection[str]) -> None:
             remove_folder(folder / name)
 
 
-def _origin(context: Context, manifest: Manifest, detector: Detector, fit: FitRecord) -> dict[str, str]:
+def _origin(context: Context, manifest: Manifest, detector: Detector, fit: ClassFit) -> dict[str, str]:
     """What was fitted on what, in words, for the report."""
-    spec = fit.spec
-    counts = {split: len(manifest.select(spec.class_name, split)) for split in ("train", "validation", "calibration")}
-    features = spec.features
+    spec, records = fit.plan.first, fit.records
+    calibrating, features = len(manifest.calibration_rows(spec.class_name)), spec.features
+    validating = len(spec.validation) * spec.views
+    used = (
+        f"{spec.images} to fit, {validating} to choose the epoch, {calibrating} to calibrate"
+        if len(records) == 1
+        else f"{calibrating} in {len(records)} folds: each calibrates a flow that was fitted without it, the first on "
+        f"{spec.images} images, with {validating} to choose the epoch"
+    )
     return {
         "dataset": spec.dataset,
-        "good images": f"{counts['train']} to fit, {counts['validation']} to choose the epoch, "
-        f"{counts['calibration']} to calibrate",
+        "good images": used,
         "features": f"{features.backbone}, blocks {list(features.blocks)} at scales {list(features.scales)} of "
         f"{features.input_size} x {features.input_size} pixels ({features.fingerprint})",
         "flow": f"{spec.flow_name}: " + ", ".join(f"{name} {value}" for name, value in spec.flow_config.items()),
         "settings": spec.origin,
         "published metric": context.settings.published or "none",
-        "fit": f"{spec.key}, epoch {fit.best_epoch} of {len(fit.history)}, seed {spec.fit.seed}",
+        "fit": "; ".join(
+            f"{record.spec.key}, epoch {record.best_epoch} of {len(record.history)}, seed {record.spec.fit.seed}"
+            for record in records
+        ),
         "score": f"{spec.scoring.score_type}, mean of the highest {spec.scoring.top or detector.flow.top:.3g} of the "
         "positions",
-        "code": f"commit {fit.commit}",
+        "code": f"commit {', '.join(sorted({record.commit for record in records}))}",
     }

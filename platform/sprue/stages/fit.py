@@ -12,65 +12,80 @@ from sprue.tracking.provenance import commit, provenance
 from sprue.tracking.runs import FitRun
 from sprue.tracking.server import connect, experiment_id
 from sprue.training.loop import Epoch
+from sprue.training.plan import ClassPlan, read_plans
 from sprue.training.record import FitRecord
 from sprue.training.run import FitOutcome, fit_classes, fit_placement
-from sprue.training.spec import FitSpec, read_plan
+from sprue.training.spec import FitSpec
 
 logger = logging.getLogger(__name__)
 
 
 def main(context: Context) -> None:
-    """Writes ``fits/<class>`` and a run for each on the tracking server."""
+    """Writes ``fits/<class>``, or a folder in it for each fold, and a run for each on the tracking server."""
     torch.set_num_threads(1)
     connect(context.store)
     skipped, fits = failed_before(context.folder, "fit"), context.folder / "fits"
-    specs = [spec for spec in read_plan(context.folder) if spec.class_name not in skipped]
+    plans = [plan for plan in read_plans(context.folder) if plan.class_name not in skipped]
+    specs = [spec for plan in plans for spec in plan.fits]
     for spec in specs:
         _take_searched_fit(context, spec)
-    waiting = [spec for spec in specs if not FitRecord.is_current(fits / spec.class_name, spec.key)]
-    logger.info("%d of %d classes are to be fitted", len(waiting), len(specs))
-    failures = fit(context, waiting) if waiting else {}
-    done = [spec.class_name for spec in specs if spec.class_name not in failures]
+    waiting = [spec for spec in specs if not FitRecord.is_current(fits / spec.name, spec.key)]
+    logger.info("%d of %d classes are to be fitted", len({spec.class_name for spec in waiting}), len(plans))
+    failures = fit(context, plans, waiting) if waiting else {}
+    done = [plan.class_name for plan in plans if plan.class_name not in failures]
     close_stage(context.folder, "fit", failures, done)
 
 
 def _take_searched_fit(context: Context, spec: FitSpec) -> None:
     """Keeps the fit of a search's best trial, if it is the one that the plan asks for."""
-    searched, kept = context.folder / "search" / spec.class_name / "fit", context.folder / "fits" / spec.class_name
+    searched, kept = context.folder / "search" / spec.class_name / "fit", context.folder / "fits" / spec.name
     if FitRecord.is_current(searched, spec.key) and not FitRecord.is_current(kept, spec.key):
         FitRecord.read(searched).write(kept)
-        logger.info("%-20s is kept as the search fitted it", spec.class_name)
+        logger.info("%-20s is kept as the search fitted it", spec.name)
 
 
-def fit(context: Context, specs: list[FitSpec]) -> dict[str, str]:
-    """Fits classes, and stores each as soon as it is fitted; returns why those that failed did."""
+def fit(context: Context, plans: list[ClassPlan], specs: list[FitSpec]) -> dict[str, str]:
+    """Does some of the plans' fits, and stores each as soon as it is done; returns why the classes that failed did."""
     connect_ray()
-    experiment = experiment_id(context.dataset, context.store)
     placement = fit_placement(len(specs), max(spec.fit.workers for spec in specs))
-    runs = {
-        spec.class_name: FitRun.open(
-            experiment, spec.class_name, spec.key, spec.params, provenance(spec.manifest, spec.features.fingerprint)
-        )
-        for spec in specs
-    }
+    runs = _open_runs(context, plans, specs)
     history: dict[str, list[dict[str, object]]] = {name: [] for name in runs}
     failures = {}
 
-    def on_epoch(class_name: str, epoch: Epoch) -> None:
-        logger.info("%-20s %s", class_name, epoch)
-        history[class_name].append(asdict(epoch))
-        runs[class_name].log_epochs(history[class_name])
+    def on_epoch(name: str, epoch: Epoch) -> None:
+        logger.info("%-20s %s", name, epoch)
+        history[name].append(asdict(epoch))
+        runs[name].log_epochs(history[name])
 
     def on_outcome(spec: FitSpec, outcome: FitOutcome) -> None:
-        run, best = runs[spec.class_name], outcome.best
+        run, best = runs[spec.name], outcome.best
         if best is None:
             failures[spec.class_name] = outcome.failure
             run.end("FAILED")
             return
         record = FitRecord(spec, best.epoch, outcome.history, commit(), placement.cpus, best.flow)
-        record.write(context.folder / "fits" / spec.class_name)
-        remove_folder(context.folder / "runs" / spec.name)
+        record.write(context.folder / "fits" / spec.name)
+        remove_folder(context.folder / "runs" / spec.checkpoints)
         run.log_epochs(outcome.history)
+        if spec.fold is not None:  # the class's run is the one that goes on
+            run.end("FINISHED")
 
     fit_classes(specs, context.features, context.folder / "runs", on_epoch, on_outcome, placement)
     return failures
+
+
+def _open_runs(context: Context, plans: list[ClassPlan], specs: list[FitSpec]) -> dict[str, FitRun]:
+    """A run for each fit, by its name; those of a class's folds are below a run of the class."""
+    experiment = experiment_id(context.dataset, context.store)
+    tags = {plan.class_name: provenance(plan.first.manifest, plan.first.features.fingerprint) for plan in plans}
+    parents = {
+        plan.class_name: FitRun.open(experiment, plan.class_name, plan.key, plan.params, tags[plan.class_name]).run_id
+        for plan in plans
+        if plan.first.fold is not None
+    }
+    return {
+        spec.name: FitRun.open(
+            experiment, spec.name, spec.key, spec.params, tags[spec.class_name], parents.get(spec.class_name)
+        )
+        for spec in specs
+    }

@@ -31,11 +31,11 @@ def _warn_of_few(context: Context, manifest: Manifest, class_name: str) -> None:
     if alpha == wanted.alpha:
         return
     good = manifest.frame.query("class_name == @class_name and split != 'test'")
-    samples = good.groupby("split")["sample_id"].nunique()
+    calibrating = manifest.calibration_rows(class_name)["sample_id"].nunique()
     what = "images" if good["view"].eq("").all() else "samples"
     sure = f" with {100 * wanted.confidence:.3g} % confidence" if wanted.guarantee == "conditional" else ""
     logger.warning(
         "class %s: %d good %s; %d of them calibrate, so the lowest false-alarm rate that can be promised%s is %.3g %%, "
         "not %.3g %%; add good %s",
-        class_name, samples.sum(), what, samples["calibration"], sure, 100 * alpha, 100 * wanted.alpha, what,
+        class_name, good["sample_id"].nunique(), what, calibrating, sure, 100 * alpha, 100 * wanted.alpha, what,
     )  # fmt: skip

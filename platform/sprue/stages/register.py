@@ -2,7 +2,6 @@
 
 import logging
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -28,8 +27,8 @@ from sprue.tracking.packaging import log_detector
 from sprue.tracking.registry import CHALLENGER, find_version, model_name, register
 from sprue.tracking.runs import FitRun
 from sprue.tracking.server import connect, experiment_id
-from sprue.training.record import FitRecord
-from sprue.training.spec import FitSpec, read_plan
+from sprue.training.plan import ClassPlan, read_plans
+from sprue.training.record import ClassFit
 
 logger = logging.getLogger(__name__)
 
@@ -46,25 +45,25 @@ def main(context: Context) -> None:
     uri = connect(context.store)
     manifest, skipped = Manifest.read(context.folder / "manifest.parquet"), failed_before(context.folder, "register")
     failures = {}
-    for spec in read_plan(context.folder):
-        if spec.class_name in skipped:
+    for plan in read_plans(context.folder):
+        if plan.class_name in skipped:
             continue
         try:
-            _add_version(context, manifest, spec)
+            _add_version(context, manifest, plan)
         except (SprueError, OSError) as error:
-            failures[spec.class_name] = str(error)
+            failures[plan.class_name] = str(error)
     logger.info("the registry is at %s", uri)
     write_failures(context.folder, "register", failures)
     if failed := all_failures(context.folder):
         raise SprueError(report(context.folder, failed))
 
 
-def _add_version(context: Context, manifest: Manifest, spec: FitSpec) -> None:
+def _add_version(context: Context, manifest: Manifest, plan: ClassPlan) -> None:
     """Registers a class's detector, unless the registry holds it, and gives the version its alias."""
-    model = model_name(spec.dataset, spec.class_name)
-    key = digest(context.folder / "detectors" / spec.class_name)[:12]
+    model = model_name(context.dataset, plan.class_name)
+    key = digest(context.folder / "detectors" / plan.class_name)[:12]
     found = find_version(model, key)
-    version = int(found.version) if found else _register(context, manifest, spec, key)
+    version = int(found.version) if found else _register(context, manifest, plan, key)
     alias = assign_alias(model, version)
     known = "was registered already, " if found else ""
     logger.info("%-24s version %d %sis %s", model, version, known, alias)
@@ -72,38 +71,40 @@ def _add_version(context: Context, manifest: Manifest, spec: FitSpec) -> None:
         logger.info("%-24s to make it champion: sprue promote %s --images FOLDER", "", model)
 
 
-def _register(context: Context, manifest: Manifest, spec: FitSpec, key: str) -> int:
+def _register(context: Context, manifest: Manifest, plan: ClassPlan, key: str) -> int:
     """Logs a class's detector and its lineage to its run, and registers it; returns the version."""
-    class_name = spec.class_name
-    fit = replace(FitRecord.read(context.folder / "fits" / class_name), spec=spec)
+    class_name, spec = plan.class_name, plan.first
+    fit = ClassFit.read(context.folder / "fits", plan)
     metrics = read_json(context.folder / "metrics" / f"{class_name}.json", made_by="evaluate")
     tags = {
         "sprue.dataset": spec.dataset,
-        "sprue.fit": spec.key,
+        "sprue.fit": plan.key,
         "sprue.features": spec.features.fingerprint,
-        "sprue.commit": fit.commit,
+        "sprue.commit": fit.records[0].commit,
     }
-    rows = manifest.select(class_name, "calibration")
+    rows = manifest.calibration_rows(class_name)
     example = [(context.data / path).read_bytes() for path in rows["path"][: len(views_of(rows))]]
-    run = FitRun.open(experiment_id(spec.dataset, context.store), class_name, spec.key, spec.params)
-    run.log_epochs(fit.history)
+    run = FitRun.open(experiment_id(spec.dataset, context.store), class_name, plan.key, plan.params)
+    if len(fit.records) == 1:
+        run.log_epochs(fit.records[0].history)
     images = manifest.frame[manifest.frame["class_name"] == class_name]
-    Lineage(fit.facts, _tracked_digest(context.data), images).log(run.run_id, key)
+    Lineage(tuple(record.facts for record in fit.records), _tracked_digest(context.data), images).log(run.run_id, key)
     with local_copy(context.folder / "detectors" / class_name) as folder:
         uri = log_detector(folder, run.run_id, key, example, tags)
         calibration, digests = Detector.load(folder).calibration, digest_tags(folder)
     with local_copy(context.folder / "evaluation" / class_name) as folder:
         run.finish(metrics, folder, "evaluation", tags)
-        description = _describe(metrics, calibration, fit) + _log_overview(folder, run, key)
+        description = _describe(metrics, calibration, plan) + _log_overview(folder, run, key)
     return register(spec.dataset, class_name, uri, run.run_id, key, tags | digests, description)
 
 
-def _describe(metrics: dict[str, float], calibration: Calibration, fit: FitRecord) -> str:
+def _describe(metrics: dict[str, float], calibration: Calibration, plan: ClassPlan) -> str:
     """What a version is, in words, for the registry's page."""
-    spec = fit.spec
+    spec = plan.first
+    flow = spec.flow_name if calibration.folds == 1 else f"{calibration.folds} flows, {spec.flow_name},"
     auroc = f", sample AUROC {metrics['sample_auroc']:.2%} on the test split" if "sample_auroc" in metrics else ""
     return (
-        f"{spec.flow_name} fitted on {spec.images} good images of {spec.dataset}, class {spec.class_name}{auroc}. "
+        f"{flow} fitted on {plan.images} good images of {spec.dataset}, class {spec.class_name}{auroc}. "
         f"{in_words(spec.flow_name, metrics)} "
         f"{guarantee_in_words(calibration)} At most {100 * calibration.alpha:.3g} % of a good sample's pixels is "
         f"expected in the predicted mask (anomaly map above {calibration.pixel_threshold:.4g}), on average over "

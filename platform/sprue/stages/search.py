@@ -12,7 +12,7 @@ from sprue.features.tables import FeatureTable
 from sprue.stages.failures import close_stage, failed_before
 from sprue.stages.runtime import Context, connect_ray
 from sprue.store import digest, remove_folder, write_json
-from sprue.training.spec import FitSpec, recipe_spec
+from sprue.training.plan import ClassPlan, recipe_plan
 
 logger = logging.getLogger(__name__)
 
@@ -23,16 +23,16 @@ def main(context: Context) -> None:
     path, spec = context.folder / "manifest.parquet", context.feature_spec()
     manifest, manifest_digest = Manifest.read(path), digest(path)
     skipped, settings = failed_before(context.folder, "search"), context.settings.search
-    specs, failures = [], {}
+    plans, failures = [], {}
     for name in manifest.classes:
         if name in skipped:
             continue
         try:
-            specs.append(recipe_spec(manifest, manifest_digest, name, spec, context.settings, context.features))
+            plans.append(recipe_plan(manifest, manifest_digest, name, spec, context.settings, context.features))
         except SprueError as error:
             failures[name] = str(error)
-    failures |= extract(context, manifest, specs)
-    plans = [spec for spec in specs if spec.class_name not in failures]
+    failures |= extract(context, manifest, plans)
+    plans = [plan for plan in plans if plan.class_name not in failures]
     if settings.trials and plans:
         # Imported only now: Ray Tune and MLflow take seconds.
         from sprue.stages.search_trials import search
@@ -44,27 +44,29 @@ def main(context: Context) -> None:
     remove_folder(context.folder / "plan")
     for plan in plans:
         plan.write(context.folder / "plan")
-        logger.info("%-20s %s: %s", plan.class_name, plan.key, plan.origin)
+        logger.info("%-20s %s: %s", plan.class_name, plan.key, plan.first.origin)
     close_stage(context.folder, "search", failures, [plan.class_name for plan in plans])
 
 
-def extract(context: Context, manifest: Manifest, specs: list[FitSpec]) -> dict[str, str]:
-    """Extracts the synthetic defects of classes whose fit or search needs them; returns why those that failed did."""
+def extract(context: Context, manifest: Manifest, plans: list[ClassPlan]) -> dict[str, str]:
+    """Extracts the synthetic defects of classes whose fits or search need them; returns why those that failed did."""
+    needed = [spec for plan in plans for spec in plan.fits if spec.weighted]
+    if context.settings.search.trials:
+        needed += [plan.first for plan in plans if not plan.first.weighted]
     waiting = {
-        spec.class_name: spec
-        for spec in specs
-        if (spec.weighted or context.settings.search.trials)
-        and not has_synthetic(FeatureTable(spec.synthetic_folder(context.features)), spec.validation)
+        spec.name: spec
+        for spec in needed
+        if not has_synthetic(FeatureTable(spec.synthetic_folder(context.features)), spec.validation)
     }
     if not waiting:
         return {}
     connect_ray()
-    logger.info("synthetic defects for %d classes", len(waiting))
+    logger.info("synthetic defects for %d fits", len(waiting))
     task = ray.remote(num_cpus=1)(extract_synthetic)
     counts = {
         name: task.remote(
             spec.features,
-            manifest.select(name, "validation"),
+            manifest.rows_of(spec.class_name, spec.validation),
             context.data,
             spec.synthetic_folder(context.features),
         )
@@ -72,12 +74,13 @@ def extract(context: Context, manifest: Manifest, specs: list[FitSpec]) -> dict[
     }
     failures = {}
     for name, count in counts.items():
+        class_name = waiting[name].class_name
         try:
             ray.get(count)
         except ray.exceptions.RayTaskError as error:
             if not isinstance(error.cause, SprueError | OSError):
                 raise
-            failures[name] = str(error.cause)  # Ray's own message has the traceback
+            failures[class_name] = str(error.cause)  # Ray's own message has the traceback
         except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
-            failures[name] = f"the process that made synthetic defects died: {str(error).splitlines()[0]}"
+            failures[class_name] = f"the process that made synthetic defects died: {str(error).splitlines()[0]}"
     return failures

@@ -18,6 +18,7 @@ from sprue.store import remove_folder, write_bytes
 from sprue.tracking.provenance import commit, provenance
 from sprue.tracking.runs import FitRun
 from sprue.tracking.server import connect, experiment_id
+from sprue.training.plan import ClassPlan
 from sprue.training.record import FitRecord
 from sprue.training.run import fit_placement
 from sprue.training.spec import FitSpec
@@ -25,14 +26,14 @@ from sprue.training.spec import FitSpec
 logger = logging.getLogger(__name__)
 
 
-def search(context: Context, specs: list[FitSpec]) -> tuple[list[FitSpec], dict[str, str]]:
-    """Searches the classes that have not been searched with these settings.
+def search(context: Context, plans: list[ClassPlan]) -> tuple[list[ClassPlan], dict[str, str]]:
+    """Searches the classes that have not been searched with these settings; of several fits, the first.
 
     Returns:
         The plans with the settings that were found, and why the classes that failed did.
     """
     connect(context.store)
-    settings = context.settings.search
+    settings, specs = context.settings.search, [plan.first for plan in plans]
     failures = {}
     for spec in specs:
         try:
@@ -53,12 +54,12 @@ def search(context: Context, specs: list[FitSpec]) -> tuple[list[FitSpec], dict[
             _search_class(context, spec)
         except SprueError as error:
             failures[spec.class_name] = str(error)
-    plans = [
-        SearchRecord.read(context.folder / "search" / spec.class_name).plan(spec, settings)
-        for spec in specs
-        if spec.class_name not in failures
-    ]
-    return plans, failures
+    found = []
+    for plan in plans:
+        if plan.class_name not in failures:
+            record = SearchRecord.read(context.folder / "search" / plan.class_name)
+            found.append(ClassPlan(fits=tuple(record.plan(spec, settings) for spec in plan.fits)))
+    return found, failures
 
 
 def _search_class(context: Context, spec: FitSpec) -> None:

@@ -34,25 +34,25 @@ class Lineage:
     """The record of a version, kept with its run, in a folder for each detector that was made of the run's fit.
 
     Attributes:
-        fit: The facts of the `sprue.training.record.FitRecord`: plan, commit, threads, metrics.
+        fits: The facts of each `sprue.training.record.FitRecord`: settings, commit, threads, metrics.
         dvc: DVC's digest of the dataset's folder; empty if DVC does not track it.
         images: The class's images in the manifest's order: split, sample_id, view, sha256, path.
     """
 
-    fit: dict[str, Any]
+    fits: tuple[dict[str, Any], ...]
     dvc: str
     images: pd.DataFrame
 
     @property
     def spec(self) -> dict[str, Any]:
-        """The plan, `sprue.training.spec.FitSpec`, as JSON."""
-        return dict(self.fit["spec"])
+        """The `sprue.training.spec.FitSpec` of the first fit, as JSON; the others differ in their samples."""
+        return dict(self.fits[0]["spec"])
 
     def log(self, run_id: str, detector_key: str) -> None:
         """Logs the record to a run."""
         client, folder = mlflow.MlflowClient(), f"{FOLDER}/{detector_key}"
         client.log_text(run_id, self.images[COLUMNS].to_csv(index=False), f"{folder}/images.csv")
-        client.log_text(run_id, json.dumps({"fit": self.fit, "dvc": self.dvc}, indent=1), f"{folder}/facts.json")
+        client.log_text(run_id, json.dumps({"fits": self.fits, "dvc": self.dvc}, indent=1), f"{folder}/facts.json")
 
     @classmethod
     def read(cls, registered: RegisteredDetector) -> Self:
@@ -71,7 +71,7 @@ class Lineage:
         folder = f"runs:/{version.run_id}/{FOLDER}/{version.tags[DETECTOR_TAG]}"
         facts = json.loads(mlflow.artifacts.load_text(f"{folder}/facts.json"))
         images = io.StringIO(mlflow.artifacts.load_text(f"{folder}/images.csv"))
-        return cls(facts["fit"], facts["dvc"], pd.read_csv(images, dtype=str, keep_default_na=False))
+        return cls(tuple(facts["fits"]), facts["dvc"], pd.read_csv(images, dtype=str, keep_default_na=False))
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def describe(registered: RegisteredDetector) -> dict[str, str]:
     client = mlflow.MlflowClient()
     version = client.get_model_version(registered.model_name, str(registered.version))
     lineage = Lineage._of(version)
-    fit, spec, counts = lineage.fit, lineage.spec, lineage.images["split"].value_counts()
+    fits, spec, counts = lineage.fits, lineage.spec, lineage.images["split"].value_counts()
     run = client.get_run(registered.run_id)
     return {
         "version": f"{version.name} version {version.version} {' '.join(version.aliases)}".rstrip(),
@@ -125,9 +125,9 @@ def describe(registered: RegisteredDetector) -> dict[str, str]:
         "images": ", ".join(f"{counts[split]} {split}" for split in counts.index),
         "features": _listed(spec["features"]),
         "flow": f"{spec['flow_name']}: {_listed(spec['flow_config'])}",
-        "fit": f"{fit['key']} with {fit['cpus']} CPU threads: {_listed(spec['fit'])}",
+        "fit": f"{', '.join(fit['key'] for fit in fits)} with {fits[0]['cpus']} CPU threads: {_listed(spec['fit'])}",
         "settings": spec["origin"],
-        "code": f"commit {fit['commit']}",
+        "code": f"commit {', '.join(sorted({fit['commit'] for fit in fits}))}",
         **{name.removeprefix("sprue."): run.data.tags.get(name, "not recorded") for name in ENVIRONMENT},
         "run": f"{registered.run_id} in experiment {run.info.experiment_id}",
         "detector": str(version.tags.get(DETECTOR_TAG)),

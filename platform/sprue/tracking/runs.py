@@ -37,22 +37,22 @@ class FitRun:
     def open(
         cls,
         experiment_id: str,
-        class_name: str,
+        name: str,
         key: str,
         params: Mapping[str, Any],
         tags: Mapping[str, str] | None = None,
         parent: str | None = None,
     ) -> Self:
-        """Finds the run of a fit by its key, or creates it below a parent run."""
+        """Finds the run of a fit by its name and key, or creates it below a parent run."""
         client = mlflow.MlflowClient()
         found = client.search_runs(
-            [experiment_id], f"tags.`{KEY_TAG}` = '{class_name}-{key}'", ViewType.ACTIVE_ONLY, max_results=1
+            [experiment_id], f"tags.`{KEY_TAG}` = '{name}-{key}'", ViewType.ACTIVE_ONLY, max_results=1
         )
         if found:
             run_id = found[0].info.run_id
             return cls(run_id, {metric.step for metric in client.get_metric_history(run_id, CURVES[0])})
-        own = {KEY_TAG: f"{class_name}-{key}"} | ({PARENT_TAG: parent} if parent else {})
-        run = client.create_run(experiment_id, run_name=class_name, tags={**(tags or {}), **own})
+        own = {KEY_TAG: f"{name}-{key}"} | ({PARENT_TAG: parent} if parent else {})
+        run = client.create_run(experiment_id, run_name=name, tags={**(tags or {}), **own})
         client.log_batch(run.info.run_id, params=[Param(name, str(value)[:6000]) for name, value in params.items()])
         return cls(run.info.run_id)
 

@@ -1,4 +1,6 @@
-"""The queue of classes that wait to be fitted. The worker groups of Ray Train take classes from it.
+"""The queue of classes that wait to be fitted. The worker groups of Ray Train take fits from it.
+
+A class is one fit, or several: one for each fold of its good samples.
 
 The queue is a Ray actor. It sees names and metrics alone, so that its process imports neither torch nor a flow.
 """
@@ -15,37 +17,37 @@ ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to a class.
+    """Something that happened to a fit.
 
     Attributes:
-        class_name: The product class.
+        fit: The fit's name, `sprue.training.spec.FitSpec.name`.
         epoch: Metrics of a finished epoch; None if the fit has ended.
         failure: Why the fit failed; empty if it did not.
         lost: Whether it failed with its processes, so that another attempt may succeed.
     """
 
-    class_name: str
+    fit: str
     epoch: dict[str, Any] | None = None
     failure: str = ""
     lost: bool = False
 
 
 class ClassQueue:
-    """Hands out classes to worker groups and collects the events of their fits.
+    """Hands out fits to worker groups and collects their events.
 
     A worker group is one run of Ray Train. When one of its processes dies, Ray Train restarts the group, which asks
-    again and gets the class that it had, up to `ATTEMPTS` times.
+    again and gets the fit that it had, up to `ATTEMPTS` times.
     """
 
-    def __init__(self, class_names: Sequence[str], groups: int, synchronous: bool = False) -> None:
+    def __init__(self, fits: Sequence[str], groups: int, synchronous: bool = False) -> None:
         """Fills the queue.
 
         Args:
-            class_names: The classes in the order in which they are fitted.
+            fits: Their names, in the order in which they are fitted.
             groups: How many worker groups there are.
             synchronous: Whether a fit waits after each epoch for `acknowledge` or `cancel`.
         """
-        self.waiting = deque(class_names)
+        self.waiting = deque(fits)
         self.current: dict[int, str] = {}
         self.groups = groups
         self.attempts: Counter[str] = Counter()
@@ -57,7 +59,7 @@ class ClassQueue:
         self.cancelled = False
 
     async def take(self, group: int) -> str | None:
-        """The next class of a worker group: the one that it was interrupted at, or a new one; None if there is none."""
+        """The next fit of a worker group: the one that it was interrupted at, or a new one; None if there is none."""
         if self.cancelled:
             return None
         current = self.current.get(group)
@@ -73,26 +75,26 @@ class ClassQueue:
         self.current[group] = self.waiting.popleft()
         return self.current[group]
 
-    async def report_epoch(self, class_name: str, metrics: dict[str, Any]) -> bool:
+    async def report_epoch(self, fit: str, metrics: dict[str, Any]) -> bool:
         """Reports an epoch whose checkpoint is stored. Returns whether to continue."""
-        self.last_epochs[class_name] = metrics["epoch"]
-        acknowledged = self.acknowledged[class_name] = asyncio.Event()
-        await self.events.put(Event(class_name, metrics))
+        self.last_epochs[fit] = metrics["epoch"]
+        acknowledged = self.acknowledged[fit] = asyncio.Event()
+        await self.events.put(Event(fit, metrics))
         if self.synchronous and not self.cancelled:
             await acknowledged.wait()
         return not self.cancelled
 
-    async def resume(self, class_name: str, metrics: dict[str, Any]) -> bool:
+    async def resume(self, fit: str, metrics: dict[str, Any]) -> bool:
         """Resumes after a checkpoint; reports its epoch if the dead worker had not. Returns whether to continue."""
-        if self.attempts[class_name] and metrics["epoch"] > self.last_epochs.get(class_name, 0):
-            return await self.report_epoch(class_name, metrics)
-        self.last_epochs[class_name] = metrics["epoch"]
+        if self.attempts[fit] and metrics["epoch"] > self.last_epochs.get(fit, 0):
+            return await self.report_epoch(fit, metrics)
+        self.last_epochs[fit] = metrics["epoch"]
         return not self.cancelled
 
-    async def acknowledge(self, class_name: str, epoch: int) -> None:
+    async def acknowledge(self, fit: str, epoch: int) -> None:
         """Lets a synchronous fit continue after an epoch."""
-        if epoch == self.last_epochs[class_name]:
-            self.acknowledged[class_name].set()
+        if epoch == self.last_epochs[fit]:
+            self.acknowledged[fit].set()
 
     async def cancel(self) -> None:
         """Ends each fit after its current epoch."""
@@ -100,25 +102,25 @@ class ClassQueue:
         for acknowledged in self.acknowledged.values():
             acknowledged.set()
 
-    async def report_error(self, class_name: str, reason: str) -> None:
+    async def report_error(self, fit: str, reason: str) -> None:
         """Reports an error that another attempt may not meet; the first counts, errors of other workers follow."""
-        self.errors.setdefault(class_name, reason)
+        self.errors.setdefault(fit, reason)
 
-    async def end(self, group: int, class_name: str, failure: str = "", lost: bool = False) -> None:
+    async def end(self, group: int, fit: str, failure: str = "", lost: bool = False) -> None:
         """Ends a fit; where all processes of a group fail, the first report counts."""
-        if self.current.get(group) == class_name:
+        if self.current.get(group) == fit:
             del self.current[group]
-            await self.events.put(Event(class_name, failure=failure, lost=lost))
+            await self.events.put(Event(fit, failure=failure, lost=lost))
 
     async def close(self, group: int, reason: str) -> None:
-        """Closes a worker group; the class that it leaves fails, and after the last group all that still wait."""
+        """Closes a worker group; the fit that it leaves fails, and after the last group all that still wait."""
         self.groups -= 1
         unfinished = [self.current.pop(group)] if group in self.current else []
         if not self.groups:
             unfinished += self.waiting
             self.waiting.clear()
-        for class_name in unfinished:
-            await self.events.put(Event(class_name, failure=reason, lost=True))
+        for fit in unfinished:
+            await self.events.put(Event(fit, failure=reason, lost=True))
 
     async def next_event(self) -> Event:
         """Waits for the next event."""

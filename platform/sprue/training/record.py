@@ -1,8 +1,9 @@
-"""What a finished fit leaves in the store: the flow's weights and how they came about."""
+"""What finished fits leave in the store: the flows' weights and how they came about."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
+import pandas as pd
 import safetensors.torch
 from pydantic import ValidationError
 from torch import Tensor
@@ -11,6 +12,7 @@ from upath import UPath
 from defectflow import Flow, build_flow
 from sprue.errors import SprueError
 from sprue.store import read_json, write_bytes, write_json
+from sprue.training.plan import ClassPlan
 from sprue.training.spec import FitSpec
 
 
@@ -84,3 +86,38 @@ class FitRecord:
         flow = build_flow(self.spec.flow_name, **self.spec.flow_config)
         flow.load_state_dict(self.state)
         return flow
+
+
+@dataclass(frozen=True)
+class ClassFit:
+    """The finished fits of a class.
+
+    Attributes:
+        plan: What was to be fitted.
+        records: A record for each of the plan's fits, in their order.
+    """
+
+    plan: ClassPlan
+    records: tuple[FitRecord, ...]
+
+    @classmethod
+    def read(cls, fits: UPath, plan: ClassPlan) -> Self:
+        """Reads a class's records from the folder of all fits.
+
+        Raises:
+            SprueError: If one is missing, or of another plan.
+        """
+        records = tuple(FitRecord.read(fits / spec.name) for spec in plan.fits)
+        for spec, record in zip(plan.fits, records, strict=True):
+            if record.spec.key != spec.key:
+                raise SprueError(
+                    f"class {plan.class_name}: {fits / spec.name} is of another plan; run the fit stage again"
+                )
+        # The plan may score the same fit in another way.
+        return cls(plan, tuple(replace(record, spec=spec) for spec, record in zip(plan.fits, records, strict=True)))
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """The negative log-likelihoods of each epoch, means over the fits: epoch, train_nll, validation_nll."""
+        epochs = pd.concat([pd.DataFrame(record.history) for record in self.records])
+        return epochs.groupby("epoch", as_index=False)[["train_nll", "validation_nll"]].mean()

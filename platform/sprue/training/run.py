@@ -29,7 +29,7 @@ from sprue.training.worker import fit_worker
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_S = 10.0
-"""How long a worker group may take to end after the last class."""
+"""How long a worker group may take to end after the last fit."""
 
 WORKER_GROUPS = "worker-groups"
 """The folder that Ray Train writes to."""
@@ -37,17 +37,17 @@ WORKER_GROUPS = "worker-groups"
 
 @dataclass(frozen=True)
 class FitOutcome:
-    """What became of a class's fit.
+    """What became of a fit.
 
     Attributes:
-        class_name: The product class.
+        fit: The fit's name.
         best: The checkpoint with the best validation likelihood; None if the fit failed.
         history: The metrics of all epochs.
         failure: The reason, if it failed.
         lost: Whether it failed with its processes, so that another attempt may succeed.
     """
 
-    class_name: str
+    fit: str
     best: Checkpoint | None
     history: list[dict[str, Any]] = field(default_factory=list)
     failure: str = ""
@@ -101,17 +101,17 @@ def fit_classes(
     placement: FitPlacement | None = None,
     synchronous: bool = False,
 ) -> list[FitOutcome]:
-    """Fits classes in worker groups, each a run of Ray Train that takes class after class from one queue.
+    """Fits classes in worker groups, each a run of Ray Train that takes fit after fit from one queue.
 
-    A class that fails does not stop the others. An interrupted fit resumes after its last checkpoint, which is in a
+    A fit that fails does not stop the others. An interrupted fit resumes after its last checkpoint, which is in a
     folder that is named by the fit's key.
 
     Args:
-        specs: One for each class.
+        specs: One for each class, or one for each of its folds.
         features: Folder or s3 URL of the dataset's features, as every node sees it.
         runs: Folder or s3 URL of the checkpoints, as every node sees it.
-        on_epoch: Called in this thread after each epoch of each class, whose checkpoint is stored.
-        on_outcome: Called in this thread as soon as a class is finished or has failed.
+        on_epoch: Called in this thread with the fit's name after each epoch, whose checkpoint is stored.
+        on_outcome: Called in this thread as soon as a fit is finished or has failed.
         placement: How many fits run side by side, and what each gets; all of the cluster by default.
         synchronous: Whether a fit, and its last checkpoint, wait after each epoch until `on_epoch` has returned.
 
@@ -120,15 +120,15 @@ def fit_classes(
     """
     placement = placement or fit_placement(len(specs), max(spec.fit.workers for spec in specs))
     logger.info(
-        "%d classes, %d at a time, each on %d workers with %d CPUs and %d GPUs",
+        "%d fits, %d at a time, each on %d workers with %d CPUs and %d GPUs",
         len(specs), placement.groups, placement.workers, placement.cpus, placement.gpus,
     )  # fmt: skip
-    by_class = {spec.class_name: spec for spec in specs}
-    queue = _start_queue(by_class, placement, synchronous)
+    by_name = {spec.name: spec for spec in specs}
+    queue = _start_queue(by_name, placement, synchronous)
     remove_folder(runs / WORKER_GROUPS)
     config = {
         "queue": queue,
-        "specs": {name: ray.put(spec) for name, spec in by_class.items()},
+        "specs": {name: ray.put(spec) for name, spec in by_name.items()},
         "features": str(features),
         "runs": str(runs),
         "threads": placement.cpus,
@@ -143,26 +143,26 @@ def fit_classes(
     try:
         while len(outcomes) < len(specs):
             event: Event = ray.get(queue.next_event.remote())
-            spec = by_class[event.class_name]
+            spec = by_name[event.fit]
             if event.epoch is not None:
-                on_epoch(event.class_name, Epoch(**event.epoch))
-                queue.acknowledge.remote(event.class_name, event.epoch["epoch"])
+                on_epoch(event.fit, Epoch(**event.epoch))
+                queue.acknowledge.remote(event.fit, event.epoch["epoch"])
                 continue
-            outcomes[event.class_name] = _outcome(spec, runs, event)
+            outcomes[event.fit] = _outcome(spec, runs, event)
             if on_outcome is not None:
-                on_outcome(spec, outcomes[event.class_name])
+                on_outcome(spec, outcomes[event.fit])
     finally:
         # Releases worker groups for which there was no room.
         queue.cancel.remote()
     for thread in threads:
         thread.join(SHUTDOWN_S)
     remove_folder(runs / WORKER_GROUPS)
-    return [outcomes[spec.class_name] for spec in specs]
+    return [outcomes[spec.name] for spec in specs]
 
 
-def _start_queue(by_class: dict[str, FitSpec], placement: FitPlacement, synchronous: bool) -> ActorHandle:
-    # The largest class first, so that at the end no worker group waits long for another.
-    order = sorted(by_class, key=lambda class_name: -by_class[class_name].images)
+def _start_queue(by_name: dict[str, FitSpec], placement: FitPlacement, synchronous: bool) -> ActorHandle:
+    # The largest first, so that at the end no worker group waits long for another.
+    order = sorted(by_name, key=lambda name: -by_name[name].images)
     # On this node, so that the queue outlives any other machine.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # `ray list actors` shows the name.
@@ -177,7 +177,7 @@ def storage_filesystem(folder: UPath) -> PyFileSystem | None:
 
 
 def _run_worker_group(config: dict[str, Any], placement: FitPlacement, runs: UPath) -> None:
-    """Runs a worker group to its end; tells the queue why, should it leave a class unfinished."""
+    """Runs a worker group to its end; tells the queue why, should it leave a fit unfinished."""
     name = f"{runs.parent.name}-fits-{config['group'] + 1}"
     reason = "its run of Ray Train ended before it"
     try:
@@ -199,7 +199,7 @@ def _run_worker_group(config: dict[str, Any], placement: FitPlacement, runs: UPa
             ),
         )
         trainer.fit()
-    except Exception as error:  # whatever it is, it becomes the reason of the classes' failure
+    except Exception as error:  # whatever it is, it becomes the reason of the fits' failure
         logger.debug("%s failed", name, exc_info=error)
         reason = _innermost(error)
     finally:
@@ -207,11 +207,11 @@ def _run_worker_group(config: dict[str, Any], placement: FitPlacement, runs: UPa
 
 
 def _outcome(spec: FitSpec, runs: UPath, event: Event) -> FitOutcome:
-    """What is stored of a class's fit, or why there is nothing."""
-    failed = FitOutcome(spec.class_name, None, failure=event.failure, lost=event.lost)
+    """What is stored of a fit, or why there is nothing."""
+    failed = FitOutcome(spec.name, None, failure=event.failure, lost=event.lost)
     if event.failure:
         return failed
-    checkpoints = Checkpoints(runs / spec.name)
+    checkpoints = Checkpoints(runs / spec.checkpoints)
     try:
         best = checkpoints.best()
         history = checkpoints.history()
@@ -219,7 +219,7 @@ def _outcome(spec: FitSpec, runs: UPath, event: Event) -> FitOutcome:
         return replace(failed, failure=str(error))
     if best is None:
         return replace(failed, failure=f"there is no checkpoint in {checkpoints.folder}")
-    return FitOutcome(spec.class_name, best, history)
+    return FitOutcome(spec.name, best, history)
 
 
 def _innermost(error: BaseException) -> str:

@@ -1,27 +1,29 @@
-"""The plan of a class: everything that its fit depends on. Search writes it; fit, evaluate and register read it."""
+"""Everything that a fit depends on."""
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
+from annotated_types import Ge
 from numpy.typing import NDArray
 from pydantic import ValidationError
 from upath import UPath
 
 from defectflow import FLOWS, Flow, build_flow, config_for_features
 from sprue.config import FLOW_SETTINGS, DatasetSettings, FitSettings, FlowName, ScoringSettings, Settings
+from sprue.data.folds import fold_split, samples_of_fit
 from sprue.data.manifest import Manifest
 from sprue.data.samples import Sample, samples_of
+from sprue.data.splits import TRAIN, VALIDATION
 from sprue.errors import SprueError
 from sprue.features.synthetic import SYNTHETIC_VERSION, has_synthetic, synthetic_folder, synthetic_maps
 from sprue.features.tables import FeatureTable
 from sprue.inference.detector import require_views
 from sprue.inference.spec import FeatureSpec
-from sprue.store import digest, read_text, write_bytes
 from sprue.training.dataloader import DataLoader, build_dataloader
 from sprue.training.loop import VERSION
 
@@ -40,6 +42,9 @@ class FitSpec(Settings):
     train: tuple[Sample, ...]
     """The training samples, each the digests of its images in the order of its views."""
     validation: tuple[Sample, ...]
+    fold: Annotated[int, Ge(1)] | None = None
+    """The fold of good samples that calibrates the flow, so that the fit leaves it out; None where a calibration set is
+    held out of all fits."""
     manifest: str
     """Digest of the manifest that the samples are from."""
     origin: str = "the recipe's own"
@@ -48,7 +53,7 @@ class FitSpec(Settings):
     @property
     def key(self) -> str:
         """12 hexadecimal digits that name a fit by everything its weights depend on, versions of the code included."""
-        facts = self.model_dump(mode="json", exclude={"features", "scoring", "manifest", "origin"})
+        facts = self.model_dump(mode="json", exclude={"features", "scoring", "fold", "manifest", "origin"})
         facts["features"] = self.features.fingerprint
         facts["versions"] = {"flow": FLOWS[self.flow_name].version, "loop": VERSION}
         if self.weighted:
@@ -57,7 +62,15 @@ class FitSpec(Settings):
 
     @property
     def name(self) -> str:
-        """Of the folder that holds the checkpoints of an interrupted fit."""
+        """Of the fit, among those of its dataset: the class, and the fold if there are several.
+
+        It is the fit's folder below ``fits``.
+        """
+        return self.class_name if self.fold is None else f"{self.class_name}/{fold_split(self.fold)}"
+
+    @property
+    def checkpoints(self) -> str:
+        """Name of the folder that holds the checkpoints of an interrupted fit."""
         return f"{self.class_name}-{self.key}"
 
     @property
@@ -160,34 +173,35 @@ class FitSpec(Settings):
             )
         return synthetic_maps(self.table(features), altered, self.validation, self.maps)
 
-    def write(self, folder: UPath) -> None:
-        """Writes ``<class>.json``; the same plan gives the same bytes."""
-        write_bytes(folder / f"{self.class_name}.json", (self.model_dump_json(indent=1) + "\n").encode())
-
-    @classmethod
-    def read(cls, folder: UPath, class_name: str) -> Self:
-        """Reads what `write` wrote.
-
-        Raises:
-            SprueError: If it is missing or damaged.
-        """
-        path = folder / f"{class_name}.json"
-        try:
-            return cls.model_validate_json(read_text(path, made_by="search"))
-        except ValidationError as error:
-            raise SprueError(f"{path} is damaged; run the search stage again: {error}") from error
-
 
 def recipe_spec(
-    manifest: Manifest, manifest_digest: str, class_name: str, spec: FeatureSpec, settings: DatasetSettings, root: UPath
+    manifest: Manifest,
+    manifest_digest: str,
+    class_name: str,
+    spec: FeatureSpec,
+    settings: DatasetSettings,
+    root: UPath,
+    fold: int | None = None,
 ) -> FitSpec:
-    """The plan of a class with the recipe's own settings; `root` is the folder of the dataset's features.
+    """A fit of a class with the recipe's own settings.
+
+    Args:
+        manifest: The dataset's.
+        manifest_digest: Its file's.
+        class_name: The product class.
+        spec: The resolved feature spec.
+        settings: The dataset's.
+        root: Folder of the dataset's features.
+        fold: The fold that the fit leaves out, if the class has folds.
 
     Raises:
         SprueError: If there are no features, or the flow does not accept its settings or the number of views.
     """
     table = _table(root, spec, class_name)
-    train, validation = (samples_of(manifest.select(class_name, split)) for split in ("train", "validation"))
+    if fold is None:
+        train, validation = (samples_of(manifest.select(class_name, split)) for split in (TRAIN, VALIDATION))
+    else:
+        train, validation = samples_of_fit([*map(samples_of, manifest.folds(class_name))], fold, manifest.settings)
     blocks = len(spec.blocks)
     scales = [table.shapes[start : start + blocks] for start in range(0, len(table.shapes), blocks)]
     name, images = settings.flow.name, len(train) * len(train[0])
@@ -203,6 +217,7 @@ def recipe_spec(
             scoring=settings.scoring,
             train=train,
             validation=validation,
+            fold=fold,
             manifest=manifest_digest,
         )
         flow = planned.build_flow()
@@ -210,29 +225,6 @@ def recipe_spec(
         raise SprueError(f"class {class_name}: flow: {error}") from error
     require_views(class_name, name, flow, planned.views)
     return planned
-
-
-def read_plan(folder: UPath) -> list[FitSpec]:
-    """The plans of a dataset's classes, in the order of their names.
-
-    Args:
-        folder: The dataset's part of the store.
-
-    Raises:
-        SprueError: If there are none, or the manifest has changed since they were made.
-    """
-    plans = folder / "plan"
-    names = sorted(path.name.removesuffix(".json") for path in plans.glob("*.json")) if plans.is_dir() else []
-    if not names:
-        raise SprueError(f"there is no plan in {plans}; run the search stage first")
-    found = [FitSpec.read(plans, name) for name in names]
-    current = digest(folder / "manifest.parquet")
-    outdated = [spec.class_name for spec in found if spec.manifest != current]
-    if outdated:
-        raise SprueError(
-            f"the plan of class {', '.join(outdated)} in {plans} is of another manifest; run the search stage again"
-        )
-    return found
 
 
 def _table(features: UPath, spec: FeatureSpec, class_name: str) -> FeatureTable:

@@ -1,4 +1,4 @@
-"""What runs in a Ray Train worker: fits one class after the other, and stores a checkpoint after each epoch."""
+"""What runs in a Ray Train worker: runs one fit after the other, and stores a checkpoint after each epoch."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -26,17 +26,17 @@ class Cancelled(Exception):
 
 
 def fit_worker(config: dict[str, Any]) -> None:
-    """Ray Train's entry point: fits class after class, as the queue hands them out.
+    """Ray Train's entry point: runs fit after fit, as the queue hands them out.
 
-    A process that has imported everything continues with the next class; a new process would need seconds.
+    A process that has imported everything continues with the next fit; a new process would need seconds.
 
     Args:
         config: ``queue``, the `sprue.training.class_queue.ClassQueue`; ``group``, the number of this worker group;
-            ``specs``, Ray's reference to each class's `FitSpec`; ``features`` and ``runs``, folders of the features
-            and of the checkpoints; ``threads``, how many to fit with.
+            ``specs``, Ray's reference to each fit's `FitSpec`, by name; ``features`` and ``runs``, folders of the
+            features and of the checkpoints; ``threads``, how many to fit with.
 
     Raises:
-        SprueError: If a class can't be fitted and other workers wait for this one.
+        SprueError: If a fit is impossible and other workers wait for this one.
     """
     queue, worker_group = config["queue"], config["group"]
     # Ray follows OMP_NUM_THREADS where a user has set it, and fits side by side would compete for the cores.
@@ -48,29 +48,27 @@ def fit_worker(config: dict[str, Any]) -> None:
         taken: str | None = None if group.rank else ray.get(queue.take.remote(worker_group))
         return broadcast_from_rank_zero(taken)
 
-    while (class_name := take()) is not None:
+    while (name := take()) is not None:
         failure = ""
         try:
-            spec: FitSpec = ray.get(config["specs"][class_name])
-            checkpoints = Checkpoints(location(config["runs"]) / spec.name)
-            _fit_class(spec, location(config["features"]), checkpoints, queue, group)
+            spec: FitSpec = ray.get(config["specs"][name])
+            checkpoints = Checkpoints(location(config["runs"]) / spec.checkpoints)
+            _run_fit(spec, location(config["features"]), checkpoints, queue, group)
         except Cancelled:
             return
         except SprueError as error:
             # Another attempt would fail in the same way.
             failure = str(error)
         except Exception as error:
-            ray.get(queue.report_error.remote(class_name, f"{type(error).__name__}: {error}".splitlines()[0]))
+            ray.get(queue.report_error.remote(name, f"{type(error).__name__}: {error}".splitlines()[0]))
             raise
-        ray.get(queue.end.remote(worker_group, class_name, failure))
+        ray.get(queue.end.remote(worker_group, name, failure))
         if failure and group.world_size > 1:
             raise SprueError(failure)
 
 
-def _fit_class(
-    spec: FitSpec, features: UPath, checkpoints: Checkpoints, queue: ActorHandle, group: ProcessGroup
-) -> None:
-    """Fits a class, after its last checkpoint if it was interrupted; stores each epoch before it reports it."""
+def _run_fit(spec: FitSpec, features: UPath, checkpoints: Checkpoints, queue: ActorHandle, group: ProcessGroup) -> None:
+    """Runs a fit, after its last checkpoint if it was interrupted; stores each epoch before it reports it."""
     # The first worker decides, for another might see an older state of the store.
     last = broadcast_from_rank_zero(max(checkpoints.epochs(), default=0))
     start = checkpoints.read(last) if last else None
@@ -84,13 +82,13 @@ def _fit_class(
         if not group.rank:
             checkpoints.keep(checkpoint)
             # Ray's dashboard and `ray list tasks` show the name.
-            task = queue.report_epoch.options(name=f"{spec.class_name} epoch {epoch.epoch}")
-            reply = ray.get(task.remote(spec.class_name, asdict(epoch)))
+            task = queue.report_epoch.options(name=f"{spec.name} epoch {epoch.epoch}")
+            reply = ray.get(task.remote(spec.name, asdict(epoch)))
         agree_to_continue(reply)
 
     reply = True
     if start is not None and not group.rank:
-        reply = ray.get(queue.resume.remote(spec.class_name, start.history[-1]))
+        reply = ray.get(queue.resume.remote(spec.name, start.history[-1]))
     agree_to_continue(reply)
     fit_flow(spec, features, ray.train.torch.get_device(), report, start, group)
 
@@ -103,7 +101,7 @@ def fit_flow(
     start: Checkpoint | None = None,
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> None:
-    """Fits a class's flow on its stored features in this process; see `sprue.training.loop.train`."""
+    """Fits a flow on its stored features in this process; see `sprue.training.loop.train`."""
     table = spec.table(features)
     training, validation = spec.dataloader(table, spec.train), spec.dataloader(table, spec.validation)
     synthetic = InMemoryDataLoader.of(spec.synthetic_maps(features)) if spec.weighted else None

@@ -13,7 +13,8 @@ from upath import UPath
 from defectflow import build_flow
 from sprue.config import CalibrationSettings, ScoringSettings
 from sprue.data.samples import samples_of
-from sprue.evaluation.evaluate import calibrate, evaluate
+from sprue.evaluation.calibrate import HeldOut, calibrate
+from sprue.evaluation.evaluate import evaluate
 from sprue.features.tables import FeatureTable, write_part
 from sprue.inference.spec import FeatureSpec
 from sprue.training.dataloader import build_dataloader
@@ -107,7 +108,11 @@ class Bench:
 
     def calibrate(self, alpha, **settings):
         scoring, promise = ScoringSettings(), CalibrationSettings(alpha=alpha, **settings)
-        return calibrate("plant", "tile", SPEC, "patchflow", self.flow, scoring, promise, self.table, self.calibration)
+        return calibrate("plant", "tile", SPEC, "patchflow", self.held_out, scoring, promise, self.table)
+
+    @property
+    def held_out(self):
+        return [HeldOut(self.flow, self.calibration)]
 
     def training(self, size):
         """Batches of the maps that the flow was fitted on."""
@@ -176,7 +181,7 @@ class BenchOfViews(Bench):
 
     def calibrate(self, alpha):
         scoring, promise = ScoringSettings(top=0.05), CalibrationSettings(alpha=alpha)
-        return calibrate("plant", "box", SPEC, "multiflow", self.flow, scoring, promise, self.table, self.calibration)
+        return calibrate("plant", "box", SPEC, "multiflow", self.held_out, scoring, promise, self.table)
 
 
 @pytest.fixture

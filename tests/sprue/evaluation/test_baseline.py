@@ -13,7 +13,8 @@ from sprue.config import CalibrationSettings, ScoringSettings
 from sprue.data.samples import samples_of
 from sprue.errors import SprueError
 from sprue.evaluation.baseline import Comparison, as_metrics, baseline_maps, in_words
-from sprue.evaluation.evaluate import calibrate, write_evaluation
+from sprue.evaluation.calibrate import HeldOut, calibrate
+from sprue.evaluation.evaluate import write_evaluation
 from sprue.evaluation.metrics import Estimate, auroc_difference, pixel_estimates
 from sprue.evaluation.truth import GroundTruth
 from sprue.training.dataloader import StreamingDataLoader
@@ -85,8 +86,8 @@ def test_the_gaussian_itself_is_compared_with_nothing(bench):
     flow = build_flow("gaussian", channels=(6,))
     flow.fit_adaptor([[torch.from_numpy(bench.table.read(list(bench.calibration["sha256"]))[0]).float()]])
     detector = calibrate(
-        "plant", "tile", bench.detector.spec, "gaussian", flow, ScoringSettings(), CalibrationSettings(), bench.table,
-        bench.calibration,
+        "plant", "tile", bench.detector.spec, "gaussian", [HeldOut(flow, bench.calibration)], ScoringSettings(),
+        CalibrationSettings(), bench.table,
     )  # fmt: skip
     other = object.__new__(type(bench))
     other.__dict__ = bench.__dict__ | {"detector": detector}

@@ -13,7 +13,8 @@ from sprue.config import CalibrationSettings, ScoringSettings
 from sprue.data.samples import samples_of
 from sprue.errors import SprueError
 from sprue.evaluation import evaluate as module
-from sprue.evaluation.evaluate import calibrate, write_evaluation
+from sprue.evaluation.calibrate import HeldOut, calibrate
+from sprue.evaluation.evaluate import write_evaluation
 from sprue.evaluation.truth import read_mask
 from sprue.inference.detector import Detector
 
@@ -231,9 +232,8 @@ def test_a_fit_of_other_views_than_the_datasets_names_the_class(bench_of_views, 
             "tile",
             bench.detector.spec,
             "patchflow",
-            bench.flow,
+            [HeldOut(bench.flow, bench_of_views.calibration)],
             ScoringSettings(),
             CalibrationSettings(),
             bench_of_views.table,
-            bench_of_views.calibration,
         )

@@ -7,7 +7,7 @@ import pytest
 from upath import UPath
 
 from sprue.config import CalibrationSettings, ScoringSettings
-from sprue.evaluation.evaluate import calibrate
+from sprue.evaluation.calibrate import calibrate
 from sprue.evaluation.outliers import Outlier, outliers, outlying_samples, undecided, warn_of_outliers
 from sprue.features.tables import FeatureTable, write_part
 
@@ -59,10 +59,10 @@ def table_with_foreign(bench, tmp_path):
 def test_outlying_samples_are_named_with_their_images_until_the_user_keeps_them(bench, table_with_foreign):
     rows = bench.calibration
     detector = calibrate(
-        "plant", "tile", bench.detector.spec, "patchflow", bench.flow, ScoringSettings(), CalibrationSettings(),
-        table_with_foreign, rows,
+        "plant", "tile", bench.detector.spec, "patchflow", bench.held_out, ScoringSettings(), CalibrationSettings(),
+        table_with_foreign,
     )  # fmt: skip
-    (found,) = outlying_samples(detector, table_with_foreign, rows)
+    (found,) = outlying_samples(detector, table_with_foreign, bench.held_out)
     assert (found.sample_id, found.paths) == (rows["sample_id"][3], ("good/3.png",))
     assert found.score == pytest.approx(detector.calibration.scores[-1])
     assert undecided([found], ["good/2.png"]) == [found]
@@ -70,7 +70,7 @@ def test_outlying_samples_are_named_with_their_images_until_the_user_keeps_them(
 
 
 def test_most_classes_have_no_outlying_samples(bench):
-    assert outlying_samples(bench.detector, bench.table, bench.calibration) == []
+    assert outlying_samples(bench.detector, bench.table, bench.held_out) == []
 
 
 def test_the_warning_names_the_samples_and_what_to_do(caplog):

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import Image
 from skimage import data
 from upath import UPath
 
-from defectflow import build_flow
+from defectflow import Ensemble, build_flow
 from sprue.config import FeatureSettings, ScoringSettings
 from sprue.errors import SprueError
 from sprue.features.tables import FeatureTable, write_part
@@ -100,6 +101,20 @@ def test_a_saved_detector_predicts_the_same_to_the_bit(detector, engine, backbon
     for file in (tmp_path / "detector").iterdir():
         if file.name != "detector.json":
             assert file.read_bytes() == (tmp_path / "copy" / file.name).read_bytes()
+
+
+def test_a_saved_ensemble_predicts_the_same_to_the_bit(detector, engine, backbone, tmp_path):
+    other = deepcopy(detector.flow)
+    with torch.no_grad():
+        next(other.parameters()).mul_(1.1)
+    ensemble = replace(detector, flow=Ensemble([detector.flow, other]))
+    images = crops(3, seed=1)
+    predicted = ensemble.predict(images, engine)
+    assert not np.array_equal(predicted.score_B, detector.predict(images, engine).score_B)
+    ensemble.save(tmp_path / "detector", backbone)
+    loaded = Detector.load(tmp_path / "detector")
+    assert_same(loaded.predict(images, engine), predicted)
+    assert len(loaded.flow.members) == 2
 
 
 def test_a_saved_detector_keeps_the_colours_that_its_weights_expect(detector, backbone, tmp_path):

@@ -45,7 +45,7 @@ def registered(fit, folder, store, dataset, key="k1"):
     detector = Detector("plant", "brick", spec.features, spec.flow_name, fit.build_flow(), spec.scoring, calibration)
     detector.save(Path(folder) / "artifacts" / "detector", b"no backbone is read")
     run = FitRun.open(experiment_id(dataset, store), "brick", spec.key, spec.params)
-    Lineage(fit.facts, "", pd.DataFrame(columns=COLUMNS)).log(run.run_id, key)
+    Lineage((fit.facts,), "", pd.DataFrame(columns=COLUMNS)).log(run.run_id, key)
     digests = digest_tags(Path(folder) / "artifacts" / "detector")
     register(dataset, "brick", str(folder), run.run_id, key, digests, "")
     return find_registered(f"{dataset}.brick", "1")
@@ -55,7 +55,7 @@ def test_the_weights_are_equal_bit_for_bit(store, plan, tmp_path):
     fit = fitted(plan, store)
     seen = []
     found = reproduce(registered(fit, tmp_path, store, "same"), store, lambda epoch: seen.append(epoch.epoch))
-    assert (found.equal, found.largest, found.epoch) == (True, 0.0, fit.best_epoch)
+    assert (found.equal, found.largest, found.epochs) == (True, 0.0, (fit.best_epoch,))
     assert seen == [1, 2, 3]
 
 

@@ -37,7 +37,7 @@ def registered(store, plan, tmp_path, monkeypatch):
         tags = provenance(spec.manifest, spec.features.fingerprint)
         run = FitRun.open(experiment_id(dataset, store), class_name, spec.key, spec.params, tags)
         facts = FitRecord(spec, 2, [{"epoch": 1, "train_nll": 1.5}], "c0ffee", 2, {}).facts
-        lineage = Lineage(facts, "d41d8.dir", images_of(tmp_path, *numbers))
+        lineage = Lineage((facts,), "d41d8.dir", images_of(tmp_path, *numbers))
         lineage.log(run.run_id, key)
         version = register(dataset, class_name, str(tmp_path), run.run_id, key, {}, "")
         assign_alias(model_name(dataset, class_name), version)
@@ -50,7 +50,7 @@ def test_a_record_reads_back_as_it_was(registered, plan):
     run, lineage = registered("read", "brick", "k1", 1, 2)
     assert is_logged(run.run_id, "k1") and not is_logged(run.run_id, "k2")
     read = Lineage.read(find_registered("read.brick", "champion"))
-    assert (read.fit, read.dvc) == (lineage.fit, lineage.dvc)
+    assert (read.fits, read.dvc) == (lineage.fits, lineage.dvc)
     columns = ["split", "sample_id", "view", "sha256", "path"]
     assert read.images.to_dict("list") == lineage.images[columns].to_dict("list")
     assert read.spec["train"] == [list(sample) for sample in plan.train]

@@ -12,6 +12,7 @@ from sprue.config import DatasetSettings, ManifestSettings
 from sprue.data.manifest import Manifest
 from sprue.features.tables import write_part
 from sprue.inference.spec import FeatureSpec
+from sprue.training.plan import recipe_plan
 from sprue.training.spec import recipe_spec
 
 IMAGES, TRAIN = 14, 10
@@ -28,13 +29,16 @@ SPEC = FeatureSpec.model_validate(
 )
 
 
-def manifest_of(class_name, views=1):
-    """Ten training and four validation images, or half as many samples of two views."""
+def manifest_of(class_name, views=1, folds=None):
+    """Ten training and four validation images, or half as many samples of two views; or all in folds."""
     samples = [number // views for number in range(IMAGES)]
+    splits = ["train" if sample < TRAIN // views else "validation" for sample in samples]
+    if folds:
+        splits = [f"fold-{1 + sample % folds}" for sample in samples]
     rows = {
         "dataset": "plant",
         "class_name": class_name,
-        "split": ["train" if sample < TRAIN // views else "validation" for sample in samples],
+        "split": splits,
         "sample_id": [f"{class_name}-{sample}" for sample in samples],
         "sha256": [hashlib.sha256(f"{class_name}{number}".encode()).hexdigest() for number in range(IMAGES)],
     }
@@ -60,11 +64,23 @@ def make_spec(folder, class_name="brick", broken=False, views=1, flow=None, **fi
     return plan_of(folder, class_name, views, flow, **fit)
 
 
+def settings_of(flow=None, blocks=(0, 1), **fit):
+    """Settings of a short fit."""
+    features, fit = FEATURES | {"blocks": blocks}, {"epochs": 3, "batch_size": 5} | fit
+    return DatasetSettings.model_validate({"features": features, "flow": flow or FLOW, "fit": fit}, strict=False)
+
+
 def plan_of(folder, class_name="brick", views=1, flow=None, blocks=(0, 1), **fit):
     """The plan of a class whose features are stored already."""
-    features, fit = FEATURES | {"blocks": blocks}, {"epochs": 3, "batch_size": 5} | fit
-    settings = DatasetSettings.model_validate({"features": features, "flow": flow or FLOW, "fit": fit}, strict=False)
-    return recipe_spec(manifest_of(class_name, views), "0" * 64, class_name, SPEC, settings, UPath(folder) / "features")
+    settings, manifest = settings_of(flow, blocks, **fit), manifest_of(class_name, views)
+    return recipe_spec(manifest, "0" * 64, class_name, SPEC, settings, UPath(folder) / "features")
+
+
+def make_plan(folder, class_name="brick", folds=None, **fit):
+    """Writes a class's features into a dataset's folder and plans its fits."""
+    write_features(folder, class_name)
+    manifest = manifest_of(class_name, folds=folds)
+    return recipe_plan(manifest, "0" * 64, class_name, SPEC, settings_of(**fit), UPath(folder) / "features")
 
 
 @pytest.fixture(name="make_spec")
@@ -77,3 +93,9 @@ def make_spec_fixture():
 def plan_of_fixture():
     """See the function `plan_of`."""
     return plan_of
+
+
+@pytest.fixture(name="make_plan")
+def make_plan_fixture():
+    """See the function `make_plan`."""
+    return make_plan

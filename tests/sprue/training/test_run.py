@@ -30,11 +30,11 @@ def test_classes_are_fitted_and_one_that_fails_stops_no_other(cluster, make_spec
     seen = []
     ours, failed = fit([good, bad], tmp_path, lambda name, epoch: seen.append((name, epoch)))
 
-    assert (failed.class_name, failed.best, failed.history) == ("grass", None, [])
+    assert (failed.fit, failed.best, failed.history) == ("grass", None, [])
     assert "the likelihood stopped being finite in epoch 1" in failed.failure
     assert "\n" not in failed.failure
 
-    assert (ours.class_name, ours.failure) == ("brick", "")
+    assert (ours.fit, ours.failure) == ("brick", "")
     assert [row["epoch"] for row in ours.history] == [1, 2, 3]
     assert [(name, asdict(epoch)) for name, epoch in seen] == [("brick", row) for row in ours.history]
     assert ours.best.epoch == min(ours.history, key=lambda row: row["validation_nll"])["epoch"]

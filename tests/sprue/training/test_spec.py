@@ -1,4 +1,4 @@
-"""The plan of a class: its key, its file, and what it refuses."""
+"""What a fit depends on: its key, and what it refuses."""
 
 import pytest
 import torch
@@ -7,9 +7,7 @@ from upath import UPath
 from defectflow import FLOWS
 from sprue.config import FitSettings, ScoringSettings
 from sprue.errors import SprueError
-from sprue.store import digest, write_bytes
 from sprue.training import spec as module
-from sprue.training.spec import FitSpec, read_plan
 
 
 @pytest.fixture
@@ -38,7 +36,7 @@ def test_the_key_changes_with_everything_that_the_weights_depend_on(spec, monkey
         keys.add(spec.key)
     assert len(keys) == len(changes) + 3
     assert all(len(key) == 12 and int(key, 16) for key in keys)
-    assert spec.name == f"brick-{spec.key}"
+    assert (spec.name, spec.checkpoints) == ("brick", f"brick-{spec.key}")
 
 
 def test_the_key_stays_where_the_weights_do(spec):
@@ -46,22 +44,11 @@ def test_the_key_stays_where_the_weights_do(spec):
         {"scoring": ScoringSettings(top=0.5)},
         {"manifest": "1" * 64},
         {"origin": "the best of 12 trials"},
+        {"fold": 2},
         # The same weights from another place.
         {"features": spec.features.model_copy(update={"weights": "file:elsewhere.pth"})},
     ]
     assert {spec.model_copy(update=change).key for change in same} == {spec.key}
-
-
-@pytest.mark.parametrize("place", ["local", "s3"])
-def test_a_plan_reads_back_as_it_was(place, spec, tmp_path, request):
-    folder = UPath(tmp_path) if place == "local" else UPath(f"s3://{request.getfixturevalue('s3_bucket')}")
-    spec.write(folder / "plan")
-    read = FitSpec.read(folder / "plan", "brick")
-    assert read == spec
-    assert (read.key, read.params) == (spec.key, spec.params)
-    text = (folder / "plan" / "brick.json").read_bytes()
-    read.write(folder / "plan")
-    assert (folder / "plan" / "brick.json").read_bytes() == text
 
 
 def test_a_plan_says_what_is_fitted(spec, plan_of, tmp_path):
@@ -100,35 +87,6 @@ def test_values_change_a_plan_and_are_checked(spec):
         with pytest.raises(SprueError, match=match) as error:
             spec.with_values(values)
         assert "\n" not in str(error.value)
-
-
-def write_plan(folder, spec):
-    """A dataset's folder with a manifest and the plan that was made of it."""
-    write_bytes(folder / "manifest.parquet", b"the first")
-    spec.model_copy(update={"manifest": digest(folder / "manifest.parquet")}).write(folder / "plan")
-
-
-def test_the_plans_are_read_in_the_order_of_their_names(spec, tmp_path):
-    folder = UPath(tmp_path)
-    for name in ("grass", "brick.2", "brick"):
-        write_plan(folder, spec.model_copy(update={"class_name": name}))
-    assert [each.class_name for each in read_plan(folder)] == ["brick", "brick.2", "grass"]
-
-
-def test_a_plan_of_another_manifest_is_refused(spec, tmp_path):
-    folder = UPath(tmp_path)
-    with pytest.raises(SprueError, match=r"there is no plan in .*plan; run the search stage first"):
-        read_plan(folder)
-    write_plan(folder, spec)
-    assert [each.class_name for each in read_plan(folder)] == ["brick"]
-    write_bytes(folder / "manifest.parquet", b"another")
-    with pytest.raises(
-        SprueError, match=r"the plan of class brick in .* is of another manifest; run the search stage again"
-    ):
-        read_plan(folder)
-    (folder / "plan" / "brick.json").write_text("{}")
-    with pytest.raises(SprueError, match="is damaged; run the search stage again"):
-        read_plan(folder)
 
 
 def test_missing_features_are_named(plan_of, tmp_path):
