@@ -183,7 +183,7 @@ class CalibrationSettings(Settings):
     with the probability ``confidence`` over calibrations."""
     confidence: Fraction = 0.95
     """Of the conditional guarantee, which needs at least log(1 - confidence) / log(1 - alpha) calibration samples."""
-    folds: Annotated[int, Ge(2)] | None = None
+    folds: Annotated[int, Ge(3)] | None = None
     """Cross-conformal calibration: so many flows are fitted, each without one fold of the good images, which calibrates
     it; their mean scores. Every good image trains and calibrates, and a fit costs as many times as much. If null, one
     flow is fitted and a calibration set is held out."""

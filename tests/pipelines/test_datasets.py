@@ -1,6 +1,6 @@
 """Two datasets with a class of one name, run at once in a checkout that has a third; all are served.
 
-One of them holds out no calibration set: it fits a flow for each of two folds.
+One of them holds out no calibration set: it fits a flow for each of three folds.
 """
 
 import json
@@ -17,7 +17,7 @@ from sprue.data.manifest import Manifest
 
 NAMES = ("left", "right")
 CPUS = 2  # the two run at once
-FOLDS = 2
+FOLDS = 3
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_both_have_run_and_neither_has_changed_the_other(datasets):
     assert {model.name: model.aliases for model in models} == {f"{name}.brick": {"champion": 1} for name in NAMES}
 
 
-def test_the_champion_with_folds_is_two_flows_that_all_good_images_calibrate(datasets):
+def test_the_champion_with_folds_is_three_flows_that_all_good_images_calibrate(datasets):
     shared, _, _ = datasets
     store = shared.folder / "store/left"
     for fold in range(1, FOLDS + 1):
@@ -74,15 +74,15 @@ def test_the_champion_with_folds_is_two_flows_that_all_good_images_calibrate(dat
     saved = json.loads((store / "detectors/brick/detector.json").read_text())
     frame = Manifest.read(UPath(store / "manifest.parquet")).frame
     good = frame[frame["split"] != "test"]
-    assert sorted(good["split"].unique()) == ["fold-1", "fold-2"]
+    assert sorted(good["split"].unique()) == [f"fold-{fold}" for fold in range(1, FOLDS + 1)]
     assert (saved["members"], saved["calibration"]["folds"]) == (FOLDS, FOLDS)
     assert len(saved["calibration"]["scores"]) == len(good)
     client = mlflow.MlflowClient(*[f"sqlite:///{shared.folder}/store/mlflow/mlflow.db"] * 2)
     version = client.get_model_version_by_alias("left.brick", "champion")
-    assert version.description.startswith(f"2 flows, patchflow, fitted on {len(good)} good images")
+    assert version.description.startswith(f"3 flows, patchflow, fitted on {len(good)} good images")
     run = client.get_run(version.run_id)
     children = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run.info.run_id}'")
-    assert sorted(child.info.run_name for child in children) == ["brick/fold-1", "brick/fold-2"]
+    assert sorted(child.info.run_name for child in children) == [f"brick/fold-{fold}" for fold in range(1, FOLDS + 1)]
     assert {child.info.status for child in children} == {"FINISHED"}
     assert len(client.get_metric_history(children[0].info.run_id, "validation_nll")) == 2
     again = shared.run("python", "-m", "sprue.cli", "reproduce", "left.brick", "--json")

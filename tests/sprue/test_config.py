@@ -70,7 +70,7 @@ def errors_of(kind, **settings):
         (CalibrationSettings, {"alpha": 1.0}, "less than 1"),
         (CalibrationSettings, {"guarantee": "always"}, "'marginal' or 'conditional'"),
         (CalibrationSettings, {"confidence": 1.0}, "less than 1"),
-        (CalibrationSettings, {"folds": 1}, "greater than or equal to 2"),
+        (CalibrationSettings, {"folds": 2}, "greater than or equal to 3"),
         (CalibrationSettings, {"folds": 5, "guarantee": "conditional"}, "conditional guarantee needs a held-out"),
         (ManifestSettings, {"layout": "coco"}, "'mvtec' or 'mvtec-views'"),
         (ManifestSettings, {"calibration": 0.0}, "greater than 0"),
