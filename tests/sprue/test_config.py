@@ -71,7 +71,6 @@ def errors_of(kind, **settings):
         (CalibrationSettings, {"guarantee": "always"}, "'marginal' or 'conditional'"),
         (CalibrationSettings, {"confidence": 1.0}, "less than 1"),
         (CalibrationSettings, {"folds": 2}, "greater than or equal to 3"),
-        (CalibrationSettings, {"folds": 5, "guarantee": "conditional"}, "conditional guarantee needs a held-out"),
         (ManifestSettings, {"layout": "coco"}, "'mvtec' or 'mvtec-views'"),
         (ManifestSettings, {"calibration": 0.0}, "greater than 0"),
         (ManifestSettings, {"sed": 1}, "not permitted"),
@@ -95,6 +94,11 @@ def test_a_value_of_another_type_or_out_of_range_is_refused(kind, setting, allow
 )
 def test_blocks_and_scales_must_suit_the_input(setting, message):
     assert message in errors_of(FeatureSettings, **FEATURES | setting)[""]
+
+
+def test_folds_exclude_the_conditional_guarantee():
+    message = errors_of(CalibrationSettings, folds=5, guarantee="conditional")[""]
+    assert "folds: the conditional guarantee needs a held-out calibration set" in message
 
 
 def test_a_number_may_be_written_without_a_point():
