@@ -1,12 +1,14 @@
-"""Every stage as a Ray job: from a checkout to a head that runs elsewhere, with the data and the store shared."""
+"""Every stage, and scoring, as a Ray job: from a checkout to a head elsewhere, with the data and the store shared."""
 
 import hashlib
+import io
 import json
 import subprocess
 import uuid
 from pathlib import Path
 
 import mlflow
+import pandas as pd
 import pytest
 import s3fs
 
@@ -90,6 +92,23 @@ def check_search(said, version, tracking_uri, artifacts):
     assert float(run.data.metrics["objective"]) == parent.data.metrics["objective"]
 
 
+def check_scoring(jobs, bucket, remote):
+    """The champion scores a folder of the bucket; a file that is no image fails the job, and loses no score."""
+    remote.pipe_file(f"{bucket}/images/{CLASS_NAME}/test/cut.png", b"\x89PNG")
+    command = ["python", "pipelines/score.py", f"s3://{bucket}/images/{CLASS_NAME}/test", "--class", CLASS_NAME]
+    status, said = jobs.submit(*command, "--output", f"s3://{bucket}/scores")
+    assert status == "FAILED"
+    assert "tiny.brick version 1: 9 samples (0 stored before), 8 scored, " in said
+    assert "sprue score: 1 of 9 samples can't be scored, the others are\n" in said
+    assert "\ncut.png  cut.png is not an image" in said
+    assert "Traceback" not in said
+    parts = [path for path in remote.find(f"{bucket}/scores/version-1/scores") if path.endswith(".parquet")]
+    tables = [pd.read_parquet(io.BytesIO(remote.cat_file(path)), engine="pyarrow") for path in parts]
+    table = pd.concat(tables).set_index("sample")
+    assert table["score"].notna().sum() == 8
+    assert table["is_anomalous"][[f"spot/{number:03}.png" for number in range(4)]].sum() >= 3
+
+
 def test_stages_run_as_jobs_on_a_shared_folder(checkout, ray_head, one_class, tmp_path):
     store = tmp_path / "store"
     said = Jobs(checkout, ray_head).run(("manifest", "features"), one_class, store)
@@ -118,6 +137,7 @@ def test_stages_run_as_jobs_on_an_object_store(checkout, ray_head, object_store,
     version = champion(tracking_uri)
     assert version.tags["sprue.commit"] == commit
     check_search(said, version, tracking_uri, remote.find(f"{bucket}/store/mlflow/artifacts"))
+    check_scoring(jobs, bucket, remote)
 
 
 def test_a_job_that_fails_says_why(checkout, ray_head, tmp_path):

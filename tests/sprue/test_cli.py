@@ -71,7 +71,10 @@ def test_every_stage_explains_its_arguments(stage):
         (["run", "data", "--layout", "coco"], "'coco' is not one of 'mvtec', 'mvtec-views'"),
         (["run", "data", "--trials", "-1"], "-1 is not in the range x>=0"),
         (["search", "textures"], "Missing option '--trials'"),
-        (["score", "brick"], "Missing argument 'IMAGES...'"),
+        (["score", "--class", "brick"], "Missing argument 'IMAGES...'"),
+        (["score", "a.png"], "Missing option '--class'"),
+        (["score", "a.png", "--class", "brick", "--heatmaps"], "--heatmaps needs --output FOLDER"),
+        (["score", "a", "b", "--class", "brick", "--output", "c"], "with --output give one folder or s3 URL of images"),
         (["promote", "brick"], "give labelled images with --images FOLDER, or promote without a test: --force REASON"),
         (["promote", "brick", "--images", ".", "--force", "words"], "give labelled images with --images FOLDER, or"),
         (["rollback", "brick"], "Missing option '--reason'"),
@@ -100,7 +103,8 @@ def mistake(done):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["score", "bolt", "image.png"],
+        ["score", "image.png", "--class", "bolt"],
+        ["score", ".", "--class", "bolt", "--output", "scores"],
         ["promote", "bolt", "--images", "."],
         ["promote", "bolt", "--force", "words"],
         ["rollback", "bolt", "--reason", "words"],

@@ -201,24 +201,37 @@ def _progress(total: int) -> Iterator[Any]:
     log(total)
 
 
-def _silence_ray_data() -> None:
-    """Keeps Ray Data's progress reports and notices off the console, but not its warnings."""
-    ray.data.DataContext.get_current().enable_progress_bars = False
+@contextmanager
+def on_ray_data() -> Iterator[None]:
+    """What runs inside on Ray Data is quiet but for warnings, and fails as a user's mistake where that is the cause.
+
+    Raises:
+        SprueError: If a task or an actor fails with a SprueError or OSError; the message is one line.
+    """
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.raise_original_map_exception = True
     # It would warn that they are disabled.
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     for handler in logging.getLogger("ray.data").handlers:
         if handler.name == "console":  # its log files stay complete
             handler.setLevel(logging.WARNING)
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, SprueError | OSError):
+            # Ray appends lines about retries.
+            raise SprueError(str(cause).splitlines()[0]) from error
+        raise
 
 
 def _run(
     spec: FeatureSpec, missing: pd.DataFrame, root: UPath, folder: UPath, engine: EngineName, counter: Any
 ) -> None:
     placement = engine_placement()
-    _silence_ray_data()
-    ray.data.DataContext.get_current().raise_original_map_exception = True
     dataset = ray.data.from_items(missing.to_dict("records"), override_num_blocks=-(-len(missing) // BATCH))
-    try:
+    with on_ray_data():
         dataset.map_batches(_decode, fn_args=(root, spec.input_size), batch_size=None, num_cpus=IO_CPUS).map_batches(
             _EngineWorker,
             fn_constructor_args=(spec, engine, placement.threads, counter),
@@ -227,9 +240,3 @@ def _run(
             num_cpus=placement.num_cpus,
             num_gpus=placement.num_gpus,
         ).write_datasink(FeatureTableSink(folder), ray_remote_args={"num_cpus": IO_CPUS})
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, SprueError | OSError):
-            # Ray appends lines about retries.
-            raise SprueError(str(cause).splitlines()[0]) from error
-        raise

@@ -3,6 +3,8 @@
 Shapes: H rows, W columns of an image.
 """
 
+import io
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
@@ -33,6 +35,17 @@ def overlay(image: Image.Image, heat_HW: NDArray[np.float32], predicted_mask_HW:
     if predicted_mask_HW.any():
         overlaid.paste(OUTLINE, mask=_outline(predicted_mask_HW))
     return overlaid
+
+
+def heatmap_png(
+    image: Image.Image, anomaly_map_HW: NDArray[np.float32], calibration: Calibration
+) -> tuple[bytes, float]:
+    """The image under its heat map as a PNG of its size, and the predicted mask's fraction of it."""
+    predicted_mask_HW = calibration.predicted_mask(anomaly_map_HW)
+    buffer = io.BytesIO()
+    # Level 1 is three to five times as fast as the default, and the file is a fifth larger.
+    overlay(image, heat(anomaly_map_HW, calibration), predicted_mask_HW).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue(), float(predicted_mask_HW.mean())
 
 
 def _outline(predicted_mask_HW: NDArray[np.bool_]) -> Image.Image:

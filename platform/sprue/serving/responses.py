@@ -3,14 +3,13 @@
 Shapes: H rows, W columns of the image.
 """
 
-import io
 from http import HTTPStatus
 from urllib.parse import quote
 
 from PIL import Image
 
+from sprue.inference import heatmap
 from sprue.inference.detector import Predictions
-from sprue.inference.heatmap import heat, overlay
 from sprue.serving.errors import ApiError
 from sprue.serving.model_cache import ServedModel
 from sprue.serving.schemas import FeatureSummary, ImageScore, ModelVersion, Score, ServedClass
@@ -21,13 +20,8 @@ def heatmap_png(served: ServedModel, predictions: Predictions, image: Image.Imag
 
     The predictions are those for one sample; the image has its own size.
     """
-    calibration = served.detector.calibration
     map_HW = predictions.anomaly_map(0, (image.height, image.width), view)
-    predicted_mask_HW = calibration.predicted_mask(map_HW)
-    buffer = io.BytesIO()
-    # Level 1 is three to five times as fast as the default, and the file is a fifth larger.
-    overlay(image, heat(map_HW, calibration), predicted_mask_HW).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue(), float(predicted_mask_HW.mean())
+    return heatmap.heatmap_png(image, map_HW, served.detector.calibration)
 
 
 def score(served: ServedModel, predictions: Predictions) -> Score:

@@ -11,7 +11,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -129,18 +130,16 @@ def run_stage(stage: str, arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--store", help="folder or s3 URL of all results (default: store; a Ray job has no default)")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    signal.signal(signal.SIGINT, partial(_interrupt, stage))
     try:
-        context = read_context(given.params, given.dataset, given.data, given.store)
-        # Imported only now: bad settings are reported before the seconds that Ray and torch take.
-        importlib.import_module(f"sprue.stages.{stage}").main(context)
-        # DVC reads the settings after the stage, and would take the new ones for those that were used.
-        if read_dataset(given.params, context.dataset)[1] != context.settings:
-            raise SprueError(f"the settings in {given.params} changed while the stage ran; run it again")
+        with ended_by_interrupt(stage):
+            context = read_context(given.params, given.dataset, given.data, given.store)
+            # Imported only now: bad settings are reported before the seconds that Ray and torch take.
+            importlib.import_module(f"sprue.stages.{stage}").main(context)
+            # DVC reads the settings after the stage, and would take the new ones for those that were used.
+            if read_dataset(given.params, context.dataset)[1] != context.settings:
+                raise SprueError(f"the settings in {given.params} changed while the stage ran; run it again")
     except SprueError as error:
         sys.exit(f"sprue {stage}: {error}")
-    except KeyboardInterrupt:
-        _end_interrupted(stage)
 
 
 def read_context(params: Path, dataset: str | None, data: str | None, store: str | None) -> Context:
@@ -156,6 +155,18 @@ def read_context(params: Path, dataset: str | None, data: str | None, store: str
             "all nodes see or s3 URLs"
         )
     return Context(name, settings, location(data or f"data/{name}"), location(store or "store"))
+
+
+@contextmanager
+def ended_by_interrupt(command: str) -> Iterator[None]:
+    """Ctrl-C ends the process, even where a library swallows it, with one message and the status `INTERRUPTED`."""
+    previous = signal.signal(signal.SIGINT, partial(_interrupt, command))
+    try:
+        yield
+    except KeyboardInterrupt:
+        _end_interrupted(command)
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _interrupt(stage: str, *_: Any) -> NoReturn:

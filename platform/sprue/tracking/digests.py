@@ -18,6 +18,16 @@ def digest_tags(folder: Path) -> dict[str, str]:
     return {f"{DIGEST_TAG}{path.name}": _digest(path) for path in sorted(folder.iterdir())}
 
 
+def combined_digest(tags: Mapping[str, str]) -> str:
+    """One SHA-256 for the digests of all files that a version's tags hold.
+
+    >>> combined_digest({"sprue.sha256.detector.json": "ab"}) == combined_digest({"sprue.sha256.detector.json": "ac"})
+    False
+    """
+    files = sorted(item for item in tags.items() if item[0].startswith(DIGEST_TAG))
+    return hashlib.sha256("\n".join(" ".join(item) for item in files).encode()).hexdigest()
+
+
 def altered_files(folder: Path, tags: Mapping[str, str]) -> list[str]:
     """Names of files that are missing, altered or not among those whose digests a version's tags hold."""
     registered = {name.removeprefix(DIGEST_TAG): value for name, value in tags.items() if name.startswith(DIGEST_TAG)}

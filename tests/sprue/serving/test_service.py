@@ -3,9 +3,12 @@
 import base64
 import io
 import json
+import os
 import re
 import socket
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +21,7 @@ from urllib.parse import unquote
 
 import mlflow
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image, ImageColor
 
@@ -113,6 +117,39 @@ def test_heat_map_as_png_or_in_json(plant: Any) -> None:
     assert headers["x-sprue-is-anomalous"] == str(body["is_anomalous"]).lower()
     assert headers["x-sprue-dataset"] == "textures" and unquote(headers["x-sprue-class"]) == "gräs 2"
     assert unquote(headers["x-sprue-model"]) == "textures.gräs 2" and headers["x-sprue-model-version"] == "1"
+
+
+def test_a_folder_is_scored_as_over_http(plant: Any, tmp_path: Path) -> None:
+    """By the command, on a Ray of its own.
+
+    Requests come one at a time, and the folder's images in one batch: the backbone's sums differ in their order.
+    """
+    images = {f"{seed}.png": plant.image("brick", seed) for seed in range(1, 6)}
+    images["3.png"].paste((255, 255, 255), (140, 20, 180, 60))
+    (tmp_path / "images").mkdir()
+    for name, image in images.items():
+        image.save(tmp_path / "images" / name)
+    command = [sys.executable, "-m", "sprue.cli", "score", "images", "--class", "textures.brick"]
+    done = subprocess.run(
+        [*command, "--output", "scores", "--heatmaps", "--json"],
+        cwd=tmp_path,
+        env=os.environ | {"MLFLOW_TRACKING_URI": mlflow.get_tracking_uri()},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    table = pd.read_parquet(json.loads(done.stdout)["scores"]).set_index("sample")
+    assert sorted(table.index) == sorted(images) and table["is_anomalous"]["3.png"]
+    for name, image in images.items():
+        row, body = table.loc[name], plant.post("brick", image, params={"heatmap": "true"}).json()
+        assert float(row["score"]) == pytest.approx(body["score"], rel=1e-4)
+        same = ("p_value", "is_anomalous", "alpha", "threshold", "dataset", "class_name")
+        assert {key: row[key] for key in same} == {key: body[key] for key in same}
+        assert body["model"] == {"name": "textures.brick", "version": row["version"]}
+        assert row["predicted_mask_fraction"] == pytest.approx(body["predicted_mask_fraction"], abs=1e-3)
+        drawn = Image.open(tmp_path / "scores" / f"version-{row['version']}" / row["heatmap"])
+        assert_alike(drawn, Image.open(io.BytesIO(base64.b64decode(body["heatmap_png"]))), atol=2)
 
 
 def test_the_same_image_in_a_form_or_as_bytes_of_any_name(plant: Any) -> None:

@@ -1,0 +1,1 @@
+"""Scores any number of images on the cluster, to Parquet."""
