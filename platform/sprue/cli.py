@@ -227,6 +227,8 @@ def score(
     """
     if output is None and heatmaps:
         raise click.UsageError("--heatmaps needs --output FOLDER")
+    if output is None and any("://" in image for image in images):
+        raise click.UsageError("images of an s3 URL are scored with --output FOLDER")
     if output is not None and len(images) > 1:
         raise click.UsageError("with --output give one folder or s3 URL of images")
     _connect(store)

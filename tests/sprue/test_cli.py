@@ -74,6 +74,7 @@ def test_every_stage_explains_its_arguments(stage):
         (["score", "--class", "brick"], "Missing argument 'IMAGES...'"),
         (["score", "a.png"], "Missing option '--class'"),
         (["score", "a.png", "--class", "brick", "--heatmaps"], "--heatmaps needs --output FOLDER"),
+        (["score", "s3://plant/images", "--class", "brick"], "images of an s3 URL are scored with --output FOLDER"),
         (["score", "a", "b", "--class", "brick", "--output", "c"], "with --output give one folder or s3 URL of images"),
         (["promote", "brick"], "give labelled images with --images FOLDER, or promote without a test: --force REASON"),
         (["promote", "brick", "--images", ".", "--force", "words"], "give labelled images with --images FOLDER, or"),

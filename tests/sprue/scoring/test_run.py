@@ -42,9 +42,9 @@ def test_figures_are_those_of_the_detector(registry, write_images, tmp_path):
     table = read(summary)
     assert list(table.index) == [f"{number:04}.png" for number in range(20)]
     assert table["score"].dtype == np.float32
-    assert np.array_equal(table["score"], expected.score_B)
-    assert np.array_equal(table["p_value"], expected.p_value_B)
-    assert np.array_equal(table["is_anomalous"].astype(bool), expected.is_anomalous_B)
+    np.testing.assert_array_equal(table["score"], expected.score_B)
+    np.testing.assert_array_equal(table["p_value"], expected.p_value_B)
+    np.testing.assert_array_equal(table["is_anomalous"].astype(bool), expected.is_anomalous_B)
     assert 4 <= expected.is_anomalous_B.sum() < 20
     digests = [hashlib.sha256((tmp_path / "images" / name).read_bytes()).hexdigest() for name in table.index]
     assert list(table["sha256"]) == digests
@@ -205,9 +205,9 @@ def test_a_sample_of_two_views_is_a_folder(registry, write_images, as_samples, t
     }
     assert summary.errors == {"lot/8": "there is no image of view 1-left"}
     complete = table[:8]
-    assert np.array_equal(complete["score"], expected.score_B[:8])
+    np.testing.assert_array_equal(complete["score"], expected.score_B[:8])
     scores = complete[["score_0-top", "score_1-left"]]
-    assert np.array_equal(scores, expected.image_score_BV[:8])
+    np.testing.assert_array_equal(scores, expected.image_score_BV[:8])
     assert table.loc["lot/3", "path_1-left"] == "lot/3/1-left.png" and table.loc["lot/8", "path_1-left"] == ""
     left = (tmp_path / "images/lot/3/1-left.png").read_bytes()
     assert table.loc["lot/3", "sha256_1-left"] == hashlib.sha256(left).hexdigest()
@@ -228,7 +228,7 @@ def test_images_and_scores_in_an_object_store(registry, write_images, s3_bucket,
     table = read(summary)
     assert list(table.index) == sorted(names, key=lambda name: [*name])
     expected = registry.predict(registered, [images[names.index(name)] for name in table.index])
-    assert np.array_equal(table["score"], expected.score_B)
+    np.testing.assert_array_equal(table["score"], expected.score_B)
     stored = set(output.fs.find(f"{output.path}/version-1/heatmaps"))
     assert stored == {f"{output.path}/version-1/heatmaps/{name}.png" for name in names}
 
