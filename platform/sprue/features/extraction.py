@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import ray
+from botocore.exceptions import BotoCoreError
 from numpy.typing import NDArray
 from ray.data.block import Block, BlockAccessor
 from ray.data.datasource import Datasink
@@ -206,7 +207,8 @@ def on_ray_data() -> Iterator[None]:
     """What runs inside on Ray Data is quiet but for warnings, and fails as a user's mistake where that is the cause.
 
     Raises:
-        SprueError: If a task or an actor fails with a SprueError or OSError; the message is one line.
+        SprueError: If a task or an actor fails with a SprueError or OSError, or can't use an object store; the message
+            is one line.
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -220,7 +222,7 @@ def on_ray_data() -> Iterator[None]:
         yield
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
-        if isinstance(cause, SprueError | OSError):
+        if isinstance(cause, SprueError | OSError | BotoCoreError):
             # Ray appends lines about retries.
             raise SprueError(str(cause).splitlines()[0]) from error
         raise

@@ -7,6 +7,7 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
+import ray
 import torch
 from PIL import Image, ImageOps
 from skimage import data
@@ -82,6 +83,23 @@ class Registry:
             return load_detector(registered).predict(samples, self.engine)
         finally:
             torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def cluster(s3_server: str) -> Iterator[None]:
+    """Two cores of Ray, whose workers find the object store."""
+    environment = {
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_ACCESS_KEY_ID": "sprue",
+        "AWS_SECRET_ACCESS_KEY": "sprue-secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
