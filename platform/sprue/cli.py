@@ -157,21 +157,46 @@ def search(dataset: str, trials: int) -> None:
 @click.option("--keys", type=EXISTING_FILE, help="File of the keys that requests need; see `sprue keys`.")
 @click.option("--without-keys", is_flag=True, help="Serve everybody who reaches an address other than the loopback's.")
 @click.option("--allowed-host", "allowed_hosts", multiple=True, metavar="NAME", help="Another name of the service.")
+@click.option("--no-decisions", is_flag=True, help="Keep no decisions in the store.")
+@click.option("--keep-days", type=click.IntRange(1), default=90, show_default=True, help="Of decisions and images.")
+@click.option(
+    "--keep-images", type=click.FloatRange(0), default=20.0, show_default=True, metavar="GB", help="Size of all images."
+)
+@click.option(
+    "--keep-sample", type=click.FloatRange(0, 1), default=0.01, show_default=True, metavar="FRACTION",
+    help="Of the images that are neither alarms nor near the threshold.",
+)  # fmt: skip
 @click.pass_obj
 def serve(
-    store: str, host: str, port: int, keys: Path | None, without_keys: bool, allowed_hosts: tuple[str, ...]
+    store: str,
+    host: str,
+    port: int,
+    keys: Path | None,
+    without_keys: bool,
+    allowed_hosts: tuple[str, ...],
+    no_decisions: bool,
+    keep_days: int,
+    keep_images: float,
+    keep_sample: float,
 ) -> None:
     """Serve the champions over HTTP until interrupted."""
     if keys and without_keys:
         raise click.UsageError("give --keys FILE or --without-keys, not both")
+    from sprue.release.decision_store import FOLDER as DECISIONS
+    from sprue.serving.decision_log import DecisionLogSettings
     from sprue.serving.launch import require_free_port, require_keys, serve_champions, stop_serving
     from sprue.stages.runtime import connect_ray
+    from sprue.store import location
 
+    folder = str(location(store) / DECISIONS)
+    decisions = None if no_decisions else DecisionLogSettings(folder, keep_days, round(1e9 * keep_images), keep_sample)
     require_keys(host, keys, without_keys)
     require_free_port(host, port)
     _connect(store)
     connect_ray()
-    url = serve_champions(host, port, keys=keys, without_keys=without_keys, allowed_hosts=allowed_hosts)
+    url = serve_champions(
+        host, port, keys=keys, without_keys=without_keys, allowed_hosts=allowed_hosts, decisions=decisions
+    )
     click.echo(f"scoring at {url}  (its interface: {url}/docs; stop it with Ctrl-C)")
     sys.stdout.flush()
     signal.sigwait({signal.SIGINT, signal.SIGTERM})

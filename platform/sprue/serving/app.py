@@ -4,7 +4,6 @@ import asyncio
 import base64
 import logging
 import os
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -19,9 +18,11 @@ from ray import serve
 
 from sprue.inference.detector import BATCH, Predictions
 from sprue.inference.images import open_image
-from sprue.serving import openapi, responses
+from sprue.release.decision_store import image_digests
+from sprue.serving import metrics, openapi, responses
 from sprue.serving.admission import Admission, AdmissionLimits
 from sprue.serving.batching import Batcher
+from sprue.serving.decision_log import DecisionLog, DecisionLogSettings, decision_of
 from sprue.serving.errors import add_error_handlers
 from sprue.serving.hosts import AllowedHosts, HeaderGuard
 from sprue.serving.keys import Credentials, KeyFile
@@ -33,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 4096
 """Connections that a replica accepts; idle ones cost a socket each."""
+
+CLOSE_S = 10.0
+"""Time for the last decisions to be written when a replica ends; Ray Serve gives it 20 s for everything."""
 
 # The service itself holds the files of /docs: plants are seldom online.
 app = FastAPIOffline(**openapi.APPLICATION)
@@ -49,6 +53,7 @@ class ServiceConfig:
     refresh_s: float
     keys: FilePath | None
     hosts: AllowedHosts
+    decisions: DecisionLogSettings | None
 
 
 def _allowed_hosts() -> AllowedHosts:
@@ -57,6 +62,7 @@ def _allowed_hosts() -> AllowedHosts:
 
 
 app.add_middleware(HeaderGuard, allowed=_allowed_hosts)
+app.add_middleware(metrics.CountRequests)
 
 # Ray copies the class with the globals that exist when it is decorated: its helpers have to stand above it.
 
@@ -78,6 +84,7 @@ class ScoringService:
     async def __init__(self, config: ServiceConfig) -> None:  # type: ignore[misc]
         """Loads the champions; raises as `sprue.serving.model_cache.load_models`."""
         self.config = config
+        self.decisions = DecisionLog(config.decisions) if config.decisions else None
         self.keys = KeyFile(config.keys)
         self.threads = _node_cpus()
         # Ray sets as many threads as the actor reserves CPUs; the flow may use the cores that the engine uses.
@@ -86,11 +93,23 @@ class ScoringService:
         self.decoders = ThreadPoolExecutor(self.threads, "image")
         mlflow.set_tracking_uri(config.tracking_uri)
         mlflow.set_registry_uri(config.tracking_uri)
-        self.batcher = Batcher(score_together, BATCH)
+        self.batcher = Batcher(metrics.measured(score_together), BATCH)
         self.admission = Admission(config.admission, lambda: self.batcher.seconds_per_task)
         self.registry_error: str | None = None
         self.models: ModelCache = await asyncio.to_thread(load_models, self.threads)
         self.refresher = asyncio.create_task(self._follow_registry())
+        self.reporter = asyncio.create_task(self._report_state())
+
+    def __del__(self) -> None:
+        """Ray Serve calls this when the last request is answered, before it ends the replica."""
+        if self.decisions:
+            self.decisions.close(CLOSE_S)
+
+    async def _report_state(self) -> None:
+        reporter = metrics.StateReporter()
+        while True:
+            reporter.report(self.admission, self.models, self.decisions)
+            await asyncio.sleep(metrics.STATE_S)
 
     async def _follow_registry(self) -> None:
         """Replaces the champions when new ones are loaded; keeps the old ones when the registry fails."""
@@ -123,6 +142,7 @@ class ScoringService:
         their views, or under other names in the views' order. With `heatmap=true` and `Accept: image/png` the
         response is the heat map as a PNG, with the score in its `X-Sprue-` headers; otherwise it is JSON.
         """
+        timer = metrics.PhaseTimer()
         self.keys.require(credentials, "score")
         served = self.models.find(name)
         responses.require_view(served, view)
@@ -130,29 +150,41 @@ class ScoringService:
             body = admitted.read(request.stream())
             uploads = await read_uploads(request.headers, body, served.detector.views, self.config.limits.max_bytes)
             admitted.enqueue()
-            predictions, headers = await self._predict(served, uploads)
-            score = responses.score(served, predictions)
+            timer.end("receive")
+            predictions, batch, digests = await self._predict(served, uploads, timer)
+            score, headers = responses.score(served, predictions), responses.timing_headers(timer.seconds, batch)
+            png = b""
             if heatmap:
                 headers["Vary"] = "Accept"
                 png = await self._draw_heatmap(served, predictions, uploads, view, score)
-                if responses.wants_png(request.headers.get("accept", "")):
-                    return Response(png, media_type="image/png", headers=headers | responses.score_headers(score))
-                score.heatmap_png = base64.b64encode(png).decode()
+                timer.end("heatmap")
+        try:
+            decision = decision_of(served, score, request.headers, timer.total, batch, digests)
+            metrics.observe(decision, timer.seconds, served.detector.calibration)
+            if self.decisions:
+                self.decisions.add(decision, uploads)
+        except Exception:  # a defect; the client gets its answer all the same
+            logger.exception("a decision could not be recorded")
+        if png and responses.wants_png(request.headers.get("accept", "")):
+            return Response(png, media_type="image/png", headers=headers | responses.score_headers(score))
+        score.heatmap_png = base64.b64encode(png).decode() or None
         response.headers.update(headers)
         return score
 
-    async def _predict(self, served: ServedModel, uploads: list[bytes]) -> tuple[Predictions, dict[str, str]]:
-        """A sample's predictions, made together with those of other requests; and the header ``Server-Timing``."""
+    async def _predict(
+        self, served: ServedModel, uploads: list[bytes], timer: metrics.PhaseTimer
+    ) -> tuple[Predictions, int, tuple[str, ...]]:
+        """A sample's predictions, made together with those of other requests; the batch's size; the images' digests."""
         limits, side = self.config.limits, served.detector.spec.input_size
-        started = time.perf_counter()
-        inputs_VSS3 = await self._in_pool(decode_inputs, uploads, limits.max_pixels, side)
-        decoded = time.perf_counter()
+
+        def prepare() -> tuple[Any, tuple[str, ...]]:
+            return decode_inputs(uploads, limits.max_pixels, side), image_digests(uploads if self.decisions else ())
+
+        inputs_VSS3, digests = await self._in_pool(prepare)
+        timer.end("decode")
         predictions, batch = await self.batcher((served, inputs_VSS3))
-        scored = time.perf_counter()
-        return predictions, {
-            "Server-Timing": f"decode;dur={1e3 * (decoded - started):.1f}, score;dur={1e3 * (scored - decoded):.1f};"
-            f'desc="batch of {batch}"'
-        }
+        timer.end("score")
+        return predictions, batch, digests
 
     async def _draw_heatmap(
         self, served: ServedModel, predictions: Predictions, uploads: list[bytes], view: str | None, score: Score

@@ -6,9 +6,12 @@ from http import HTTPStatus
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from ray.util.metrics import Counter
 from starlette.exceptions import HTTPException
 
 from sprue.serving.schemas import ErrorBody, ErrorDetail
+
+REFUSALS = Counter("sprue_refusals", "Responses with an error, by its code", ("code",))
 
 
 class ApiError(Exception):
@@ -31,7 +34,8 @@ def add_error_handlers(app: FastAPI) -> None:
 def error_response(
     status: HTTPStatus, code: str, message: str, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
-    """A response whose body is an `ErrorBody`."""
+    """A response whose body is an `ErrorBody`; it is counted."""
+    REFUSALS.inc(1, {"code": code})
     return JSONResponse(ErrorBody(error=ErrorDetail(code=code, message=message)).model_dump(), status, headers)
 
 

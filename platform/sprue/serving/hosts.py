@@ -18,7 +18,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from sprue.serving.errors import error_response
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
-REQUEST_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
+IDENTIFIERS = {"X-Request-Id": "invalid_request_id", "X-Station": "invalid_station"}
+"""Headers that name a request and its station, and the error where they are not fit for a log or a table."""
+IDENTIFIER = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 
 
 def is_loopback(host: str) -> bool:
@@ -85,7 +87,7 @@ def _is_address(name: str) -> bool:
 
 
 class HeaderGuard:
-    """Refuses requests under other names, and those whose ``X-Request-Id`` is not fit for a log."""
+    """Refuses requests under other names, and those whose identifiers are not fit for a log."""
 
     def __init__(self, app: ASGIApp, allowed: Callable[[], AllowedHosts]) -> None:
         """Wraps an application; the names are asked for at each request."""
@@ -100,7 +102,8 @@ class HeaderGuard:
         if not self._allowed().allow(headers.get("host", "")):
             message = "the service does not answer under this Host; `sprue serve --allowed-host NAME` makes it"
             return error_response(HTTPStatus.MISDIRECTED_REQUEST, "foreign_host", message)
-        if not all(REQUEST_ID.fullmatch(each) for each in headers.getlist("x-request-id")):
-            message = "X-Request-Id has more than 128 characters, or others than letters, digits and _.:/+=@-"
-            return error_response(HTTPStatus.BAD_REQUEST, "invalid_request_id", message)
+        for name, code in IDENTIFIERS.items():
+            if not all(IDENTIFIER.fullmatch(each) for each in headers.getlist(name)):
+                message = f"{name} has more than 128 characters, or others than letters, digits and _.:/+=@-"
+                return error_response(HTTPStatus.BAD_REQUEST, code, message)
         return None

@@ -19,6 +19,7 @@ from ray.serve.schema import ApplicationStatus, LoggingConfig
 from sprue.errors import SprueError
 from sprue.serving.admission import AdmissionLimits
 from sprue.serving.app import ScoringService, ServiceConfig
+from sprue.serving.decision_log import DecisionLogSettings
 from sprue.serving.hosts import AllowedHosts, is_loopback
 from sprue.serving.keys import read_keys
 from sprue.serving.model_cache import require_champions
@@ -47,6 +48,7 @@ def serve_champions(
     keys: Path | None = None,
     without_keys: bool = False,
     allowed_hosts: Sequence[str] = (),
+    decisions: DecisionLogSettings | None = None,
 ) -> str:
     """Serves the champions of MLflow's current tracking server, and waits until the service is healthy.
 
@@ -63,6 +65,7 @@ def serve_champions(
         keys: A file of keys, one of which each request needs; it is followed. Every node that runs a replica has it.
         without_keys: Serve everybody who reaches an address other than the loopback's.
         allowed_hosts: Names under which requests may come, besides the loopback's and the address.
+        decisions: Where decisions are kept, and how long; nowhere if None.
 
     Raises:
         SprueError: If others than this machine reach the address and there are no keys, the port is busy, the registry
@@ -88,6 +91,7 @@ def serve_champions(
         refresh_s,
         keys.resolve() if keys else None,
         AllowedHosts.of(host, allowed_hosts),
+        decisions,
     )
     try:
         # Replicas keep the deadlines; the proxy ends what reaches none.

@@ -53,7 +53,13 @@ SCORE: dict[str, Any] = {
                 "in": "header",
                 "description": "Milliseconds after which the answer is of no use, the upload included",
                 "schema": {"type": "integer", "minimum": 1},
-            }
+            },
+            {
+                "name": "X-Station",
+                "in": "header",
+                "description": "Which station sends the image; it is kept with the decision",
+                "schema": {"type": "string", "maxLength": 128},
+            },
         ],
         "requestBody": {
             "required": True,

@@ -3,6 +3,7 @@
 Shapes: H rows, W columns of the image.
 """
 
+from collections.abc import Mapping
 from http import HTTPStatus
 from urllib.parse import quote
 
@@ -96,6 +97,16 @@ def score_headers(score: Score) -> dict[str, str]:
     if score.predicted_mask_fraction is not None:
         headers["X-Sprue-Predicted-Mask-Fraction"] = repr(score.predicted_mask_fraction)
     return headers
+
+
+def timing_headers(seconds: Mapping[str, float], batch: int) -> dict[str, str]:
+    """The phases of a request that the service spends on it, and how many samples were scored together.
+
+    >>> timing_headers({"receive": 1.0, "decode": 0.01, "score": 0.02}, batch=3)
+    {'Server-Timing': 'decode;dur=10.0, score;dur=20.0;desc="batch of 3"'}
+    """
+    decode, score = (f"{phase};dur={1e3 * seconds[phase]:.1f}" for phase in ("decode", "score"))
+    return {"Server-Timing": f'{decode}, {score};desc="batch of {batch}"'}
 
 
 def wants_png(accept: str) -> bool:

@@ -28,6 +28,19 @@ def combined_digest(tags: Mapping[str, str]) -> str:
     return hashlib.sha256("\n".join(" ".join(item) for item in files).encode()).hexdigest()
 
 
+def file_digests(tags: Mapping[str, str]) -> tuple[str, ...]:
+    """``<name>:<sha256>`` of each file whose digest a version's tags hold, sorted.
+
+    >>> file_digests({"sprue.sha256.flow.safetensors": "ab12", "sprue.class": "brick"})
+    ('flow.safetensors:ab12',)
+    """
+    return tuple(
+        sorted(
+            f"{name.removeprefix(DIGEST_TAG)}:{value}" for name, value in tags.items() if name.startswith(DIGEST_TAG)
+        )
+    )
+
+
 def altered_files(folder: Path, tags: Mapping[str, str]) -> list[str]:
     """Names of files that are missing, altered or not among those whose digests a version's tags hold."""
     registered = {name.removeprefix(DIGEST_TAG): value for name, value in tags.items() if name.startswith(DIGEST_TAG)}

@@ -1,0 +1,220 @@
+"""What the service decided, kept: a row for each decision in Parquet, and some of the images as they came.
+
+``rows/date=<day>/<part>.parquet`` holds the rows of a day (UTC), partitioned as pandas, DuckDB and Spark read it;
+``images/date=<day>/hour=<hour>/<sha256>`` the images' bytes. Days and hours are deleted as a whole, so that nobody has
+to count which rows an image belongs to.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, date, datetime, timedelta
+from itertools import accumulate
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from upath import UPath
+
+from sprue.errors import SprueError
+from sprue.store import write_bytes
+
+FOLDER = "sprue-decisions"
+"""Of the store; a dataset can't have this name."""
+
+FORMAT = 1
+"""Version of the rows' columns. A change comes with a migration."""
+
+FORMAT_KEY = b"sprue.decisions"
+
+Kept = Literal["alarm", "near", "sample", ""]
+"""Why a sample's images are kept: it was anomalous, nearly so, or one of a fixed fraction; empty if they are not."""
+
+_DAY = re.compile(r"date=(\d{4}-\d\d-\d\d)")
+
+# Values that repeat are stored once for each part; random ones gain nothing from a dictionary.
+_TYPES: dict[str, pa.DataType] = {
+    "at": pa.timestamp("us", tz="UTC"),
+    "files": pa.list_(pa.string()),
+    "images": pa.list_(pa.string()),
+    "version": pa.int64(),
+    "batch": pa.int32(),
+    "is_anomalous": pa.bool_(),
+} | dict.fromkeys(("score", "p_value", "alpha", "threshold", "latency_s"), pa.float64())
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A sample that was scored, and what was decided.
+
+    Attributes:
+        request_id: The answer's ``X-Request-Id``. Clients may give their own, so it need not be unique.
+        at: When it was answered, UTC.
+        station: The request's ``X-Station``; empty without one.
+        dataset: The dataset.
+        class_name: The product class in it.
+        version: Of the registered model ``<dataset>.<class_name>``.
+        files: ``<name>:<sha256>`` of the version's files, sorted.
+        engine: What ran the backbone.
+        score: The anomaly score.
+        p_value: The conformal p-value.
+        alpha: The calibration's false-alarm rate.
+        threshold: The score above which a sample is anomalous.
+        is_anomalous: The decision.
+        latency_s: Seconds from the request's headers to its answer.
+        batch: Samples that were scored together.
+        images: SHA-256 of the images' bytes as they came, in the views' order.
+        kept: Why the images are kept.
+    """
+
+    request_id: str
+    at: datetime
+    station: str
+    dataset: str
+    class_name: str
+    version: int
+    files: tuple[str, ...]
+    engine: str
+    score: float
+    p_value: float
+    alpha: float
+    threshold: float
+    is_anomalous: bool
+    latency_s: float
+    batch: int
+    images: tuple[str, ...]
+    kept: Kept = ""
+
+    @property
+    def model_name(self) -> str:
+        """The registered model's name."""
+        return f"{self.dataset}.{self.class_name}"
+
+    def as_json(self) -> dict[str, Any]:
+        """The row as JSON takes it."""
+        return asdict(self) | {"at": self.at.isoformat()}
+
+
+SCHEMA = pa.schema(
+    [(field.name, _TYPES.get(field.name, pa.string())) for field in fields(Decision)],
+    metadata={FORMAT_KEY: json.dumps({"format": FORMAT}).encode()},
+)
+
+
+def rows_of(decisions: Sequence[Decision]) -> pa.Table:
+    """Decisions as rows."""
+    return pa.Table.from_pylist([vars(each) for each in decisions], SCHEMA)
+
+
+def image_digests(images: Iterable[bytes]) -> tuple[str, ...]:
+    """SHA-256 of each image's bytes."""
+    return tuple(hashlib.sha256(image).hexdigest() for image in images)
+
+
+@dataclass(frozen=True)
+class DecisionStore:
+    """The folder or s3 URL in which decisions are kept."""
+
+    folder: UPath
+
+    def write_part(self, day: date, name: str, rows: pa.Table) -> None:
+        """Writes rows of a day as one part, which is there whole or not at all; replaces one of the same name."""
+        buffer = io.BytesIO()
+        pq.write_table(rows, buffer, compression="zstd")
+        write_bytes(self._rows(day) / f"{name}.parquet", buffer.getvalue())
+
+    def write_image(self, at: datetime, digest: str, data: bytes) -> None:
+        """Writes an image of a decision that was made at a time, unless that hour has it."""
+        path = self._images(at) / digest
+        if not path.exists():
+            write_bytes(path, data)
+
+    def read_images(self, decision: Decision) -> list[bytes]:
+        """The bytes of a decision's images.
+
+        Raises:
+            SprueError: If they were not kept, are no longer there, or are not those that were scored.
+        """
+        if not decision.kept:
+            raise SprueError(
+                f"the images of {decision.request_id} were not kept: those of alarms, of samples near the threshold "
+                "and of a fraction of the others are"
+            )
+        found = []
+        for digest in decision.images:
+            path = self._images(decision.at) / digest
+            if not path.is_file():
+                raise SprueError(f"{path} is gone: images are deleted after some days, sooner where space is short")
+            data = path.read_bytes()
+            if hashlib.sha256(data).hexdigest() != digest:
+                raise SprueError(f"{path} is not the image that was scored: its SHA-256 is another")
+            found.append(data)
+        return found
+
+    def find(self, request_id: str) -> list[Decision]:
+        """The decisions of a request identifier on the last day that has any, oldest first.
+
+        Raises:
+            SprueError: If there is none.
+        """
+        for _, folder in reversed(_days(self.folder / "rows")):
+            rows = [row for part in folder.glob("*.parquet") for row in _rows_of(part, request_id)]
+            if rows:
+                return sorted((_decision(row) for row in rows), key=lambda each: each.at)
+        raise SprueError(f"{self.folder} has no decision {request_id!r}; a service writes its rows within seconds")
+
+    def delete_old(self, today: date, keep_days: int, image_bytes: int) -> list[str]:
+        """Deletes days that are more than `keep_days` old, and the oldest hours' images that exceed `image_bytes`.
+
+        Returns the folders that it deleted.
+        """
+        first = today - timedelta(days=keep_days)
+        old = [folder.path for kind in ("rows", "images") for day, folder in _days(self.folder / kind) if day < first]
+        old += self._beyond(image_bytes)
+        for folder in old:
+            with contextlib.suppress(FileNotFoundError):  # another replica deletes it, too
+                self.folder.fs.rm(folder, recursive=True)
+        return old
+
+    def _beyond(self, image_bytes: int) -> list[str]:
+        """The folders of the oldest hours' images, without which the others have at most a size."""
+        sizes: Counter[str] = Counter()
+        for file, facts in self.folder.fs.find((self.folder / "images").path, detail=True).items():
+            sizes[file.rpartition("/")[0]] += facts["size"]
+        newest_first = sorted(sizes, reverse=True)
+        totals = accumulate(sizes[folder] for folder in newest_first)
+        return [folder for folder, total in zip(newest_first, totals, strict=True) if total > image_bytes]
+
+    def _rows(self, day: date) -> UPath:
+        return self.folder / "rows" / f"date={day}"
+
+    def _images(self, at: datetime) -> UPath:
+        return self.folder / "images" / f"date={at:%Y-%m-%d}" / f"hour={at:%H}"
+
+
+def _days(folder: UPath) -> list[tuple[date, UPath]]:
+    """The days of a folder, oldest first."""
+    found = [(_DAY.fullmatch(path.name), path) for path in (folder.iterdir() if folder.is_dir() else ())]
+    return sorted((date.fromisoformat(match[1]), path) for match, path in found if match)
+
+
+def _rows_of(part: UPath, request_id: str) -> list[dict[str, Any]]:
+    """A request's rows in a part, which is read at once: the newest is replaced as it grows."""
+    try:
+        table = pq.read_table(io.BytesIO(part.read_bytes()), filters=[("request_id", "=", request_id)])
+        version = json.loads(table.schema.metadata[FORMAT_KEY])["format"]
+    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise SprueError(f"{part} is no part of the decisions: {error}") from error
+    if version != FORMAT:
+        raise SprueError(f"{part} has format {version}, this version of sprue reads {FORMAT}")
+    return table.to_pylist()
+
+
+def _decision(row: dict[str, Any]) -> Decision:
+    lists = {name: tuple(row[name]) for name in ("files", "images")}
+    return Decision(**row | lists | {"at": row["at"].astimezone(UTC)})
