@@ -403,6 +403,27 @@ def reproduce(store: str, name: str, version: str, as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("request_id", metavar="ID")
+@as_json
+@click.pass_obj
+def replay(store: str, request_id: str, as_json: bool) -> None:
+    """Score a kept image again with the version that decided, and compare.
+
+    ID is an answer's X-Request-Id.
+    """
+    _connect(store)
+    from sprue.release.decision_store import FOLDER as DECISIONS
+    from sprue.release.decision_store import DecisionStore
+    from sprue.release.replay import replay as repeat
+    from sprue.store import location
+
+    found = repeat(DecisionStore(location(store) / DECISIONS), request_id)
+    _print(found.as_json(), str(found), as_json)
+    if not found.equal:
+        raise SprueError(f"{request_id}: the result differs from the recorded one")
+
+
+@main.command()
 @click.argument("file", type=EXISTING_FILE)
 def figures(file: Path) -> None:
     """Print all metrics of scores and maps in an .npz FILE, as JSON.
