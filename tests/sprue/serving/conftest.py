@@ -1,7 +1,9 @@
 """The complete service: MLflow's registry, fitted detectors, Ray Serve. One for all tests of a module."""
 
+import contextlib
 import io
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,26 +16,34 @@ import numpy as np
 import pytest
 import ray
 import torch
+import yaml
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from skimage import data
 
 from defectflow import build_flow
 from sprue.config import FeatureSettings, ScoringSettings
+from sprue.errors import SprueError
 from sprue.inference.backbone import backbone_state, resolve
 from sprue.inference.calibration import Calibration
 from sprue.inference.detector import Detector, score_features
 from sprue.inference.engines import Engine, build_engine
 from sprue.inference.images import model_input
 from sprue.inference.spec import FeatureSpec
+from sprue.release.decision_store import FOLDER, Decision, DecisionStore
 from sprue.serving.admission import AdmissionLimits
+from sprue.serving.decision_log import DecisionLogSettings
 from sprue.serving.keys import add_key
 from sprue.serving.launch import serve_champions, stop_serving
 from sprue.serving.parsing import ServiceLimits
+from sprue.store import location
 from sprue.tracking import registry
 from sprue.tracking.digests import digest_tags
 
+INFRA = Path(__file__).parents[3] / "infra"
 SIDE = 128
+SAMPLE = 0.5
+"""Fraction of the images that are kept though they are neither alarms nor near the threshold."""
 TEXTURES = {"brick": data.brick, "gräs 2": data.grass}
 """One class has a name that has to be encoded in URLs and headers."""
 DATASET = "textures"
@@ -121,6 +131,18 @@ class Plant:
         client.set_registered_model_alias(model, registry.CHAMPION, str(version))
         return version
 
+    @property
+    def decisions(self) -> DecisionStore:
+        return DecisionStore(location(str(self.folder / "store" / FOLDER)))
+
+    def decision(self, answer: httpx.Response) -> Decision:
+        """Waits until the decision that an answer states is in the store, and returns it."""
+        for _ in range(200):
+            with contextlib.suppress(SprueError):
+                return self.decisions.find(answer.headers["x-request-id"])[-1]
+            time.sleep(0.1)
+        pytest.fail("20 s later the decision is not in the store")
+
     def wait(self, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """Waits until the health report satisfies a condition, and returns it."""
         for _ in range(200):
@@ -146,7 +168,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "sprue.serving.proxy:middlewares")
         mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
         mlflow.set_registry_uri(f"sqlite:///{folder / 'mlflow.db'}")
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        # Metrics every second, so that no test waits for them.
+        often = {"metrics_report_interval_ms": 1000}
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, _system_config=often)
         yield folder
         ray.shutdown()
         mlflow.set_tracking_uri(before)
@@ -175,10 +199,40 @@ def plant(cluster: Path, ports: Callable[[int], list[int]]) -> Iterator[Plant]:
         for name, detector in detectors.items():
             plant.release(f"{DATASET}.{name}", detector)
         admission = AdmissionLimits(max_queued=24, grace_s=1.0)
-        url = serve_champions(port=port, limits=limits, admission=admission, refresh_s=0.5, keys=keys)
+        decisions = DecisionLogSettings(str(cluster / "store" / FOLDER), sample=SAMPLE)
+        url = serve_champions(
+            port=port, limits=limits, admission=admission, refresh_s=0.5, keys=keys, decisions=decisions
+        )
         assert url == f"http://127.0.0.1:{port}"
         yield plant
         stop_serving()
+
+
+@pytest.fixture
+def prometheus(cluster: Path, ports: Callable[[int], list[int]]) -> Iterator[Callable[[str], list[dict[str, Any]]]]:
+    """Asks a Prometheus that scrapes this Ray as our configuration says, but each second."""
+    config = yaml.safe_load((INFRA / "prometheus" / "prometheus.yaml").read_text())
+    config["global"]["scrape_interval"] = "1s"
+    # What Ray's dashboard, which the tests do without, writes into the file that the configuration names.
+    (scrape,), (node,) = config["scrape_configs"], ray.nodes()
+    assert scrape.pop("file_sd_configs")
+    scrape["static_configs"] = [{"targets": [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"]}]
+    file, (port,) = cluster / "prometheus.yaml", ports(1)
+    file.write_text(yaml.safe_dump(config))
+    listen, data_folder = f"--web.listen-address=127.0.0.1:{port}", f"--storage.tsdb.path={cluster / 'prometheus'}"
+    with subprocess.Popen(
+        ["prometheus", f"--config.file={file}", listen, data_folder, "--log.level=error"]
+    ) as server, httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:  # fmt: skip
+
+        def query(expression: str) -> list[dict[str, Any]]:
+            answer = client.get("/api/v1/query", params={"query": expression})
+            assert answer.status_code == 200, f"{expression}: {answer.text}"
+            return answer.json()["data"]["result"]
+
+        try:
+            yield query
+        finally:
+            server.kill()
 
 
 @pytest.fixture(scope="class")

@@ -1,19 +1,23 @@
 """The service over HTTP, on a real Ray Serve."""
 
 import base64
+import hashlib
 import io
 import json
+import math
 import os
 import re
 import socket
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,10 +27,18 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 from PIL import Image, ImageColor
 
+from sprue.cli import main
+from sprue.errors import SprueError
 from sprue.inference.heatmap import OUTLINE, heat, overlay
+from sprue.release.decision_store import rows_of
+from sprue.release.replay import replay
+from sprue.serving.decision_log import why_kept
 from sprue.serving.keys import add_key, remove_key
+from sprue.serving.launch import stop_serving
+from sprue.serving.metrics import label
 from sprue.serving.parsing import MULTIPART
 from sprue.tracking import registry
 
@@ -450,6 +462,23 @@ class TestSamplesOfViews:
                 unasked = plant.client.post("/v1/classes/box/score?heatmap=1", files=files).json()
                 assert (unasked["heatmap_view"], unasked["heatmap_png"]) == (view, in_json["heatmap_png"])
 
+    def test_a_sample_is_one_row_and_is_replayed(self, plant: Any, boxes: Any) -> None:
+        detector, samples = boxes
+        forms = [[png(image) for image in images] for images in samples]
+        answers = [
+            plant.client.post("/v1/classes/box/score", files=list(zip(detector.views, form, strict=True))[::-1])
+            for form in forms
+        ]
+        kept = 0
+        for form, answer in zip(forms, answers, strict=True):
+            found = plant.decision(answer)
+            assert found.images == tuple(hashlib.sha256(each).hexdigest() for each in form)
+            if found.kept:
+                kept += 1
+                assert plant.decisions.read_images(found) == form
+                assert replay(plant.decisions, found.request_id).equal
+        assert kept
+
     @pytest.mark.parametrize(
         ("names", "query", "code", "words"),
         [
@@ -491,6 +520,178 @@ class TestSamplesOfViews:
         large = plant.client.post("/v1/classes/box/score", files=[("v", bytes(3 * 2**20)), ("v", good), ("v", good)])
         assert large.json()["error"]["code"] == "not_an_image"
         assert plant.client.post("/v1/classes/box/score", content=bytes(7 * 2**20)).status_code == 413
+
+
+def with_defect(image: Image.Image) -> Image.Image:
+    image.paste((255, 255, 255), (140, 20, 180, 60))
+    return image
+
+
+def test_a_decision_is_a_row_and_the_images_of_alarms_are_kept(plant: Any) -> None:
+    image = with_defect(plant.image("brick"))
+    names = {"X-Request-Id": "line-7:4711", "X-Station": "line-7"}
+    answer = plant.post("brick", image, headers=names, params={"heatmap": "true"})
+    body, found = answer.json(), plant.decision(answer)
+    assert (found.request_id, found.station, found.kept) == ("line-7:4711", "line-7", "alarm")
+    for name in ("dataset", "class_name", "score", "p_value", "alpha", "threshold", "is_anomalous"):
+        assert getattr(found, name) == body[name], name
+    assert found.version == body["model"]["version"] and found.batch == 1
+    assert abs(time.time() - found.at.timestamp()) < 60 and 0 < found.latency_s < 30
+    assert found.images == (hashlib.sha256(png(image)).hexdigest(),)
+    assert plant.decisions.read_images(found) == [png(image)]
+    folder = plant.folder / "digests"
+    plant.detectors["brick"].save(folder, plant.backbone)
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    assert dict(each.split(":") for each in found.files) == digests
+
+    others = [plant.post("gräs 2", plant.image("gräs 2", seed)) for seed in range(6)]
+    found = [plant.decision(answer) for answer in others]
+    assert {len(answer.headers["x-request-id"]) for answer in others} == {36} and {each.station for each in found} == {
+        ""
+    }
+    assert [each.score for each in found] == [answer.json()["score"] for answer in others]
+    assert [each.kept for each in found] == [why_kept(each, 0.5) for each in found]
+    assert "" in {each.kept for each in found}
+
+
+@pytest.mark.parametrize("name", ["line 7", "x" * 129, "line\t7"])
+def test_a_station_is_fit_for_a_table(plant: Any, name: str) -> None:
+    answer = plant.post("brick", plant.image("brick"), headers={"X-Station": name})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_station")
+
+
+def test_an_alarm_is_replayed(plant: Any) -> None:
+    images = [with_defect(plant.image("brick", seed)) for seed in range(8)]
+    with ThreadPoolExecutor(8) as pool:  # so that some are scored together
+        answers = list(pool.map(lambda image: plant.post("brick", image), images))
+    found = [decision for decision in map(plant.decision, answers) if decision.kept]
+    assert len(found) > 1
+    for recorded in found:
+        repeated = replay(plant.decisions, recorded.request_id)
+        assert repeated.decision == recorded and repeated.equal and repeated.engine == recorded.engine
+        assert repeated.score == pytest.approx(recorded.score, rel=1e-4)
+
+    def run(request_id: str) -> Any:
+        command = ["--store", str(plant.folder / "store"), "replay", request_id, "--json"]
+        environment = {"MLFLOW_TRACKING_URI": mlflow.get_tracking_uri()}
+        return CliRunner().invoke(main, command, prog_name="sprue", env=environment, catch_exceptions=False)
+
+    recorded = found[0]
+    done = run(recorded.request_id)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.output)["equal"] and json.loads(done.output)["decision"]["score"] == recorded.score
+
+    # A row that says something else than the detector is found out; it is the last with this identifier.
+    altered = replace(recorded, score=recorded.score * 1.01, at=datetime.now(UTC))
+    plant.decisions.write_part(altered.at.date(), "altered", rows_of([altered]))
+    done = run(recorded.request_id)
+    assert done.exit_code == 1 and "the result differs from the recorded one" in done.output
+    assert '"equal": false' in done.output and '"same_id": 2' in done.output
+
+    # So are a version with other files, one that is gone, and an image that was not kept.
+    others = [
+        (replace(altered, request_id="files", files=("flow.safetensors:ab",)), "has other files now than those"),
+        (replace(altered, request_id="version", version=999), "has no version '999'"),
+        (replace(altered, request_id="kept", kept=""), "the images of kept were not kept"),
+    ]
+    plant.decisions.write_part(altered.at.date(), "others", rows_of([each for each, _ in others]))
+    for each, words in others:
+        done = run(each.request_id)
+        assert done.exit_code == 1 and words in done.output
+
+
+def test_a_request_that_is_refused_is_no_decision(plant: Any) -> None:
+    answer = plant.client.post("/v1/classes/brick/score", content=b"text", headers={"X-Request-Id": "refused"})
+    assert answer.status_code == 415
+    plant.decision(plant.post("brick", plant.image("brick")))  # later ones are there
+    with pytest.raises(SprueError, match="has no decision 'refused'"):
+        plant.decisions.find("refused")
+
+
+def panels() -> dict[str, list[str]]:
+    """The queries of each panel of the board, of all models in the last half minute."""
+    board = json.loads((Path(__file__).parents[3] / "infra" / "grafana" / "serving.json").read_text())
+    return {
+        panel["title"]: [
+            target["expr"].replace("$__rate_interval", "30s").replace("$model", ".*") for target in panel["targets"]
+        ]
+        for panel in board["panels"]
+    }
+
+
+def values(query: Any, expression: str, by: str = "") -> dict[str, float]:
+    """A query's values, by a label; by all labels without one."""
+    found = query(expression)
+    return {each["metric"].get(by) or str(each["metric"]): float(each["value"][1]) for each in found}
+
+
+COUNTS = {
+    "answers": 'ray_sprue_requests_total{route="score", status="200"}',
+    "decisions": "ray_sprue_decisions_total",
+    "alarms": 'ray_sprue_decisions_total{decision="anomalous"}',
+    "scores": "ray_sprue_relative_score_count",
+    "above": 'ray_sprue_relative_score_count - ignoring(le) ray_sprue_relative_score_bucket{le="1.0"}',
+    "p-values": "ray_sprue_p_value_count",
+    "unknown": 'ray_sprue_refusals_total{code="unknown_class"}',
+}
+
+
+def test_prometheus_has_what_every_panel_of_the_board_shows(plant: Any, prometheus: Any) -> None:
+    alarm, fine = with_defect(plant.image("brick")), plant.image("gräs 2")
+    left = {query: title for title, queries in panels().items() for query in queries}
+    assert len(left) > 15
+    deadline = time.monotonic() + 60
+    while left and time.monotonic() < deadline:
+        plant.post("brick", alarm, params={"heatmap": "true"})
+        plant.post("gräs 2", fine)
+        plant.post("bolt", fine)  # an unknown class
+        time.sleep(0.5)
+        for query in list(left):
+            # Models without a request have no quantiles.
+            if any(map(math.isfinite, values(prometheus, query).values())):
+                del left[query]
+    assert not left
+
+    # What is shown is what has happened.
+    def settled() -> dict[str, float]:
+        """The counts, once they have not changed for three exports."""
+        counts, last = {}, None
+        while counts != last:
+            last, counts = counts, {name: sum(values(prometheus, query).values()) for name, query in COUNTS.items()}
+            time.sleep(3)
+        return counts
+
+    before = settled()
+    for image, name in [(alarm, "brick")] * 3 + [(fine, "gräs 2")] * 7 + [(fine, "bolt")]:
+        plant.post(name, image)
+    after = settled()
+    grown = {name: after[name] - before[name] for name in COUNTS}
+    assert grown == {
+        "answers": 10,
+        "decisions": 10,
+        "alarms": 3,
+        "scores": 10,
+        "above": 3,
+        "p-values": 10,
+        "unknown": 1,
+    }
+    assert values(prometheus, "max by (model) (ray_sprue_alpha)", "model")["textures.brick"] == 0.05
+    served = {
+        label(each["model"]["name"]): each["model"]["version"]
+        for each in plant.client.get("/v1/classes").json()["classes"]
+    }
+    assert values(prometheus, "max by (model) (ray_sprue_champion_version)", "model").items() >= served.items()
+
+    # A swap is seen.
+    plant.release("textures.brick", plant.detectors["brick"])
+    for _ in range(60):
+        swaps = values(prometheus, "sum by (model) (changes(ray_sprue_champion_version[1m]))", "model")
+        if swaps.get("textures.brick"):
+            break
+        time.sleep(0.5)
+    assert swaps["textures.brick"] == 1
+    mlflow.MlflowClient().set_registered_model_alias("textures.brick", registry.CHAMPION, str(served["textures.brick"]))
+    plant.wait(lambda _: plant.post("brick", alarm).json()["model"]["version"] == served["textures.brick"])
 
 
 def without_flow(folder: Path) -> None:
@@ -571,3 +772,9 @@ def test_champions_are_followed(plant: Any) -> None:
     # A look into the registry while the alias is deleted may report MLflow's own error; the next reports ours.
     plant.wait(lambda each: "no champion" in each.get("registry_error", ""))
     assert plant.post("brick", image).json()["model"]["version"] == version
+
+
+def test_the_last_decisions_are_written_when_the_service_stops(plant: Any) -> None:
+    answer = plant.post("brick", plant.image("brick"))
+    stop_serving()
+    assert plant.decisions.find(answer.headers["x-request-id"])[0].score == answer.json()["score"]
