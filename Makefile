@@ -37,7 +37,7 @@ serve: setup ## serve the champions over HTTP until interrupted [PORT=8000 HOST=
 	$(BIN)/sprue serve --host $(HOST) --port $(or $(PORT),8000) $(if $(KEYS),--keys "$(KEYS)")
 
 mlflow: setup ## open the tracking UI on the same store [PORT=5000]
-	$(BIN)/mlflow ui --host 127.0.0.1 --port $(or $(PORT),5000) \
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --host 127.0.0.1 --port $(or $(PORT),5000) \
 		--backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/store/mlflow/mlflow.db}"
 
 tracking: setup ## keep a tracking server up: MLflow on Postgres, files in an S3 store [PORT=5000]

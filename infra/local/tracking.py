@@ -220,7 +220,9 @@ def start_mlflow(folder: Path, port: int, database: str, store: Mapping[str, str
         str(Path(sys.executable).parent / "mlflow"), "server", "--host", LOOPBACK, "--port", str(port),
         "--artifacts-destination", f"s3://{BUCKET}", "--workers", "2",
     ]  # fmt: skip
-    environment = os.environ | store | {"MLFLOW_BACKEND_STORE_URI": database}
+    # MLflow's jobs evaluate language models; the server would start nine processes for them.
+    environment = os.environ | store | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    environment["MLFLOW_BACKEND_STORE_URI"] = database
 
     def is_ready() -> bool:
         try:
