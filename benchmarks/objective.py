@@ -125,7 +125,7 @@ def search_and_compare(
     rows = manifest.select(name, "test")
     label_N = rows.groupby("sample_id", sort=False)["label"].max().to_numpy()
     test = spec.table(features).read_samples(samples_of(rows), spec.views, spec.flow_config["maps"])
-    data = read_trial_data(spec, str(features))
+    data = read_trial_data(spec, features)
     compare(Judge(spec, features, data, test, label_N), outcome, settings)
 
 

@@ -147,7 +147,8 @@ def search_class(
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     placement = fit_placement(settings.trials, spec.fit.workers)
-    data = ray.remote(num_cpus=0)(read_trial_data).remote(spec, str(features))
+    # Read in this process: another would first spend seconds on imports.
+    data = ray.put(read_trial_data(spec, features))
     trial = Trial(spec, settings.epochs, data, features, placement, runs / "workers")
     trainable = _trainable(trial, spec.class_name)
     name, filesystem = search_name(spec, settings), storage_filesystem(runs)

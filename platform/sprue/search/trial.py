@@ -16,7 +16,7 @@ from sprue.inference.detector import best_device
 from sprue.inference.memory import keep_freed_memory
 from sprue.search.objective import Objective
 from sprue.search.space import Point
-from sprue.store import location, remove_folder
+from sprue.store import remove_folder
 from sprue.training.checkpoint import Checkpoint, Checkpoints
 from sprue.training.dataloader import InMemoryDataLoader, sample_size
 from sprue.training.loop import Epoch, train
@@ -42,9 +42,9 @@ class TrialData:
     synthetic: Maps
 
 
-def read_trial_data(spec: FitSpec, features: str) -> TrialData:
+def read_trial_data(spec: FitSpec, features: UPath) -> TrialData:
     """Reads the features of a class, and those of its synthetic defects from their own table."""
-    table = spec.table(location(features))
+    table = spec.table(features)
     indices = spec.maps
     size = len(spec.train) * sample_size(table, spec.views, indices)
     # Several workers read the training maps themselves.
@@ -52,7 +52,7 @@ def read_trial_data(spec: FitSpec, features: str) -> TrialData:
     return TrialData(
         [] if unshared else table.read_samples(spec.train, spec.views, indices),
         table.read_samples(spec.validation, spec.views, indices),
-        spec.synthetic_maps(location(features)),
+        spec.synthetic_maps(features),
     )
 
 

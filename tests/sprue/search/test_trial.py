@@ -22,7 +22,7 @@ ONE = FitPlacement(groups=1, workers=1, cpus=1, gpus=0)
 def trial(case, monkeypatch):
     """The trials of the class; their data are in this process."""
     monkeypatch.setattr(ray, "get", lambda data: data)
-    data = read_trial_data(case.spec, str(case.features))
+    data = read_trial_data(case.spec, case.features)
     return Trial(case.spec, 3, data, case.features, ONE, case.runs)
 
 
@@ -80,7 +80,7 @@ def test_a_fit_that_diverges_is_reported_as_one_that_detects_nothing(trial, repo
 def test_trials_share_what_fits_into_their_memory(case):
     def data(**fit):
         spec = case.spec.model_copy(update={"fit": case.spec.fit.model_copy(update=fit)})
-        return read_trial_data(spec, str(case.features))
+        return read_trial_data(spec, case.features)
 
     table, shared = case.spec.table(case.features), data()
     for maps, samples in ((shared.train, case.spec.train), (shared.validation, case.spec.validation)):
