@@ -83,13 +83,13 @@ def make_plan(folder, class_name="brick", folds=None, **fit):
     return recipe_plan(manifest, "0" * 64, class_name, SPEC, settings_of(**fit), UPath(folder) / "features")
 
 
-@pytest.fixture(name="make_spec")
+@pytest.fixture(scope="session", name="make_spec")
 def make_spec_fixture():
     """See the function `make_spec`."""
     return make_spec
 
 
-@pytest.fixture(name="plan_of")
+@pytest.fixture(scope="session", name="plan_of")
 def plan_of_fixture():
     """See the function `plan_of`."""
     return plan_of

@@ -13,6 +13,8 @@ from sprue.errors import SprueError
 from sprue.training.run import fit_classes, fit_placement
 from sprue.training.worker import fit_flow
 
+MULTIFLOW = {"name": "multiflow", "hidden": 4, "steps": 2, "adaptation": "whiten", "views": 2}
+
 
 def fitted_here(spec, folder):
     """The epochs and checkpoints of the same fit without Ray."""
@@ -25,21 +27,30 @@ def fit(specs, folder, on_epoch=lambda name, epoch: None, **arguments):
     return fit_classes(specs, UPath(folder / "features"), UPath(folder / "runs"), on_epoch, **arguments)
 
 
-def test_classes_are_fitted_and_one_that_fails_stops_no_other(cluster, make_spec, tmp_path):
-    good, bad = make_spec(tmp_path, "brick"), make_spec(tmp_path, "grass", broken=True)
-    seen = []
-    ours, failed = fit([good, bad], tmp_path, lambda name, epoch: seen.append((name, epoch)))
+@pytest.fixture(scope="module")
+def dataset(cluster, make_spec, tmp_path_factory):
+    """A good class, one that can't be fitted and one of several views, fitted in one go: specs, outcomes, epochs."""
+    folder, seen = tmp_path_factory.mktemp("dataset"), []
+    specs = [
+        make_spec(folder, "brick"), make_spec(folder, "grass", broken=True),
+        make_spec(folder, "box", views=2, flow=MULTIFLOW),
+    ]  # fmt: skip
+    return folder, specs, fit(specs, folder, lambda name, epoch: seen.append((name, epoch))), seen
 
+
+def test_classes_are_fitted_and_one_that_fails_stops_no_other(cluster, dataset):
+    folder, (good, _, _), (ours, failed, _), seen = dataset
     assert (failed.fit, failed.best, failed.history) == ("grass", None, [])
     assert "the likelihood stopped being finite in epoch 1" in failed.failure
     assert "\n" not in failed.failure
 
     assert (ours.fit, ours.failure) == ("brick", "")
     assert [row["epoch"] for row in ours.history] == [1, 2, 3]
-    assert [(name, asdict(epoch)) for name, epoch in seen] == [("brick", row) for row in ours.history]
+    assert [asdict(epoch) for name, epoch in seen if name == "brick"] == ours.history
+    assert {name for name, _ in seen} == {"brick", "box"}
     assert ours.best.epoch == min(ours.history, key=lambda row: row["validation_nll"])["epoch"]
     if not torch.cuda.is_available():
-        expected = fitted_here(good, tmp_path)
+        expected = fitted_here(good, folder)
         best = expected[ours.best.epoch - 1][1]
         nlls = [row["validation_nll"] for row in ours.history]
         assert nlls == pytest.approx([epoch.validation_nll for epoch, _ in expected], rel=1e-4)
@@ -47,11 +58,11 @@ def test_classes_are_fitted_and_one_that_fails_stops_no_other(cluster, make_spec
             torch.testing.assert_close(ours.best.flow[key], value, rtol=1e-3, atol=1e-4)
 
     (queue,) = list_actors(cluster, filters=[("class_name", "=", "ClassQueue")])
-    assert queue.name.startswith("fits of brick, grass (")
+    assert queue.name.startswith("fits of brick, grass, box (")
 
-    seen.clear()
-    (second,) = fit([good], tmp_path, lambda name, epoch: seen.append(name))
-    assert seen == []
+    repeated = []
+    (second,) = fit([good], folder, lambda name, epoch: repeated.append(name))
+    assert repeated == []
     assert second.history == ours.history
     assert second.best.epoch == ours.best.epoch
     assert all(torch.equal(value, ours.best.flow[key]) for key, value in second.best.flow.items())
@@ -103,14 +114,12 @@ def test_cores_are_divided_among_fits(cluster):
     assert [(fit_placement(count).groups, fit_placement(count).cpus) for count in (1, 2, 3)] == [(1, 2), (2, 1), (2, 1)]
 
 
-def test_samples_of_several_views_are_fitted_together(cluster, make_spec, tmp_path):
-    flow = {"name": "multiflow", "hidden": 4, "steps": 2, "adaptation": "whiten", "views": 2}
-    spec = make_spec(tmp_path, "box", views=2, flow=flow)
+def test_samples_of_several_views_are_fitted_together(dataset):
+    folder, (*_, spec), (*_, fitted), _ = dataset
     assert (spec.views, spec.params["train_images"], spec.params["flow.maps"]) == (2, 10, [1])
-    (fitted,) = fit([spec], tmp_path)
     assert fitted.failure == ""
     if not torch.cuda.is_available():
-        expected = [epoch.validation_nll for epoch, _ in fitted_here(spec, tmp_path)]
+        expected = [epoch.validation_nll for epoch, _ in fitted_here(spec, folder)]
         assert [row["validation_nll"] for row in fitted.history] == pytest.approx(expected, rel=1e-4)
 
 
