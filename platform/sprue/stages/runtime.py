@@ -5,6 +5,7 @@ are.
 """
 
 import argparse
+import gc
 import importlib
 import logging
 import os
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 from upath import UPath
@@ -133,13 +135,25 @@ def run_stage(stage: str, arguments: Sequence[str] | None = None) -> None:
     try:
         with ended_by_interrupt(stage):
             context = read_context(given.params, given.dataset, given.data, given.store)
-            # Imported only now: bad settings are reported before the seconds that Ray and torch take.
-            importlib.import_module(f"sprue.stages.{stage}").main(context)
+            _import(f"sprue.stages.{stage}").main(context)
             # DVC reads the settings after the stage, and would take the new ones for those that were used.
             if read_dataset(given.params, context.dataset)[1] != context.settings:
                 raise SprueError(f"the settings in {given.params} changed while the stage ran; run it again")
     except SprueError as error:
         sys.exit(f"sprue {stage}: {error}")
+
+
+def _import(name: str) -> ModuleType:
+    """Imports a stage, after its settings are read: bad ones are reported before the seconds that Ray and torch take.
+
+    What imports make stays. To look for garbage in it again and again would take a quarter of that time.
+    """
+    gc.disable()
+    try:
+        return importlib.import_module(name)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def read_context(params: Path, dataset: str | None, data: str | None, store: str | None) -> Context:
