@@ -45,16 +45,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Converted backbones and fetched models of this session; the user's own cache is left alone."""
+    """Converted backbones and fetched models of all processes of a session; the user's own cache is left alone."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
     with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("cache")
         patch.setenv("SPRUE_CACHE", str(folder))
         yield folder
 
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A user's environment: nothing of this machine's but the path, and caches of its own."""
+def environment(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> dict[str, str]:
+    """A user's environment: nothing of this machine's but the path, and the session's caches."""
     folder = tmp_path_factory.mktemp("user")
     kept = {
         name: value
@@ -71,7 +72,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "SPRUE_CACHE": str(folder / "cache"),
+        "SPRUE_CACHE": str(cache),
     }  # fmt: skip
 
 
