@@ -22,6 +22,7 @@ from ray.data.datasource import Datasink
 from upath import UPath
 
 from sprue.errors import SprueError
+from sprue.features.counter import ImageCounter
 from sprue.features.tables import FeatureTable, write_part
 from sprue.inference.engines import EngineName, build_engine
 from sprue.inference.images import model_input, open_image
@@ -112,21 +113,6 @@ class _EngineWorker:
         return batch | {f"map_{index}": map_BCHW for index, map_BCHW in enumerate(maps)}
 
 
-class _Counter:
-    """Counts the images that engines have processed; an image that is processed again after a failure counts once."""
-
-    def __init__(self) -> None:
-        self.images: set[tuple[str, str]] = set()
-
-    def add(self, images: list[tuple[str, str]]) -> None:
-        """Adds images, by class and digest."""
-        self.images.update(images)
-
-    def count(self) -> int:
-        """Number of images so far."""
-        return len(self.images)
-
-
 class FeatureTableSink(Datasink[None]):
     """Writes rows of a Ray dataset to their classes' feature tables."""
 
@@ -180,8 +166,8 @@ def extract(
 
 @contextmanager
 def _progress(total: int) -> Iterator[Any]:
-    """Gives the actor of a `_Counter`; logs its count every `PROGRESS_SECONDS`, and the total at the end."""
-    counter = ray.remote(num_cpus=0)(_Counter).remote()
+    """Gives the actor of an `ImageCounter`; logs its count every `PROGRESS_SECONDS`, and the total at the end."""
+    counter = ray.remote(num_cpus=0)(ImageCounter).remote()
     started, ended = time.perf_counter(), threading.Event()
 
     def log(images: int) -> None:

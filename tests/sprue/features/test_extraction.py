@@ -14,6 +14,7 @@ from upath import UPath
 from sprue.config import FeatureSettings
 from sprue.errors import SprueError
 from sprue.features import extraction
+from sprue.features.counter import ImageCounter
 from sprue.features.extraction import Extraction, engine_placement, extract
 from sprue.features.tables import FeatureTable
 from sprue.inference.backbone import resolve
@@ -129,7 +130,7 @@ def test_progress_without_a_terminal_is_a_line_of_ours_and_none_of_ray_data(spec
 
 
 def test_images_that_are_processed_again_are_counted_once():
-    counter = extraction._Counter()
+    counter = ImageCounter()
     for images in ([("brick", "a"), ("brick", "b")], [("brick", "b"), ("grass", "b")]):
         counter.add(images)
     assert counter.count() == 3
