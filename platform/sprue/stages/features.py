@@ -9,7 +9,6 @@ from sprue.features.extraction import extract
 from sprue.features.screening import screen
 from sprue.features.screening_page import write_page
 from sprue.features.tables import FeatureTable
-from sprue.inference.backbone import backbone_state, resolve
 from sprue.stages.failures import close_stage
 from sprue.stages.runtime import Context, connect_ray
 from sprue.store import write_bytes
@@ -23,6 +22,9 @@ def main(context: Context) -> None:
     A class with images that look foreign is recorded as failed, until the user has decided about each of them.
     """
     manifest = Manifest.read(context.folder / "manifest.parquet")
+    # Imported only now: a missing manifest is reported before the seconds that torch and timm take.
+    from sprue.inference.backbone import backbone_state, resolve
+
     spec = resolve(context.settings.features)
     connect_ray()
     result = extract(spec, manifest.frame, context.data, context.features)
