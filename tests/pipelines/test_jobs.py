@@ -3,14 +3,17 @@
 import hashlib
 import io
 import json
+import shlex
 import subprocess
-import uuid
+import time
 from pathlib import Path
 
 import mlflow
 import pandas as pd
 import pytest
 import s3fs
+from ray.job_submission import JobSubmissionClient
+from ruamel.yaml import YAML
 
 STAGES = ("manifest", "features", "search", "fit", "evaluate", "register")
 CLASS_NAME = "brick"
@@ -18,25 +21,22 @@ LEARNING_RATES = {"low": 0.0001, "high": 0.01, "log": True}
 
 
 class Jobs:
-    """Submits stages as a user does, and keeps what they said."""
+    """Submits stages as ``ray job submit`` does, but in this process; keeps what they said."""
 
     def __init__(self, checkout, head, **environment):
-        self.checkout, self.head, self.environment = checkout, head, environment
+        self.client = JobSubmissionClient(head.dashboard, headers=dict(head.headers))
+        runtime_env = YAML(typ="safe").load(checkout.folder / "infra/ray/runtime_env.yaml")
+        self.runtime_env = {**runtime_env, "working_dir": str(checkout.folder)}
+        self.variables = [f"{key}={value}" for key, value in environment.items()]
 
     def submit(self, *entrypoint):
         """The job's status and its output."""
-        name = f"job-{uuid.uuid4().hex[:8]}"
-        variables = [f"{key}={value}" for key, value in self.environment.items()]
-        done = self.checkout.run(
-            "ray", "job", "submit", "--address", self.head.dashboard, "--submission-id", name,
-            "--working-dir", ".", "--runtime-env", "infra/ray/runtime_env.yaml",
-            "--", "env", *variables, *entrypoint, check=False,
-        )  # fmt: skip
-        said = done.stdout + done.stderr
-        job = self.head.get(f"api/jobs/{name}")
-        assert job.ok, said
-        assert (done.returncode == 0) == (job.json()["status"] == "SUCCEEDED"), said
-        return job.json()["status"], said
+        job = self.client.submit_job(
+            entrypoint=shlex.join(["env", *self.variables, *entrypoint]), runtime_env=dict(self.runtime_env)
+        )
+        while not (status := self.client.get_job_status(job)).is_terminal():
+            time.sleep(0.2)
+        return status, self.client.get_job_logs(job)
 
     def run(self, stages, data, store, params="params.yaml"):
         """Stages in their order; what each said."""
@@ -150,9 +150,15 @@ def test_a_job_that_fails_says_why(checkout, ray_head, tmp_path):
 
 
 def test_a_job_without_a_store_is_refused(checkout, ray_head, tmp_path):
-    status, said = Jobs(checkout, ray_head).submit("python", "pipelines/manifest.py", "--data", str(tmp_path))
-    assert status == "FAILED"
-    assert "sprue manifest: a Ray job runs in a copy of the checkout" in said
+    """Submitted as a user does."""
+    done = checkout.run(
+        "ray", "job", "submit", "--address", ray_head.dashboard, "--submission-id", "without-store",
+        "--working-dir", ".", "--runtime-env", "infra/ray/runtime_env.yaml",
+        "--", "python", "pipelines/manifest.py", "--data", str(tmp_path), check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert ray_head.get("api/jobs/without-store").json()["status"] == "FAILED"
+    assert "sprue manifest: a Ray job runs in a copy of the checkout" in done.stdout + done.stderr
 
 
 def test_a_job_runs_the_code_that_was_sent(checkout, ray_head):
