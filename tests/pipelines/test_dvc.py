@@ -83,12 +83,15 @@ def test_metrics_have_a_row_for_each_class(first_version):
         assert 0.5 < found["data"]["sample_auroc"] <= 1
 
 
-def test_another_alpha_changes_the_evaluation_alone(version):
+def test_another_alpha_changes_the_evaluation_alone_and_builds_no_backbone(version):
     before = version.digests("store/tiny/features", "store/tiny/fits")
     manifest = (version.folder / "store/tiny/manifest.parquet").read_bytes()
     version.set_params({"calibration": {"alpha": 0.25}})
-    said = version.dvc("repro")
+    said = version.dvc("repro", PYTHONPROFILEIMPORTTIME="1")
     assert ran(said) == ["manifest", "evaluate", "register"]
+    imported = set(re.findall(r"^import time:.*\| +(\S+)$", said, re.MULTILINE))
+    assert "torch" in imported and "timm" not in imported
+    assert said.count("version 2 is challenger") == 2
     assert (version.folder / "store/tiny/manifest.parquet").read_bytes() == manifest
     assert version.digests("store/tiny/features", "store/tiny/fits") == before
     assert json.loads((version.folder / "store/tiny/metrics/brick.json").read_text())["alpha"] == 0.25
@@ -222,14 +225,3 @@ def test_more_epochs_fit_again_and_the_challenger_is_promoted_with_a_known_linea
     images = [str(path) for path in sorted((unseen_bricks / "spot").iterdir())[:2]]
     (row, _) = json.loads(sprue("score", "brick", *images, "--json"))
     assert row["model"] == "tiny.brick" and row["version"] == 1 and row["score"] > 0
-
-
-def test_evaluating_and_registering_build_no_backbone(version):
-    shutil.rmtree(version.folder / "store/tiny/evaluation")
-    shutil.rmtree(version.folder / "store/mlflow")
-    program = (
-        "import sys; from sprue.stages.runtime import run_stage; run_stage('evaluate', []); run_stage('register', []);"
-        "sys.exit('timm was imported' if 'timm' in sys.modules else 0)"
-    )
-    done = version.run("python", "-c", program)
-    assert done.stderr.count("version 1 is champion") == 2
