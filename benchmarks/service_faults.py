@@ -25,6 +25,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from skimage import data
+from upath import UPath
 
 from defectflow import build_flow
 from sprue.config import FeatureSettings, ScoringSettings
@@ -35,7 +36,8 @@ from sprue.inference.engines import build_engine
 from sprue.serving.launch import serve_champions, stop_serving
 from sprue.stages.runtime import connect_ray
 from sprue.tracking import registry
-from sprue.tracking.digests import digest_tags
+from sprue.tracking.backbones import log_backbone
+from sprue.tracking.summary import detector_tags
 
 DATASET, CLASS_NAME, SIDE = "noise", "noise", 256
 MODEL = f"{DATASET}.{CLASS_NAME}"
@@ -73,10 +75,13 @@ def release(folder: Path) -> None:
     calibration = Calibration.fit(scores, position_scores, alpha=0.1)
     detector = Detector(DATASET, CLASS_NAME, spec, "patchflow", flow, ScoringSettings(), calibration)
     files = folder / "model" / "artifacts" / "detector"
-    detector.save(files, backbone_state(spec))
+    detector.save(files)
+    weights = UPath(folder / "backbone.safetensors")
+    weights.write_bytes(backbone_state(spec))
+    log_backbone(spec.weights_digest, weights, UPath(folder))
     client, tags = mlflow.MlflowClient(), {registry.DATASET_TAG: DATASET, registry.CLASS_TAG: CLASS_NAME}
     client.create_registered_model(MODEL, tags=tags)
-    version = client.create_model_version(MODEL, str(folder / "model"), run_id=None, tags=digest_tags(files))
+    version = client.create_model_version(MODEL, str(folder / "model"), run_id=None, tags=detector_tags(files))
     client.set_registered_model_alias(MODEL, registry.CHAMPION, version.version)
 
 

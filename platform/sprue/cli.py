@@ -166,6 +166,14 @@ def search(dataset: str, trials: int) -> None:
     "--keep-sample", type=click.FloatRange(0, 1), default=0.01, show_default=True, metavar="FRACTION",
     help="Of the images that are neither alarms nor near the threshold.",
 )  # fmt: skip
+@click.option(
+    "--cache-gb",
+    type=click.FloatRange(0, min_open=True),
+    default=2.0,
+    show_default=True,
+    help="Memory of the classes that a replica has loaded, in GiB.",
+)
+@click.option("--pin", "pinned", multiple=True, metavar="CLASS", help="Load this class at the start, and keep it.")
 @click.pass_obj
 def serve(
     store: str,
@@ -178,11 +186,14 @@ def serve(
     keep_days: int,
     keep_images: float,
     keep_sample: float,
+    cache_gb: float,
+    pinned: tuple[str, ...],
 ) -> None:
     """Serve the champions over HTTP until interrupted."""
     if keys and without_keys:
         raise click.UsageError("give --keys FILE or --without-keys, not both")
     from sprue.release.decision_store import FOLDER as DECISIONS
+    from sprue.serving.champions import CacheSettings
     from sprue.serving.decision_log import DecisionLogSettings
     from sprue.serving.launch import require_free_port, require_keys, serve_champions, stop_serving
     from sprue.stages.runtime import connect_ray
@@ -194,8 +205,15 @@ def serve(
     require_free_port(host, port)
     _connect(store)
     connect_ray()
+    cache = CacheSettings(int(cache_gb * 2**30), pinned)
     url = serve_champions(
-        host, port, keys=keys, without_keys=without_keys, allowed_hosts=allowed_hosts, decisions=decisions
+        host,
+        port,
+        cache=cache,
+        keys=keys,
+        without_keys=without_keys,
+        allowed_hosts=allowed_hosts,
+        decisions=decisions,
     )
     click.echo(f"scoring at {url}  (its interface: {url}/docs; stop it with Ctrl-C)")
     sys.stdout.flush()

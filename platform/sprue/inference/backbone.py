@@ -96,7 +96,7 @@ def load_backbone(spec: FeatureSpec) -> Backbone:
 
 
 def backbone_state(spec: FeatureSpec) -> bytes:
-    """The backbone's weights, without its classifier, as a safetensors file; `Detector.save` writes them.
+    """The backbone's weights, without its classifier, as a safetensors file.
 
     Raises:
         SprueError: As `load_backbone`.

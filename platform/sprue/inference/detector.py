@@ -149,21 +149,20 @@ class Detector:
         is_anomalous_B = self.calibration.is_anomalous(score_B)
         return Predictions(score_B, p_value_B, is_anomalous_B, image_score_BV, position_scores_BVHW)
 
-    def save(self, folder: Path, backbone: bytes) -> None:
-        """Writes everything that prediction needs: ``detector.json``, ``flow.safetensors``, ``backbone.safetensors``.
+    def save(self, folder: Path) -> None:
+        """Writes ``detector.json`` and ``flow.safetensors``.
 
-        `backbone` holds the backbone's weights, as `sprue.inference.backbone.backbone_state` returns them.
+        The backbone's weights, which many detectors read, are kept apart: the feature spec has their digest.
         """
         folder.mkdir(parents=True, exist_ok=True)
         members = len(self.flow.members) if isinstance(self.flow, Ensemble) else 1
         saved = _SavedDetector(**vars(self), flow_config=asdict(self.flow.config), members=members)
         (folder / "detector.json").write_text(json.dumps(saved.model_dump(mode="json"), indent=2) + "\n")
         safetensors.torch.save_file(portable_state(self.flow), folder / "flow.safetensors")
-        (folder / "backbone.safetensors").write_bytes(backbone)
 
     @classmethod
     def load(cls, folder: Path) -> "Detector":
-        """Reads what `save` wrote; the backbone's weights are read from the folder when an engine is built.
+        """Reads what `save` wrote.
 
         Raises:
             SprueError: If a file is missing, damaged or of another format.
@@ -180,13 +179,16 @@ class Detector:
         flows = [build_flow(saved.flow_name, **saved.flow_config) for _ in range(saved.members)]
         flow = flows[0] if len(flows) == 1 else Ensemble(flows)
         flow.load_state_dict(state)
-        weights = f"file:{folder / 'backbone.safetensors'}"
-        values = dict(saved) | {"flow": flow, "spec": saved.spec.model_copy(update={"weights": weights})}
+        values = dict(saved) | {"flow": flow}
         return cls(**{field.name: values[field.name] for field in fields(cls)})
 
-    def build_engine(self, name: EngineName = "auto", threads: int | None = None) -> Engine:
-        """An engine for this detector; see `sprue.inference.engines.build_engine`."""
-        return build_engine(self.spec, name, threads)
+    def build_engine(self, weights: Path, name: EngineName = "auto", threads: int | None = None) -> Engine:
+        """An engine for this detector, see `sprue.inference.engines.build_engine`, with its weights from a file.
+
+        `sprue.inference.backbone.backbone_state` makes such files. Others than those whose digest the feature spec has
+        are refused.
+        """
+        return build_engine(self.spec.model_copy(update={"weights": f"file:{weights}"}), name, threads)
 
 
 class _SavedDetector(BaseModel):

@@ -5,7 +5,6 @@ Shapes: B images, S side of the input, C channels, H rows, W columns of a map.
 
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sprue.errors import SprueError
+from sprue.inference.cache import cache_folder, keep
 from sprue.inference.spec import FeatureSpec
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class TorchEngine:
 class OpenVINOEngine:
     """Runs the backbone on OpenVINO, with float32 execution pinned.
 
-    The backbone is converted once for each fingerprint and cached; see `cache_folder`.
+    The backbone is converted once for each fingerprint and cached; see `sprue.inference.cache`.
     """
 
     name = "openvino"
@@ -131,25 +131,6 @@ class OpenVINOEngine:
         """The maps before rounding; valid until the next call."""
         results = self.request.infer([images_BSS3], share_inputs=True, share_outputs=True)
         return [results[index] for index in range(len(results))]
-
-
-def cache_folder() -> Path:
-    """The folder of converted backbones and downloaded detectors: ``$SPRUE_CACHE``, by default ``~/.cache/sprue``."""
-    return Path(os.environ.get("SPRUE_CACHE") or Path.home() / ".cache" / "sprue")
-
-
-def keep(temporary: Path, folder: Path) -> None:
-    """Renames a finished folder to its name in the cache, unless another process has made the same one meanwhile.
-
-    Raises:
-        OSError: If it can't be renamed for another reason.
-    """
-    try:
-        temporary.rename(folder)
-    except OSError:
-        if not folder.exists():
-            raise
-        shutil.rmtree(temporary)
 
 
 @contextmanager

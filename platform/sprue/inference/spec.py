@@ -3,6 +3,8 @@
 import hashlib
 import json
 
+from pydantic import Field
+
 from sprue.config import FeatureSettings
 
 # Version 1: 8-bit RGB; resized to a square, bicubic with antialiasing; scales by mean pooling; float32, rounded to
@@ -14,7 +16,7 @@ PREPROCESSING_VERSION = 1
 class FeatureSpec(FeatureSettings):
     """Resolved feature settings: those of a backbone whose weights have been read; see `backbone.resolve`."""
 
-    weights_digest: str
+    weights_digest: str = Field(pattern="^[0-9a-f]{64}$")
     """SHA-256 of the loaded parameters."""
     mean: tuple[float, ...]
     """Mean of each colour, 0..1, in the images that the weights were trained on."""

@@ -12,6 +12,7 @@ Files are read without executing pickled code.
 
 import hashlib
 import io
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
@@ -122,8 +123,13 @@ def fill(model: nn.Module, state: dict[str, Tensor], source: str, name: str) -> 
 
 def digest(model: nn.Module) -> str:
     """SHA-256 of a model's parameters and buffers, names included."""
+    return state_digest(model.state_dict())
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """The `digest` of a model with these parameters and buffers."""
     sha = hashlib.sha256()
-    for key, tensor in sorted(model.state_dict().items()):
+    for key, tensor in sorted(state.items()):
         if not key.endswith("num_batches_tracked"):
             sha.update(f"{key}{list(tensor.shape)}{tensor.dtype}".encode())
             sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -19,6 +19,7 @@ from sprue.inference.engines import Engine
 from sprue.release import audit_log
 from sprue.release.aliases import promote, reconcile, version_for_alias
 from sprue.release.false_alarms import chance_of
+from sprue.tracking.backbones import registered_engine
 from sprue.tracking.lineage import Lineage
 from sprue.tracking.lock import alias_lock
 from sprue.tracking.registry import CHAMPION, RegisteredDetector, find_registered, load_detector
@@ -227,12 +228,12 @@ def measure(challenger: Detector, champion: Detector | None, samples: list[Label
     if synthetic:
         samples = with_synthetic_defects(samples)
     label_N = np.array([sample.label for sample in samples])
-    engine = challenger.build_engine()
+    engine = registered_engine(challenger)
     score_N, is_anomalous_N = _predict(challenger, engine, samples)
     difference = None
     if champion is not None:
         same = champion.spec.fingerprint == challenger.spec.fingerprint
-        champion_N, _ = _predict(champion, engine if same else champion.build_engine(), samples)
+        champion_N, _ = _predict(champion, engine if same else registered_engine(champion), samples)
         group_N = np.array([sample.group for sample in samples]) if synthetic else None
         difference = auroc_difference(score_N, champion_N, label_N, group_N)
     good, alarms = int((label_N == 0).sum()), int(is_anomalous_N[label_N == 0].sum())

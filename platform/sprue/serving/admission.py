@@ -128,12 +128,13 @@ class Admitted:
     """An admitted request: its body is read first, then it has a place in the queue until it is answered.
 
     Attributes:
+        sent: Whether its body is being read or was; before that, it waits for its class to be loaded.
         queued: Whether it has the place.
     """
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
-        self._bytes, self.queued = 0, False
+        self._bytes, self.sent, self.queued = 0, False, False
 
     async def read(self, stream: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
         """A body's parts, as long as they arrive in time and there is memory for them.
@@ -143,7 +144,7 @@ class Admitted:
                 client leaves.
         """
         limits, loop = self._admission.limits, asyncio.get_running_loop()
-        started = loop.time()
+        started, self.sent = loop.time(), True
         while True:
             try:
                 async with asyncio.timeout_at(started + limits.grace_s + self._bytes / limits.min_rate):
@@ -173,9 +174,10 @@ class Admitted:
 
     def too_late(self, timeout_s: float) -> ApiError:
         """The error of a request whose deadline has passed."""
-        if not self.queued:
+        if self.sent and not self.queued:
             return _slow_body(f"{self._bytes:,} bytes in the {timeout_s:g} s that the request allows")
-        message = f"the sample was not scored within {timeout_s:g} s; {TIMEOUT_HEADER} may allow more"
+        late = "sample was not scored" if self.queued else "class was not loaded"
+        message = f"the {late} within {timeout_s:g} s; {TIMEOUT_HEADER} may allow more"
         return ApiError(HTTPStatus.GATEWAY_TIMEOUT, "deadline_exceeded", message)
 
     def release(self) -> None:

@@ -22,11 +22,12 @@ from sprue.release.decision_store import image_digests
 from sprue.serving import metrics, openapi, responses
 from sprue.serving.admission import Admission, AdmissionLimits
 from sprue.serving.batching import Batcher
+from sprue.serving.champions import CacheSettings, Champions
 from sprue.serving.decision_log import DecisionLog, DecisionLogSettings, decision_of
 from sprue.serving.errors import add_error_handlers
 from sprue.serving.hosts import AllowedHosts, HeaderGuard
 from sprue.serving.keys import Credentials, KeyFile
-from sprue.serving.model_cache import ModelCache, ServedModel, load_models, score_together
+from sprue.serving.model_cache import ServedModel, score_together
 from sprue.serving.parsing import ServiceLimits, decode_inputs, read_uploads
 from sprue.serving.schemas import Liveness, Readiness, Score, ServedClasses
 
@@ -50,6 +51,7 @@ class ServiceConfig:
     tracking_uri: str
     limits: ServiceLimits
     admission: AdmissionLimits
+    cache: CacheSettings
     refresh_s: float
     keys: FilePath | None
     hosts: AllowedHosts
@@ -79,10 +81,10 @@ def _node_cpus() -> int:
 @serve.deployment(name="scoring", max_ongoing_requests=MAX_CONNECTIONS, max_constructor_retry_count=2)
 @serve.ingress(app)
 class ScoringService:
-    """Holds all champions, scores samples with them and follows the registry."""
+    """Scores samples with the champions, which it loads when they are asked for, and follows the registry."""
 
     async def __init__(self, config: ServiceConfig) -> None:  # type: ignore[misc]
-        """Loads the champions; raises as `sprue.serving.model_cache.load_models`."""
+        """Reads the registry and loads champions; raises as `sprue.serving.champions.Champions.start`."""
         self.config = config
         self.decisions = DecisionLog(config.decisions) if config.decisions else None
         self.keys = KeyFile(config.keys)
@@ -91,12 +93,14 @@ class ScoringService:
         torch.set_num_threads(self.threads)
         # Not asyncio's own pool: its size would not bound the memory of the images that are decoded at once.
         self.decoders = ThreadPoolExecutor(self.threads, "image")
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         mlflow.set_tracking_uri(config.tracking_uri)
         mlflow.set_registry_uri(config.tracking_uri)
         self.batcher = Batcher(metrics.measured(score_together), BATCH)
         self.admission = Admission(config.admission, lambda: self.batcher.seconds_per_task)
         self.registry_error: str | None = None
-        self.models: ModelCache = await asyncio.to_thread(load_models, self.threads)
+        self.models = Champions(config.cache, self.threads)
+        await self.models.start()
         self.refresher = asyncio.create_task(self._follow_registry())
         self.reporter = asyncio.create_task(self._report_state())
 
@@ -116,7 +120,7 @@ class ScoringService:
         while True:
             await asyncio.sleep(self.config.refresh_s)
             try:
-                self.models = await asyncio.to_thread(load_models, self.threads, self.models)
+                await self.models.refresh()
                 self.registry_error = None
             except Exception as error:
                 if str(error) != self.registry_error:
@@ -144,9 +148,10 @@ class ScoringService:
         """
         timer = metrics.PhaseTimer()
         self.keys.require(credentials, "score")
-        served = self.models.find(name)
-        responses.require_view(served, view)
+        champion = self.models.find(name)
         async with self.admission.admit(request.headers) as admitted:
+            served = await self.models.load(champion)
+            responses.require_view(served, view)
             body = admitted.read(request.stream())
             uploads = await read_uploads(request.headers, body, served.detector.views, self.config.limits.max_bytes)
             admitted.enqueue()
@@ -205,7 +210,7 @@ class ScoringService:
     async def classes(self, credentials: Credentials) -> Any:
         """Lists the classes that can be scored and their champions."""
         self.keys.require(credentials, "score")
-        return ServedClasses(classes=[responses.summary(served) for served in self.models.served.values()])
+        return ServedClasses(classes=[responses.summary(champion) for champion in self.models.available])
 
     @app.get("/livez", response_model=Liveness, tags=["service"])
     async def livez(self) -> Any:
@@ -224,9 +229,11 @@ class ScoringService:
         models = self.models
         return Readiness(
             status="degraded" if models.failures or self.registry_error or self.keys.error else "ready",
-            classes=len(models.served),
-            engines=len(models.engines),
-            failures=dict(models.failures),
+            classes=len(models.available),
+            loaded=models.loaded,
+            loaded_bytes=models.bytes,
+            engines=models.engines,
+            failures=models.failures,
             registry_error=self.registry_error,
             keys_error=self.keys.error,
         )

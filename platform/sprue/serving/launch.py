@@ -19,10 +19,10 @@ from ray.serve.schema import ApplicationStatus, LoggingConfig
 from sprue.errors import SprueError
 from sprue.serving.admission import AdmissionLimits
 from sprue.serving.app import ScoringService, ServiceConfig
+from sprue.serving.champions import CacheSettings, require_champions
 from sprue.serving.decision_log import DecisionLogSettings
 from sprue.serving.hosts import AllowedHosts, is_loopback
 from sprue.serving.keys import read_keys
-from sprue.serving.model_cache import require_champions
 from sprue.serving.parsing import ServiceLimits
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ def serve_champions(
     port: int = 8000,
     limits: ServiceLimits | None = None,
     admission: AdmissionLimits | None = None,
+    cache: CacheSettings | None = None,
     refresh_s: float = 15.0,
     replicas: int = 1,
     keys: Path | None = None,
@@ -59,9 +60,10 @@ def serve_champions(
         port: The port.
         limits: The largest request.
         admission: How many requests each replica takes on, and for how long.
+        cache: How much memory loaded champions may take in each replica, and which stay.
         refresh_s: Seconds between two looks into the registry for new champions.
-        replicas: Processes among which requests are distributed. Each holds all champions and reserves a CPU and,
-            where there are GPUs, one or a fraction of one.
+        replicas: Processes among which requests are distributed. Each loads champions by itself and reserves a CPU
+            and, where there are GPUs, one or a fraction of one.
         keys: A file of keys, one of which each request needs; it is followed. Every node that runs a replica has it.
         without_keys: Serve everybody who reaches an address other than the loopback's.
         allowed_hosts: Names under which requests may come, besides the loopback's and the address.
@@ -88,6 +90,7 @@ def serve_champions(
         mlflow.get_tracking_uri(),
         limits or ServiceLimits(),
         admission,
+        cache or CacheSettings(),
         refresh_s,
         keys.resolve() if keys else None,
         AllowedHosts.of(host, allowed_hosts),

@@ -1,29 +1,22 @@
-"""The champions that are served and the engines that they share.
+"""Loaded champions, the engines that they share, and how they score samples together.
 
 Shapes: B images of a batch, V views of a sample, N images of several samples, S side of the backbone's input,
 C channels, H rows, W columns of a map.
 """
 
-import logging
 import threading
-from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from http import HTTPStatus
+from collections import OrderedDict, defaultdict
+from collections.abc import Collection, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sprue.errors import SprueError
 from sprue.inference.detector import BATCH, Detector, Predictions
 from sprue.inference.engines import Engine
-from sprue.serving.errors import ApiError
-from sprue.tracking import registry
-from sprue.tracking.names import AmbiguousClassError, UnknownClassError, resolve_name
 from sprue.tracking.registry import RegisteredDetector
-
-logger = logging.getLogger(__name__)
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -31,15 +24,21 @@ Key = TypeVar("Key", bound=Hashable)
 class SharedEngine:
     """An engine that detectors with the same feature spec share; one thread at a time runs it."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, side: int) -> None:
+        """Shares an engine whose backbone's input has `side` pixels."""
         self.name = engine.name
-        self._engine = engine
+        self._engine, self._side = engine, side
         self._lock = threading.Lock()
 
     def __call__(self, images_BSS3: NDArray[np.uint8]) -> list[NDArray[np.float16]]:
         """See `sprue.inference.engines.Engine`."""
         with self._lock:
             return self._engine(images_BSS3)
+
+    @cached_property
+    def blank_maps(self) -> list[NDArray[np.float16]]:
+        """The maps [1, C, H, W] of a black image."""
+        return [map_1CHW.copy() for map_1CHW in self(np.zeros((1, self._side, self._side, 3), np.uint8))]
 
 
 @dataclass(frozen=True)
@@ -50,93 +49,58 @@ class ServedModel:
     detector: Detector
     engine: SharedEngine
 
+    @cached_property
+    def bytes(self) -> int:
+        """Memory of the flow's parameters and buffers."""
+        return sum(tensor.nbytes for tensor in self.detector.flow.state_dict().values())
 
-@dataclass(frozen=True)
+
 class ModelCache:
-    """A snapshot of what is served.
+    """Loaded champions by their models' names, as many as fit: the least recently used ones make room.
 
     Attributes:
-        served: The champions by their models' names, ``<dataset>.<class>``.
-        failures: Why the registry's champion is not served, by its model's name.
+        bytes: Memory of those that are loaded.
     """
 
-    served: Mapping[str, ServedModel] = field(default_factory=dict)
-    failures: Mapping[str, str] = field(default_factory=dict)
+    def __init__(self, max_bytes: int, pinned: Collection[str] = ()) -> None:
+        """Starts empty; `pinned` names models that stay, whatever they take."""
+        self.bytes = 0
+        self._max_bytes, self._pinned = max_bytes, frozenset(pinned)
+        self._models: OrderedDict[str, ServedModel] = OrderedDict()  # the least recently used first
 
-    @property
-    def engines(self) -> dict[str, SharedEngine]:
-        """The engines by their feature specs' fingerprints."""
-        return {each.detector.spec.fingerprint: each.engine for each in self.served.values()}
+    def __len__(self) -> int:
+        """How many are loaded."""
+        return len(self._models)
 
-    def find(self, name: str) -> ServedModel:
-        """The champion of a class, by its model's name or, where that is unambiguous, by the class's.
+    def __contains__(self, name: str) -> bool:
+        """Whether a model's champion is loaded."""
+        return name in self._models
 
-        Raises:
-            ApiError: 404 for an unknown name, 409 for an ambiguous one, 503 if the champion could not be loaded.
+    def use(self, name: str) -> ServedModel | None:
+        """The loaded champion of a model, which counts as used now."""
+        if name in self._models:
+            self._models.move_to_end(name)
+        return self._models.get(name)
+
+    def put(self, served: ServedModel, is_used: bool) -> None:
+        """Adds a champion, or replaces the model's former one in its place.
+
+        One that is not used yet does not drive out others.
         """
-        try:
-            model = resolve_name(name, sorted({*self.served, *self.failures}))
-        except UnknownClassError as error:
-            raise ApiError(HTTPStatus.NOT_FOUND, "unknown_class", str(error)) from error
-        except AmbiguousClassError as error:
-            raise ApiError(HTTPStatus.CONFLICT, "ambiguous_class", str(error)) from error
-        if model not in self.served:
-            message = f"class {model!r} is unavailable: {self.failures[model]}"
-            raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "class_unavailable", message)
-        return self.served[model]
+        name, is_new = served.champion.model_name, served.champion.model_name not in self._models
+        self.bytes += served.bytes - (0 if is_new else self._models[name].bytes)
+        self._models[name] = served
+        if is_new and not is_used:
+            self._models.move_to_end(name, last=False)
+        for each in [each for each in self._models if each not in self._pinned]:
+            if self.bytes <= self._max_bytes:
+                break
+            self.drop(each)
 
-
-def require_champions() -> list[RegisteredDetector]:
-    """The registry's champions; raises SprueError if there are none."""
-    found = registry.champions()
-    if not found:
-        raise SprueError(
-            "the registry has no champion to serve: run the pipeline first (`sprue demo` or `sprue run`), "
-            "or assign the alias champion to a registered version"
-        )
-    return found
-
-
-def load_models(threads: int, previous: ModelCache | None = None) -> ModelCache:
-    """Loads the registry's champions, or reuses those of `previous`, and its engines.
-
-    New engines run `threads` CPU threads. A class whose champion can't be loaded keeps the version that it had, if any.
-
-    Raises:
-        SprueError: If the registry has no champions, or none of them can be loaded.
-    """
-    previous = previous or ModelCache()
-    engines = previous.engines
-    served: dict[str, ServedModel] = {}
-    failures: dict[str, str] = {}
-    for champion in require_champions():
-        name, current = champion.model_name, previous.served.get(champion.model_name)
-        if current is not None and current.champion == champion:
-            served[name] = current
-            continue
-        try:
-            served[name] = _load(champion, engines, threads)
-        except Exception as error:  # one class's failure must not stop the others
-            failures[name] = f"{champion}: {error}"
-            if failures[name] != previous.failures.get(name):
-                logger.error("champion not loaded: %s", failures[name], exc_info=not isinstance(error, SprueError))
-            if current is not None:
-                served[name] = current
-    if not served:
-        raise SprueError(f"no champion can be loaded: {'; '.join(failures.values())}")
-    return ModelCache(served, failures)
-
-
-def _load(champion: RegisteredDetector, engines: dict[str, SharedEngine], threads: int) -> ServedModel:
-    """Loads a champion and scores a blank sample, so that the first request is not slow and errors appear here."""
-    detector = registry.load_detector(champion)
-    fingerprint = detector.spec.fingerprint
-    engine = engines.get(fingerprint) or SharedEngine(detector.build_engine(threads=threads))
-    side = detector.spec.input_size
-    detector.predict_inputs(np.zeros((len(detector.views), side, side, 3), np.uint8), engine)
-    engines[fingerprint] = engine
-    logger.info("serving %s", champion)
-    return ServedModel(champion, detector, engine)
+    def drop(self, name: str) -> None:
+        """Forgets a model's champion, if it is loaded."""
+        if name in self._models:
+            self.bytes -= self._models.pop(name).bytes
 
 
 def score_together(tasks: Sequence[tuple[ServedModel, NDArray[np.uint8]]]) -> list[Predictions]:

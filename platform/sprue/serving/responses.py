@@ -14,6 +14,8 @@ from sprue.inference.detector import Predictions
 from sprue.serving.errors import ApiError
 from sprue.serving.model_cache import ServedModel
 from sprue.serving.schemas import FeatureSummary, ImageScore, ModelVersion, Score, ServedClass
+from sprue.tracking.registry import RegisteredDetector
+from sprue.tracking.summary import Summary
 
 
 def heatmap_png(served: ServedModel, predictions: Predictions, image: Image.Image, view: int) -> tuple[bytes, float]:
@@ -40,7 +42,7 @@ def score(served: ServedModel, predictions: Predictions) -> Score:
         alpha=calibration.alpha,
         is_anomalous=bool(predictions.is_anomalous_B[0]),
         threshold=calibration.threshold,
-        model=version(served),
+        model=version(served.champion),
         images=images if len(views) > 1 else None,
     )
 
@@ -58,24 +60,24 @@ def shown_view(served: ServedModel, predictions: Predictions, requested: str | N
     return int(predictions.image_score_BV[0].argmax()) if requested is None else served.detector.views.index(requested)
 
 
-def version(served: ServedModel) -> ModelVersion:
+def version(champion: RegisteredDetector) -> ModelVersion:
     """The registered version of a champion."""
-    return ModelVersion(name=served.champion.model_name, version=served.champion.version)
+    return ModelVersion(name=champion.model_name, version=champion.version)
 
 
-def summary(served: ServedModel) -> ServedClass:
-    """A class in the list of served classes."""
-    calibration, spec = served.detector.calibration, served.detector.spec
+def summary(champion: RegisteredDetector) -> ServedClass:
+    """A class in the list of served classes, by its champion's tags: it need not be loaded."""
+    found = Summary.read(champion.tags, champion)
     return ServedClass(
-        dataset=served.champion.dataset,
-        class_name=served.champion.class_name,
-        model=version(served),
-        alpha=calibration.alpha,
-        threshold=calibration.threshold,
-        pixel_threshold=calibration.pixel_threshold,
-        views=list(served.detector.views) if len(served.detector.views) > 1 else None,
-        calibration_samples=len(calibration.scores),
-        features=FeatureSummary(fingerprint=spec.fingerprint, backbone=spec.backbone, input_size=spec.input_size),
+        dataset=champion.dataset,
+        class_name=champion.class_name,
+        model=version(champion),
+        alpha=found.alpha,
+        threshold=found.threshold,
+        pixel_threshold=found.pixel_threshold,
+        views=list(found.views) if len(found.views) > 1 else None,
+        calibration_samples=found.calibration_samples,
+        features=FeatureSummary(fingerprint=found.fingerprint, backbone=found.backbone, input_size=found.input_size),
     )
 
 

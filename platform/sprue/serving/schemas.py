@@ -104,7 +104,9 @@ class Readiness(BaseModel):
 
     status: Literal["ready", "degraded"]
     classes: int | None = Field(default=None, description="Number of classes that are served")
-    engines: int | None = Field(default=None, description="Number of backbones, which classes share")
+    loaded: int | None = Field(default=None, description="Number of classes that are loaded; others are on demand")
+    loaded_bytes: int | None = Field(default=None, description="Memory of the flows that are loaded")
+    engines: int | None = Field(default=None, description="Number of backbones that are loaded, which classes share")
     failures: dict[str, str] | None = Field(
         default=None, description="Why a champion could not be loaded, by its model's name"
     )

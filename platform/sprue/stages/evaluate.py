@@ -122,10 +122,9 @@ def _evaluate(context: Context, manifest: Manifest, fit: ClassFit, key: str) -> 
     training = build_dataloader(table, fit.plan.training_samples, spec.views, baseline_maps(spec.features), limit)
     measured = evaluate(detector, table, manifest.select(name, TEST), context.data, training.ordered)
     page = class_report(measured, detector, _origin(context, manifest, detector, fit), context.data)
-    backbone = context.backbone(spec.features).read_bytes()
     with tempfile.TemporaryDirectory() as temporary:
         (context.folder / "evaluation" / name / MARKER).unlink(missing_ok=True)
-        detector.save(Path(temporary, "detector"), backbone)
+        detector.save(Path(temporary, "detector"))
         replace_folder(Path(temporary, "detector"), context.folder / "detectors" / name)
         folder = Path(temporary, "evaluation")
         write_evaluation(measured, detector, context.data, folder)

@@ -21,12 +21,13 @@ from sprue.release.aliases import assign_alias
 from sprue.stages.failures import all_failures, failed_before, report, write_failures
 from sprue.stages.runtime import Context
 from sprue.store import digest, local_copy, read_json
-from sprue.tracking.digests import digest_tags
+from sprue.tracking.backbones import log_backbone
 from sprue.tracking.lineage import Lineage
 from sprue.tracking.packaging import log_detector
 from sprue.tracking.registry import CHALLENGER, find_version, model_name, register
 from sprue.tracking.runs import FitRun
 from sprue.tracking.server import connect, experiment_id
+from sprue.tracking.summary import detector_tags
 from sprue.training.plan import ClassPlan, read_plans
 from sprue.training.record import ClassFit
 
@@ -89,13 +90,14 @@ def _register(context: Context, manifest: Manifest, plan: ClassPlan, key: str) -
         run.log_epochs(fit.records[0].history)
     images = manifest.frame[manifest.frame["class_name"] == class_name]
     Lineage(tuple(record.facts for record in fit.records), _tracked_digest(context.data), images).log(run.run_id, key)
+    weights = log_backbone(spec.features.weights_digest, context.backbone(spec.features), context.store)
     with local_copy(context.folder / "detectors" / class_name) as folder:
-        uri = log_detector(folder, run.run_id, key, example, tags)
-        calibration, digests = Detector.load(folder).calibration, digest_tags(folder)
+        uri = log_detector(folder, weights, run.run_id, key, example, tags)
+        calibration, detector = Detector.load(folder).calibration, detector_tags(folder)
     with local_copy(context.folder / "evaluation" / class_name) as folder:
         run.finish(metrics, folder, "evaluation", tags)
         description = _describe(metrics, calibration, plan) + _log_overview(folder, run, key)
-    return register(spec.dataset, class_name, uri, run.run_id, key, tags | digests, description)
+    return register(spec.dataset, class_name, uri, run.run_id, key, tags | detector, description)
 
 
 def _describe(metrics: dict[str, float], calibration: Calibration, plan: ClassPlan) -> str:

@@ -69,7 +69,7 @@ class Context:
         return self.folder / "features"
 
     def backbone(self, spec: FeatureSpec) -> UPath:
-        """The file of the backbone's weights, beside its features; every detector gets a copy."""
+        """The file of the backbone's weights, beside its features."""
         return self.features / spec.fingerprint / "backbone.safetensors"
 
     def feature_spec(self) -> FeatureSpec:

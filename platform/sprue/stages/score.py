@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from sprue.data.labelled import read_sample
+from sprue.tracking.backbones import registered_engine
 from sprue.tracking.registry import RegisteredDetector, load_detector
 
 
@@ -19,7 +20,7 @@ def score_files(registered: RegisteredDetector, paths: list[Path]) -> list[dict[
     """
     detector = load_detector(registered)
     samples = [read_sample(path, detector.views)[1] for path in paths]
-    predictions = detector.predict(samples, detector.build_engine())
+    predictions = detector.predict(samples, registered_engine(detector))
     return [
         {
             "sample": str(path),

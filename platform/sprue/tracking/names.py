@@ -4,6 +4,9 @@ from collections.abc import Sequence
 
 from sprue.errors import SprueError
 
+LISTED = 20
+"""Names that a message lists."""
+
 
 class UnknownClassError(SprueError):
     """No registered model has the name."""
@@ -39,7 +42,12 @@ def resolve_name(name: str, candidates: Sequence[str]) -> str:
         return name
     found = sorted(each for each in candidates if each.partition(".")[2] == name)
     if not found:
-        raise UnknownClassError(f"there is no class {name!r}; there are: {', '.join(sorted(candidates)) or 'none'}")
+        raise UnknownClassError(f"there is no class {name!r}; there are: {_listed(sorted(candidates))}")
     if len(found) > 1:
         raise AmbiguousClassError(f"class {name!r} is ambiguous: write {' or '.join(found)}")
     return found[0]
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return (", ".join(names[:LISTED]) or "none") + more

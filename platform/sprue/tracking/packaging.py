@@ -49,15 +49,17 @@ def signature(views: Sequence[str]) -> ModelSignature:
 
 
 def log_detector(
-    folder: Path, run_id: str, detector_key: str, example: Sequence[bytes], metadata: dict[str, Any]
+    folder: Path, weights: str, run_id: str, detector_key: str, example: Sequence[bytes], metadata: dict[str, Any]
 ) -> str:
     """Packages a saved detector and logs it to a run, unless the run has it; deletes what interrupted attempts left.
 
-    Code (`defectflow` and `sprue.inference`), weights and pinned requirements travel with it. It is logged as code, not
-    pickled.
+    Code (`defectflow` and `sprue.inference`), the flow and pinned requirements travel with it. It is logged as code,
+    not pickled. The backbone's weights are read from where they are, and verified, when the model is loaded; its
+    configuration may name another place: ``mlflow.pyfunc.load_model(uri, model_config={"weights": FILE})``.
 
     Args:
         folder: Where `Detector.save` has written a calibrated detector.
+        weights: URI of the backbone's weights; see `sprue.tracking.backbones.log_backbone`.
         run_id: The run that it belongs to.
         detector_key: Names the detector by its inputs.
         example: A sample's encoded images, kept as the input example.
@@ -72,7 +74,7 @@ def log_detector(
     for attempt in range(1, ATTEMPTS + 1):
         complete = [model for model in logged_models(run_id, detector_key) if model.status == LoggedModelStatus.READY]
         try:
-            uri = complete[0].model_uri if complete else _log(folder, run_id, detector_key, example, metadata)
+            uri = complete[0].model_uri if complete else _log(folder, weights, run_id, detector_key, example, metadata)
             break
         except MlflowException as error:
             if attempt == ATTEMPTS or error.error_code != ErrorCode.Name(BAD_REQUEST):
@@ -92,7 +94,9 @@ def logged_models(run_id: str, detector_key: str) -> list[LoggedModel]:
     return [model for model in found if model.tags.get(DETECTOR_TAG) == detector_key]
 
 
-def _log(folder: Path, run_id: str, detector_key: str, example: Sequence[bytes], metadata: dict[str, Any]) -> str:
+def _log(
+    folder: Path, weights: str, run_id: str, detector_key: str, example: Sequence[bytes], metadata: dict[str, Any]
+) -> str:
     detector = Detector.load(folder)
     with tempfile.TemporaryDirectory() as temporary:
         # The artifact's folder gets the name of the source.
@@ -103,6 +107,7 @@ def _log(folder: Path, run_id: str, detector_key: str, example: Sequence[bytes],
                 name=re.sub("[/:.%\"']", "-", detector.class_name),
                 python_model=str(Path(__file__).parent / "pyfunc_model.py"),
                 artifacts={"detector": str(Path(temporary, "detector"))},
+                model_config={"weights": weights},
                 code_paths=_portable_code(Path(temporary, "code")),
                 signature=signature(detector.views),
                 input_example=pd.DataFrame([example], columns=[view or "image" for view in detector.views]),

@@ -1,5 +1,6 @@
 """The detector behind MLflow's model interface; MLflow runs this file when it loads the model."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ class DetectorModel(PythonModel):
     """
 
     def load_context(self, context: Any) -> None:
-        """Loads the detector and an engine for it."""
+        """Loads the detector and an engine for it, with the backbone's weights that the configuration names."""
         self.detector = Detector.load(Path(context.artifacts["detector"]))
-        self.engine = self.detector.build_engine()
+        with tempfile.TemporaryDirectory() as folder:
+            weights = mlflow.artifacts.download_artifacts(context.model_config["weights"], dst_path=folder)
+            self.engine = self.detector.build_engine(Path(weights))
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """A row of score, p_value and is_anomalous for each sample, and where it has several views ``score_<view>``.

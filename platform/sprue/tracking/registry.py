@@ -18,8 +18,8 @@ from mlflow.protos.databricks_pb2 import (
 )
 
 from sprue.errors import SprueError
+from sprue.inference.cache import cached
 from sprue.inference.detector import Detector
-from sprue.inference.engines import cache_folder, keep
 from sprue.tracking.digests import altered_files, require_digests, require_tags
 from sprue.tracking.lock import alias_lock
 from sprue.tracking.names import resolve_name
@@ -32,6 +32,8 @@ DATASET_TAG = "sprue.dataset"
 CLASS_TAG = "sprue.class"
 DETECTOR_TAG = "sprue.detector"
 LOGGED_MODEL = "models:/"
+PAGE = 1000
+"""Models that the registry names at once, which is the most that it does."""
 NOT_FOUND = {ErrorCode.Name(RESOURCE_DOES_NOT_EXIST), ErrorCode.Name(INVALID_PARAMETER_VALUE)}
 """The registry's error codes for a version or an alias that does not exist."""
 
@@ -111,14 +113,14 @@ def _versions_of(model: str, detector_key: str) -> list[ModelVersion]:
 
 
 def registered_models() -> Iterator[RegisteredModel]:
-    """The models of all classes of all datasets."""
-    client = mlflow.MlflowClient()
-    page = client.search_registered_models(f"tags.`{CLASS_TAG}` != ''")
+    """The models of all classes of all datasets; one question for each `PAGE` of them."""
+    client, token = mlflow.MlflowClient(), None
     while True:
+        page = client.search_registered_models(f"tags.`{CLASS_TAG}` != ''", max_results=PAGE, page_token=token)
         yield from page
-        if not page.token:
+        token = page.token
+        if not token:
             return
-        page = client.search_registered_models(f"tags.`{CLASS_TAG}` != ''", page_token=page.token)
 
 
 def model_names() -> list[str]:
@@ -139,13 +141,34 @@ def find_model(name: str) -> str:
 
 
 def champions() -> list[RegisteredDetector]:
-    """The champions of all models on the tracking server, by name."""
-    client, found = mlflow.MlflowClient(), []
-    for model in registered_models():
-        if CHAMPION in model.aliases:
-            version = client.get_model_version_by_alias(model.name, CHAMPION)
-            found.append(_detector(model, version))
-    return sorted(found, key=lambda champion: champion.model_name)
+    """The champions of all models on the tracking server, by name.
+
+    The number of questions does not grow with that of the models, but for their pages: a page comes with each model's
+    newest version, and champions that are older are asked for together, by their versions' numbers.
+    """
+    models = {model.name: model for model in registered_models() if CHAMPION in model.aliases}
+    numbers = {name: int(model.aliases[CHAMPION]) for name, model in models.items()}
+    versions = {
+        name: version
+        for name, model in models.items()
+        for version in model.latest_versions
+        if int(version.version) == numbers[name]
+    }
+    for number in sorted({numbers[name] for name in models.keys() - versions.keys()}):
+        versions |= {each.name: each for each in _versions_numbered(number) if numbers.get(each.name) == number}
+    # A version may have been deleted between the questions.
+    return [_detector(models[name], versions[name]) for name in sorted(models.keys() & versions.keys())]
+
+
+def _versions_numbered(number: int) -> Iterator[ModelVersion]:
+    """The versions of all models that have a number."""
+    client, token = mlflow.MlflowClient(), None
+    while True:
+        page = client.search_model_versions(f"version_number = {number}", page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def find_registered(name: str, version: str) -> RegisteredDetector:
@@ -184,24 +207,22 @@ def load_detector(registered: RegisteredDetector) -> Detector:
         SprueError: If its files can't be had, or are others than those that were registered.
     """
     key = f"{mlflow.get_registry_uri()} {registered.model_name} {registered.version} {registered.run_id}"
-    folder = cache_folder() / "models" / hashlib.sha256(key.encode()).hexdigest()[:16]
     require_tags(registered.tags, registered)
-    if folder.exists() and altered_files(folder, registered.tags):
-        shutil.rmtree(folder)  # the cache is damaged
-    if not folder.exists():
-        _download(registered, folder)
-    return Detector.load(folder)
+    return Detector.load(
+        cached(
+            f"models/{hashlib.sha256(key.encode()).hexdigest()[:16]}",
+            lambda folder: _download(registered, folder),
+            lambda folder: not altered_files(folder, registered.tags),
+        )
+    )
 
 
 def _download(registered: RegisteredDetector, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+    source = f"models:/{registered.model_name}/{registered.version}/artifacts/detector"
     try:
-        downloaded = mlflow.artifacts.download_artifacts(f"models:/{registered.model_name}/{registered.version}")
-        shutil.copytree(Path(downloaded) / "artifacts" / "detector", temporary, dirs_exist_ok=True)
-        require_digests(temporary, registered.tags, registered)
-        keep(temporary, folder)
+        with tempfile.TemporaryDirectory() as temporary:
+            downloaded = mlflow.artifacts.download_artifacts(source, dst_path=temporary)
+            shutil.copytree(downloaded, folder, dirs_exist_ok=True)
     except (MlflowException, OSError) as error:
         raise SprueError(f"the files of {registered} can't be had: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    require_digests(folder, registered.tags, registered)

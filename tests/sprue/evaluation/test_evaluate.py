@@ -130,7 +130,7 @@ def test_samples_are_decided_by_the_chosen_guarantee(bench, tmp_path):
         marginal.calibration.scores[-6],
         marginal.calibration.scores[-3],
     ]
-    conditional.save(tmp_path, b"")
+    conditional.save(tmp_path)
     one, other, loaded = (
         detector.predict_features(maps) for detector in (marginal, conditional, Detector.load(tmp_path))
     )

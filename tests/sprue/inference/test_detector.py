@@ -57,9 +57,11 @@ def spec():
 
 
 @pytest.fixture(scope="module")
-def backbone(spec):
-    """The backbone's weights as a file, which a saved detector has."""
-    return backbone_state(spec)
+def weights(spec, tmp_path_factory):
+    """The file of the backbone's weights."""
+    file = tmp_path_factory.mktemp("weights") / "backbone.safetensors"
+    file.write_bytes(backbone_state(spec))
+    return file
 
 
 @pytest.fixture(scope="module")
@@ -87,23 +89,23 @@ def assert_same(one, other):
         assert np.array_equal(getattr(one, name), getattr(other, name)), name
 
 
-def test_a_saved_detector_predicts_the_same_to_the_bit(detector, engine, backbone, tmp_path):
+def test_a_saved_detector_predicts_the_same_to_the_bit(detector, engine, weights, tmp_path):
     images = crops(BATCH + 3, seed=1)
-    detector.save(tmp_path / "detector", backbone)
+    detector.save(tmp_path / "detector")
     loaded = Detector.load(tmp_path / "detector")
-    own_engine = loaded.build_engine()
+    own_engine = loaded.build_engine(weights)
     assert_same(loaded.predict(images, own_engine), detector.predict(images, engine))
     assert loaded.spec.fingerprint == detector.spec.fingerprint
     assert (loaded.dataset, loaded.class_name, loaded.flow_name) == ("textures", "brick", "patchflow")
     assert loaded.scoring == detector.scoring
     assert loaded.calibration == detector.calibration
-    loaded.save(tmp_path / "copy", backbone_state(loaded.spec))
+    loaded.save(tmp_path / "copy")
     for file in (tmp_path / "detector").iterdir():
         if file.name != "detector.json":
             assert file.read_bytes() == (tmp_path / "copy" / file.name).read_bytes()
 
 
-def test_a_saved_ensemble_predicts_the_same_to_the_bit(detector, engine, backbone, tmp_path):
+def test_a_saved_ensemble_predicts_the_same_to_the_bit(detector, engine, tmp_path):
     other = deepcopy(detector.flow)
     with torch.no_grad():
         next(other.parameters()).mul_(1.1)
@@ -111,35 +113,34 @@ def test_a_saved_ensemble_predicts_the_same_to_the_bit(detector, engine, backbon
     images = crops(3, seed=1)
     predicted = ensemble.predict(images, engine)
     assert not np.array_equal(predicted.score_B, detector.predict(images, engine).score_B)
-    ensemble.save(tmp_path / "detector", backbone)
+    ensemble.save(tmp_path / "detector")
     loaded = Detector.load(tmp_path / "detector")
     assert_same(loaded.predict(images, engine), predicted)
     assert len(loaded.flow.members) == 2
 
 
-def test_a_saved_detector_keeps_the_colours_that_its_weights_expect(detector, backbone, tmp_path):
+def test_a_saved_detector_keeps_the_colours_that_its_weights_expect(detector, tmp_path):
     """Weights from the hub may expect others than those that timm has for the backbone's name alone."""
     colours = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
     assert load_backbone(detector.spec).mean[0] == 0.5
-    replace(detector, spec=detector.spec.model_copy(update=colours)).save(tmp_path, backbone)
+    replace(detector, spec=detector.spec.model_copy(update=colours)).save(tmp_path)
     loaded = Detector.load(tmp_path).spec
     assert load_backbone(loaded).mean.flatten().tolist() == pytest.approx(colours["mean"])
     assert load_backbone(loaded).std.flatten().tolist() == pytest.approx(colours["std"])
     assert loaded.fingerprint != detector.spec.fingerprint
 
 
-def test_a_detector_moves_with_its_folder_and_is_not_executable(detector, engine, backbone, tmp_path):
-    detector.save(tmp_path / "here", backbone)
+def test_a_detector_moves_with_its_folder_and_is_not_executable(detector, engine, weights, tmp_path):
+    detector.save(tmp_path / "here")
     shutil.move(tmp_path / "here", tmp_path / "there")
     assert {file.name for file in (tmp_path / "there").iterdir()} == {
         "detector.json",
         "flow.safetensors",
-        "backbone.safetensors",
     }
     moved = Detector.load(tmp_path / "there")
     images = crops(2, seed=2)
     assert_same(
-        moved.predict(images, moved.build_engine("torch")),
+        moved.predict(images, moved.build_engine(weights, "torch")),
         detector.predict(images, build_engine(detector.spec, "torch")),
     )
 
@@ -193,24 +194,24 @@ def test_an_image_with_a_hole_is_anomalous_and_the_map_shows_where(detector, eng
         ),
     ],
 )
-def test_a_damaged_folder_is_refused(detector, backbone, tmp_path, damage, match):
-    detector.save(tmp_path, backbone)
+def test_a_damaged_folder_is_refused(detector, tmp_path, damage, match):
+    detector.save(tmp_path)
     damage(tmp_path)
     with pytest.raises(SprueError, match=match):
         Detector.load(tmp_path)
 
 
-def test_other_backbone_weights_than_the_detectors_are_refused(detector, backbone, tmp_path):
-    detector.save(tmp_path, backbone)
-    state = safetensors.torch.load_file(tmp_path / "backbone.safetensors")
+def test_other_backbone_weights_than_the_detectors_are_refused(detector, weights, tmp_path):
+    detector.save(tmp_path)
+    state = safetensors.torch.load_file(weights)
     state["conv_stem.weight"] *= 1.001
-    safetensors.torch.save_file(state, tmp_path / "backbone.safetensors")
+    safetensors.torch.save_file(state, tmp_path / "other.safetensors")
     with pytest.raises(SprueError, match="the features were made with other weights"):
-        Detector.load(tmp_path).build_engine("torch")
+        Detector.load(tmp_path).build_engine(tmp_path / "other.safetensors", "torch")
 
 
-def test_the_files_say_what_the_detector_is(detector, backbone, tmp_path):
-    detector.save(tmp_path, backbone)
+def test_the_files_say_what_the_detector_is(detector, tmp_path):
+    detector.save(tmp_path)
     facts = json.loads((tmp_path / "detector.json").read_text())
     assert (facts["format"], facts["dataset"], facts["class_name"]) == (1, "textures", "brick")
     assert facts["flow_config"]["adapted"] == 64
@@ -252,15 +253,13 @@ def multi_view(spec, engine):
     return Detector("parts", "brick", spec, "multiflow", flow, scoring, calibration, VIEWS)
 
 
-def test_a_detector_of_views_is_saved_and_reads_samples_as_it_reads_stored_features(
-    multi_view, engine, backbone, tmp_path
-):
+def test_a_detector_of_views_is_saved_and_reads_samples_as_it_reads_stored_features(multi_view, engine, tmp_path):
     samples = seen_by_three(7, seed=1)  # 21 images: more than a batch
-    multi_view.save(tmp_path / "detector", backbone)
+    multi_view.save(tmp_path / "detector")
     loaded = Detector.load(tmp_path / "detector")
     assert loaded.views == VIEWS
     expected = multi_view.predict(samples, engine)
-    assert_same(loaded.predict(samples, loaded.build_engine()), expected)
+    assert_same(loaded.predict(samples, loaded.build_engine(weights)), expected)
 
     names = [[f"{3 * sample + view:064x}" for view in range(3)] for sample in range(7)]
     inputs_NSS3 = np.stack([model_input(image, SIDE) for sample in samples for image in sample])

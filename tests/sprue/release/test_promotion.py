@@ -14,12 +14,13 @@ from sprue.config import FeatureSettings, ScoringSettings
 from sprue.data.labelled import read_labelled, with_synthetic_defects
 from sprue.errors import SprueError
 from sprue.evaluation.metrics import Estimate, auroc_difference
-from sprue.inference.backbone import resolve
+from sprue.inference.backbone import backbone_state, resolve
 from sprue.inference.calibration import Calibration
 from sprue.inference.detector import Detector, score_features
 from sprue.inference.engines import build_engine
 from sprue.inference.images import model_input
 from sprue.release.promotion import ENOUGH, PromotionReport, Rules, measure
+from sprue.tracking.backbones import log_backbone
 
 SIDE = 96
 
@@ -56,11 +57,14 @@ def detector_of(fitted):
 
 
 @pytest.fixture(scope="module")
-def good_and_blind():
-    """A detector that knows the bricks, and one that was fitted on noise."""
+def good_and_blind(store):
+    """A detector that knows the bricks, and one that was fitted on noise; the tracking server has their backbone."""
     rng = np.random.default_rng(0)
     noise = [Image.fromarray(rng.integers(0, 256, (100, 100, 3), dtype=np.uint8)) for _ in range(20)]
-    return detector_of(crops(40, seed=0)), detector_of(noise)
+    good = detector_of(crops(40, seed=0))
+    (store / "backbone.safetensors").write_bytes(backbone_state(good.spec))
+    log_backbone(good.spec.weights_digest, store / "backbone.safetensors", store)
+    return good, detector_of(noise)
 
 
 def test_a_better_challenger_may_pass_and_a_worse_one_may_not(good_and_blind, tmp_path):

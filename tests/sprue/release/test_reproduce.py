@@ -43,7 +43,7 @@ def registered(fit, folder, store, dataset, key="k1"):
     scores = np.linspace(0, 1, 20, dtype=np.float32)
     calibration = Calibration.fit(scores, scores[:, None], alpha=0.1)
     detector = Detector("plant", "brick", spec.features, spec.flow_name, fit.build_flow(), spec.scoring, calibration)
-    detector.save(Path(folder) / "artifacts" / "detector", b"no backbone is read")
+    detector.save(Path(folder) / "artifacts" / "detector")
     run = FitRun.open(experiment_id(dataset, store), "brick", spec.key, spec.params)
     Lineage((fit.facts,), "", pd.DataFrame(columns=COLUMNS)).log(run.run_id, key)
     digests = digest_tags(Path(folder) / "artifacts" / "detector")

@@ -20,6 +20,7 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from skimage import data
+from upath import UPath
 
 from defectflow import build_flow
 from sprue.config import FeatureSettings, ScoringSettings
@@ -38,7 +39,8 @@ from sprue.serving.launch import serve_champions, stop_serving
 from sprue.serving.parsing import ServiceLimits
 from sprue.store import location
 from sprue.tracking import registry
-from sprue.tracking.digests import digest_tags
+from sprue.tracking.backbones import log_backbone
+from sprue.tracking.summary import detector_tags
 
 INFRA = Path(__file__).parents[3] / "infra"
 SIDE = 128
@@ -91,6 +93,37 @@ def fit_views(spec: FeatureSpec, engine: Engine) -> Detector:
     return Detector("parcels", "box", spec, "multiflow", flow, ScoringSettings(), calibration, VIEWS)
 
 
+def release(
+    folder: Path,
+    model: str,
+    detector: Detector,
+    damage: Callable[[Path], object] | None = None,
+    run_id: str | None = None,
+) -> int:
+    """Registers a detector under a model's name and makes it the champion, as MLflow's UI does.
+
+    What is done to the files in their folder happens after their digests are taken.
+    """
+    source = folder / "models" / str(time.monotonic_ns())
+    detector.save(source / "artifacts" / "detector")
+    tags = detector_tags(source / "artifacts" / "detector")
+    if damage:
+        damage(source / "artifacts" / "detector")
+    client = mlflow.MlflowClient()
+    if model not in {each.name for each in client.search_registered_models()}:
+        dataset, class_name = model.split(".")
+        client.create_registered_model(model, tags={registry.DATASET_TAG: dataset, registry.CLASS_TAG: class_name})
+    version = int(client.create_model_version(model, str(source), run_id, tags=tags).version)
+    client.set_registered_model_alias(model, registry.CHAMPION, str(version))
+    return version
+
+
+@pytest.fixture(scope="session", name="release")
+def release_fixture() -> Callable[..., int]:
+    """Registers a detector; see `release`."""
+    return release
+
+
 @dataclass
 class Plant:
     """The service and what it serves."""
@@ -100,7 +133,6 @@ class Plant:
     limits: ServiceLimits
     keys: Path
     folder: Path
-    backbone: bytes
     engine: Engine
     detectors: dict[str, Detector]
 
@@ -114,22 +146,7 @@ class Plant:
         return self.client.post(f"/v1/classes/{name}/score", content=buffer.getvalue(), **arguments)
 
     def release(self, model: str, detector: Detector, damage: Callable[[Path], object] | None = None) -> int:
-        """Registers a detector under a model's name and makes it the champion, as MLflow's UI does.
-
-        What is done to the files in their folder happens after their digests are taken.
-        """
-        source = self.folder / "models" / str(time.monotonic_ns())
-        detector.save(source / "artifacts" / "detector", self.backbone)
-        digests = digest_tags(source / "artifacts" / "detector")
-        if damage:
-            damage(source / "artifacts" / "detector")
-        client = mlflow.MlflowClient()
-        if model not in {each.name for each in client.search_registered_models()}:
-            dataset, class_name = model.split(".")
-            client.create_registered_model(model, tags={registry.DATASET_TAG: dataset, registry.CLASS_TAG: class_name})
-        version = int(client.create_model_version(model, str(source), run_id=None, tags=digests).version)
-        client.set_registered_model_alias(model, registry.CHAMPION, str(version))
-        return version
+        return release(self.folder, model, detector, damage)
 
     @property
     def decisions(self) -> DecisionStore:
@@ -195,7 +212,10 @@ def plant(cluster: Path, ports: Callable[[int], list[int]]) -> Iterator[Plant]:
     authorization = {"Authorization": f"Bearer {add_key(keys, 'everything', ['score', 'admin'])}"}
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30.0, headers=authorization) as client:
         detectors = {name: fit(name, spec, engine) for name in TEXTURES}
-        plant = Plant(client, port, limits, keys, cluster, backbone_state(spec), engine, detectors)
+        weights = UPath(cluster / "backbone.safetensors")
+        weights.write_bytes(backbone_state(spec))
+        log_backbone(spec.weights_digest, weights, UPath(cluster))
+        plant = Plant(client, port, limits, keys, cluster, engine, detectors)
         for name, detector in detectors.items():
             plant.release(f"{DATASET}.{name}", detector)
         admission = AdmissionLimits(max_queued=24, grace_s=1.0)

@@ -257,19 +257,32 @@ def test_a_deadline_that_can_not_be_met_is_refused_before_the_body_is_read() -> 
     assert "about 0.5 s now, and the request allows 0.4 s" in error.message
 
 
-@pytest.mark.parametrize(("queued", "status", "code"), [(False, 408, "slow_body"), (True, 504, "deadline_exceeded")])
-def test_a_request_ends_at_its_deadline(queued: bool, status: int, code: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "status", "code", "words"),
+    [
+        ("loading", 504, "deadline_exceeded", "the class was not loaded within 0.02 s"),
+        ("reading", 408, "slow_body", "0 bytes in the 0.02 s"),
+        ("queued", 504, "deadline_exceeded", "the sample was not scored within 0.02 s"),
+    ],
+)
+def test_a_request_ends_at_its_deadline(stage: str, status: int, code: str, words: str) -> None:
+    async def silence() -> AsyncGenerator[bytes]:
+        await asyncio.sleep(10)
+        yield b""
+
     admission = Admission(LIMITS, lambda: 0.0)
 
     async def run() -> None:
         async with admission.admit({"X-Request-Timeout-Ms": "20"}) as admitted:
-            if queued:
+            if stage == "reading":
+                await anext(admitted.read(silence()))
+            if stage == "queued":
                 admitted.enqueue()
             await asyncio.sleep(10)
 
     error = refusal(run)
     assert (error.status, error.code) == (status, code)
-    assert "0.02 s" in error.message
+    assert words in error.message
     assert held(admission) == (0, 0, 0)
 
 

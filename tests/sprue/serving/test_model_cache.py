@@ -1,109 +1,80 @@
-"""Champions are loaded once, found by name, and scored together as they are scored alone.
+"""Loaded champions are bounded in bytes, and scored together as they are scored alone.
 
 Shapes: N images, V views, S side of the backbone's input, C channels, H rows, W columns of a map.
 """
 
-from dataclasses import dataclass, replace
-
 import numpy as np
 import pytest
 
-from sprue.errors import SprueError
-from sprue.inference.detector import Detector
-from sprue.serving.errors import ApiError
-from sprue.serving.model_cache import ModelCache, load_models, score_together
-from sprue.tracking import registry
+from sprue.serving.model_cache import ModelCache, ServedModel, SharedEngine, score_together
 from sprue.tracking.registry import RegisteredDetector
-
-BRICK, GRASS = RegisteredDetector("textures", "brick", 1, "r1"), RegisteredDetector("textures", "grass", 1, "r2")
-BOX = RegisteredDetector("parcels", "box", 4, "r3")
-
-
-@dataclass
-class Registry:
-    """What the registry returns; the tests change it."""
-
-    detectors: dict[RegisteredDetector, Detector | Exception]
-
-    def champions(self) -> list[RegisteredDetector]:
-        return list(self.detectors)
-
-    def load(self, champion: RegisteredDetector) -> Detector:
-        found = self.detectors[champion]
-        if isinstance(found, Exception):
-            raise found
-        return found
 
 
 @pytest.fixture
-def champions(monkeypatch, tiny_detector, tiny_engine):
-    """Two classes of one image with the same backbone, and one of two views with another backbone."""
-    found = Registry({BRICK: tiny_detector(), GRASS: tiny_detector(seed=1), BOX: tiny_detector(views=("0", "1"))})
-    monkeypatch.setattr(registry, "champions", found.champions)
-    monkeypatch.setattr(registry, "load_detector", found.load)
-    monkeypatch.setattr(Detector, "build_engine", lambda self, threads: tiny_engine())
-    return found
+def served(tiny_detector, tiny_engine):
+    """Four classes of one image with the same backbone, and one of two views with another backbone."""
+    shared, other = SharedEngine(tiny_engine(), 32), SharedEngine(tiny_engine(), 32)
+    models = {
+        f"textures.{name}": ServedModel(RegisteredDetector("textures", name, 1, ""), tiny_detector(seed=seed), shared)
+        for seed, name in enumerate("abcd")
+    }
+    box = ServedModel(RegisteredDetector("parcels", "box", 4, ""), tiny_detector(views=("0", "1")), other)
+    return models | {"parcels.box": box}
 
 
-def test_champions_with_one_feature_spec_share_an_engine(champions):
-    cache = load_models(threads=1)
-    assert list(cache.served) == ["textures.brick", "textures.grass", "parcels.box"] and not cache.failures
-    brick, grass, box = cache.served.values()
-    assert brick.engine is grass.engine and brick.engine is not box.engine
-    assert set(cache.engines.values()) == {brick.engine, box.engine}
+def names(cache, served):
+    return [name for name in served if name in cache]
 
 
-def test_only_new_champions_are_loaded_again(champions, tiny_detector):
-    before = load_models(threads=1)
-    newer = replace(BRICK, version=2)
-    del champions.detectors[BRICK]
-    champions.detectors[newer] = tiny_detector(seed=2)
-    after = load_models(1, before)
-    assert after.served["textures.grass"] is before.served["textures.grass"]
-    assert after.served["textures.brick"].champion == newer
-    assert after.served["textures.brick"].engine is before.served["textures.brick"].engine
+def test_the_least_recently_used_make_room(served):
+    a, b, c, d = (served[f"textures.{name}"] for name in "abcd")
+    assert a.bytes == sum(each.nbytes for each in a.detector.flow.state_dict().values()) > 0
+    cache = ModelCache(2 * a.bytes)
+    for each in (a, b):
+        cache.put(each, is_used=True)
+    assert cache.use("textures.a") is a
+    cache.put(c, is_used=True)
+    assert names(cache, served) == ["textures.a", "textures.c"]
+    assert (len(cache), cache.bytes, cache.use("textures.b")) == (2, 2 * a.bytes, None)
+    cache.put(d, is_used=False)  # nobody has asked for it, and there is no room
+    assert names(cache, served) == ["textures.a", "textures.c"]
+    cache.drop("textures.a")
+    cache.drop("textures.a")
+    cache.put(d, is_used=False)
+    cache.put(b, is_used=True)
+    assert names(cache, served) == ["textures.b", "textures.c"]
+    assert cache.bytes == 2 * a.bytes
 
 
-def test_a_champion_that_fails_to_load_does_not_stop_the_others(champions):
-    before = load_models(threads=1)
-    champions.detectors = {replace(BRICK, version=2): SprueError("gone"), GRASS: SprueError("unused"), BOX: None}
-    after = load_models(1, before)
-    assert after.failures == {"textures.brick": "textures.brick version 2: gone"}
-    assert after.served == before.served
-
-    champions.detectors = {BRICK: SprueError("gone"), GRASS: ValueError("odd")}
-    with pytest.raises(SprueError, match=r"no champion can be loaded: textures\.brick version 1: gone; .* odd"):
-        load_models(threads=1)
-    champions.detectors = {}
-    with pytest.raises(SprueError, match="no champion to serve: run the pipeline first"):
-        load_models(threads=1)
+def test_a_new_champion_takes_the_place_of_the_old_one(served, tiny_detector):
+    a, b, c = (served[f"textures.{name}"] for name in "abc")
+    cache = ModelCache(2 * a.bytes)
+    cache.put(a, is_used=True)
+    cache.put(b, is_used=True)
+    newer = ServedModel(RegisteredDetector("textures", "a", 2, ""), tiny_detector(seed=9), a.engine)
+    cache.put(newer, is_used=False)
+    assert (cache.use("textures.a"), cache.bytes) == (newer, 2 * a.bytes)
+    cache.put(c, is_used=True)
+    assert names(cache, served) == ["textures.a", "textures.c"]
 
 
-@pytest.mark.parametrize(
-    ("name", "status", "code"),
-    [("bolt", 404, "unknown_class"), ("brick", 409, "ambiguous_class"), ("walls.brick", 503, "class_unavailable")],
-)
-def test_a_class_is_found_by_name(champions, name, status, code):
-    champions.detectors[replace(BRICK, dataset="walls")] = SprueError("gone")
-    cache = load_models(threads=1)
-    for found in ("textures.grass", "grass"):
-        assert cache.find(found) is cache.served["textures.grass"]
-    with pytest.raises(ApiError) as refusal:
-        cache.find(name)
-    assert (refusal.value.status, refusal.value.code) == (status, code)
+def test_pinned_models_stay_and_one_that_is_too_large_does_not(served):
+    a, b, c = (served[f"textures.{name}"] for name in "abc")
+    cache = ModelCache(a.bytes, pinned=["textures.a", "textures.b"])
+    for each in (a, b, c):
+        cache.put(each, is_used=True)
+    assert names(cache, served) == ["textures.a", "textures.b"]
+    empty = ModelCache(a.bytes - 1)
+    empty.put(a, is_used=True)
+    assert (len(empty), empty.bytes) == (0, 0)
 
 
-def test_an_empty_cache_knows_no_class():
-    with pytest.raises(ApiError, match="there are: none"):
-        ModelCache().find("brick")
-
-
-def test_samples_of_several_classes_are_scored_as_alone(champions):
-    cache = load_models(threads=1)
+def test_samples_of_several_classes_are_scored_as_alone(served):
     rng = np.random.default_rng(0)
-    names = ["parcels.box", "textures.brick", "textures.grass", "textures.brick", "parcels.box"] * 4
-    served = [cache.served[name] for name in names]
-    tasks = [(each, rng.integers(0, 256, (len(each.detector.views), 32, 32, 3), np.uint8)) for each in served]
+    order = ["parcels.box", "textures.a", "textures.b", "textures.a", "parcels.box"] * 4
+    tasks = [
+        (served[name], rng.integers(0, 256, (len(served[name].detector.views), 32, 32, 3), np.uint8)) for name in order
+    ]
     together = score_together(tasks)
     for (each, inputs_VSS3), found in zip(tasks, together, strict=True):
         alone = each.detector.predict_inputs(inputs_VSS3, each.engine)

@@ -4,6 +4,7 @@ Shapes: H rows, W columns of an image.
 """
 
 import io
+from dataclasses import replace
 from urllib.parse import unquote
 
 import numpy as np
@@ -14,18 +15,19 @@ from sprue.inference.heatmap import heat, overlay
 from sprue.serving import responses
 from sprue.serving.model_cache import ServedModel, SharedEngine
 from sprue.tracking.registry import RegisteredDetector
+from sprue.tracking.summary import SUMMARY_TAG, Summary
 
 CHAMPION = RegisteredDetector("textures", "gräs 2", 3, "run")
 
 
 @pytest.fixture
 def served(tiny_detector, tiny_engine):
-    return ServedModel(CHAMPION, tiny_detector(), SharedEngine(tiny_engine()))
+    return ServedModel(CHAMPION, tiny_detector(), SharedEngine(tiny_engine(), 32))
 
 
 @pytest.fixture
 def served_views(tiny_detector, tiny_engine):
-    return ServedModel(CHAMPION, tiny_detector(views=("top", "left")), SharedEngine(tiny_engine()))
+    return ServedModel(CHAMPION, tiny_detector(views=("top", "left")), SharedEngine(tiny_engine(), 32))
 
 
 def predict(served: ServedModel):
@@ -89,7 +91,10 @@ def test_headers_hold_the_scores_values(served):
 
 
 def test_the_list_of_classes_has_views_only_where_there_are_several(served, served_views):
-    lone, several = responses.summary(served), responses.summary(served_views)
+    lone, several = (
+        responses.summary(replace(each.champion, tags={SUMMARY_TAG: Summary.of(each.detector).model_dump_json()}))
+        for each in (served, served_views)
+    )
     assert (lone.views, several.views) == (None, ["top", "left"])
     assert (lone.dataset, lone.class_name, lone.model.name) == ("textures", "gräs 2", "textures.gräs 2")
     calibration, spec = served.detector.calibration, served.detector.spec

@@ -286,7 +286,8 @@ def test_classes_health_and_description(plant: Any) -> None:
     }
     assert grass["class_name"] == "gräs 2" and grass["features"] == brick["features"]
     health = plant.client.get("/readyz").json()
-    assert health == {"status": "ready", "classes": 2, "engines": 1, "failures": {}}
+    assert health.pop("loaded_bytes") > 0
+    assert health == {"status": "ready", "classes": 2, "loaded": 2, "engines": 1, "failures": {}}
 
     description = plant.client.get("/openapi.json").json()
     score = description["paths"]["/v1/classes/{name}/score"]["post"]
@@ -723,7 +724,7 @@ def test_a_champion_whose_files_were_changed_is_refused(plant: Any) -> None:
 
     # Nor is one that was registered without digests.
     source = plant.folder / "models" / "by-hand"
-    plant.detectors["brick"].save(source / "artifacts" / "detector", plant.backbone)
+    plant.detectors["brick"].save(source / "artifacts" / "detector")
     client = mlflow.MlflowClient()
     by_hand = client.create_model_version("textures.brick", str(source), run_id=None).version
     client.set_registered_model_alias("textures.brick", registry.CHAMPION, by_hand)

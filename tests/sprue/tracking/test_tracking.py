@@ -21,11 +21,13 @@ from defectflow import build_flow
 from sprue.config import FeatureSettings, ScoringSettings
 from sprue.errors import SprueError
 from sprue.inference.backbone import backbone_state, resolve
+from sprue.inference.cache import cache_folder
 from sprue.inference.calibration import Calibration
 from sprue.inference.detector import Detector, score_features
-from sprue.inference.engines import build_engine, cache_folder
+from sprue.inference.engines import build_engine
 from sprue.inference.images import model_input
 from sprue.release.aliases import assign_alias
+from sprue.tracking.backbones import fetch_backbone, log_backbone
 from sprue.tracking.digests import digest_tags
 from sprue.tracking.packaging import ATTEMPTS, log_detector, logged_models
 from sprue.tracking.provenance import provenance
@@ -86,7 +88,7 @@ def detector(spec):
 
 
 def saved(detector, folder):
-    detector.save(folder, backbone_state(detector.spec))
+    detector.save(folder)
     return folder
 
 
@@ -164,17 +166,31 @@ def test_a_trial_is_a_run_below_its_search_and_says_where_it_comes_from(store, m
 
 
 @pytest.fixture(scope="module")
-def logged(store, detector, tmp_path_factory):
+def backbone_file(spec, store):
+    """The weights, as the features stage writes them."""
+    file = store / "backbone.safetensors"
+    file.write_bytes(backbone_state(spec))
+    return file
+
+
+@pytest.fixture(scope="module")
+def weights(spec, store, backbone_file):
+    """The URI of the weights on the tracking server."""
+    return log_backbone(spec.weights_digest, backbone_file, store)
+
+
+@pytest.fixture(scope="module")
+def logged(store, detector, weights, tmp_path_factory):
     """The run, the URI and the digests of the packaged detector."""
     run = FitRun.open(experiment_id("models", store), "brick", "k", {})
     folder = saved(detector, tmp_path_factory.mktemp("detector"))
     example = [png(crops(1, seed=9)[0])]
-    uri = log_detector(folder, run.run_id, "key-1", example, {"sprue.dataset": "textures"})
+    uri = log_detector(folder, weights, run.run_id, "key-1", example, {"sprue.dataset": "textures"})
     return run.run_id, uri, digest_tags(folder)
 
 
 @pytest.mark.parametrize("failures", [1, ATTEMPTS])
-def test_a_call_that_mlflow_repeats_in_vain_is_made_anew(store, detector, tmp_path, monkeypatch, failures):
+def test_a_call_that_mlflow_repeats_in_vain_is_made_anew(store, detector, weights, tmp_path, monkeypatch, failures):
     """Its client sends a call again whose response was lost; the server had done it, and refuses the second."""
     run = FitRun.open(experiment_id("repeated", store), "brick", f"k{failures}", {})
     folder, calls, log_outputs = saved(detector, tmp_path / "detector"), [], mlflow.MlflowClient.log_outputs
@@ -186,7 +202,7 @@ def test_a_call_that_mlflow_repeats_in_vain_is_made_anew(store, detector, tmp_pa
             raise MlflowException("duplicate key", BAD_REQUEST)
 
     monkeypatch.setattr(mlflow.MlflowClient, "log_outputs", repeated)
-    arguments = folder, run.run_id, "key", [png(crops(1, seed=9)[0])], {}
+    arguments = folder, weights, run.run_id, "key", [png(crops(1, seed=9)[0])], {}
     if failures < ATTEMPTS:
         uri = log_detector(*arguments)
         assert [(each.model_uri, each.status) for each in logged_models(run.run_id, "key")] == [(uri, "READY")]
@@ -241,6 +257,67 @@ def test_a_damaged_cache_is_downloaded_anew(store, detector, logged, tmp_path, m
     assert file.read_text() == sound
 
 
+def test_a_backbones_weights_are_kept_once_and_only_those_of_the_digest(store, spec, weights, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPRUE_CACHE", str(tmp_path / "cache"))
+    assert log_backbone(spec.weights_digest, store / "no-file", store) == weights
+    with pytest.raises(SprueError, match=r"there is no .*no-file; run the features stage first"):
+        log_backbone("a" * 64, store / "no-file", store)
+    other = store / "other.safetensors"
+    other.write_bytes(backbone_state(spec)[:-4] + b"else")
+    with pytest.raises(SprueError, match=r"other\.safetensors holds other backbone weights than those with digest a"):
+        log_backbone("a" * 64, other, store)
+    with pytest.raises(SprueError, match="the tracking server has no backbone weights with digest aaaa"):
+        fetch_backbone("a" * 64)
+
+    file = fetch_backbone(spec.weights_digest)
+    sound = file.read_bytes()
+    file.write_bytes(other.read_bytes())  # the cache is damaged
+    assert fetch_backbone(spec.weights_digest).read_bytes() == sound
+    file.unlink()
+    artifact = Path(weights.removeprefix("file://"))
+    before = artifact.read_bytes()
+    artifact.write_bytes(other.read_bytes())  # the store is damaged
+    with pytest.raises(SprueError, match="holds other backbone weights"):
+        fetch_backbone(spec.weights_digest)
+    artifact.write_bytes(before)
+
+
+def test_the_registry_is_asked_as_often_for_many_classes_as_for_few(store, tmp_path, monkeypatch):
+    client, questions = mlflow.MlflowClient(), []
+
+    def release(number, champion):
+        """A class of three versions."""
+        client.create_registered_model(f"many.c{number}", tags={"sprue.dataset": "many", "sprue.class": f"c{number}"})
+        for each in (1, 2, 3):
+            client.create_model_version(f"many.c{number}", str(tmp_path), tags={"sprue.number": f"{number} {each}"})
+        client.set_registered_model_alias(f"many.c{number}", "champion", champion)
+
+    def many():
+        return [each for each in champions() if each.dataset == "many"]
+
+    for name in ("search_registered_models", "search_model_versions", "get_model_version_by_alias"):
+        asked = getattr(mlflow.MlflowClient, name)
+        monkeypatch.setattr(
+            mlflow.MlflowClient,
+            name,
+            lambda *given, asked=asked, **named: questions.append(asked) or asked(*given, **named),
+        )
+    release(0, "3")
+    release(1, "1")
+    assert [each.version for each in many()] == [3, 1]
+    few = len(questions)
+    for number in range(2, 12):
+        release(number, "3" if number % 2 else "1")
+    questions.clear()
+    found = many()
+    assert len(questions) == few <= 3
+    assert {each.tags["sprue.number"] for each in found} == {
+        f"{n} {each}" for n, each in enumerate([3, 1] + [1, 3] * 5)
+    }
+    for each in found:
+        client.delete_registered_model(each.model_name)
+
+
 def test_a_version_without_its_files_is_named(store, tmp_path):
     (tmp_path / "model").mkdir()
     version = register(
@@ -272,8 +349,10 @@ model.predict(pandas.DataFrame({"image": images})).to_json(sys.argv[2], double_p
 
 
 def test_a_packaged_model_runs_without_ray_dvc_and_pickle(logged, detector, tmp_path):
+    """Nor does it need the tracking server, only the backbone's weights where they were logged."""
     folder = mlflow.artifacts.download_artifacts(logged[1], dst_path=str(tmp_path / "model"))
     assert not [file.name for file in Path(folder).rglob("*") if file.suffix in (".pkl", ".pickle")]
+    assert not list(Path(folder).rglob("backbone.safetensors"))
     assert "ray" not in (Path(folder) / "requirements.txt").read_text()
     images = crops(3, seed=2)
     files = []
@@ -306,7 +385,7 @@ def test_a_packaged_model_runs_without_ray_dvc_and_pickle(logged, detector, tmp_
     assert np.array_equal(answer["is_anomalous"].astype(bool), expected.is_anomalous_B)
 
 
-def test_a_packaged_model_of_views_has_a_column_for_each(store, spec, tmp_path, monkeypatch):
+def test_a_packaged_model_of_views_has_a_column_for_each(store, spec, weights, tmp_path, monkeypatch):
     # MLflow adds the model's own copy of sprue to the path.
     monkeypatch.setattr(sys, "path", list(sys.path))
     engine, views = build_engine(spec), ("0-top", "1-side")
@@ -320,7 +399,7 @@ def test_a_packaged_model_of_views_has_a_column_for_each(store, spec, tmp_path, 
     frame = pd.DataFrame([[png(image) for image in sample] for sample in samples], columns=list(views))
 
     run = FitRun.open(experiment_id("views", store), "m4.box", "k", {})
-    uri = log_detector(saved(detector, tmp_path / "box"), run.run_id, "k", frame.iloc[0].tolist(), {})
+    uri = log_detector(saved(detector, tmp_path / "box"), weights, run.run_id, "k", frame.iloc[0].tolist(), {})
     model = mlflow.pyfunc.load_model(uri)
     answer, expected = model.predict(frame[["1-side", "0-top"]]), detector.predict(samples, engine)
     assert list(answer) == ["score", "p_value", "is_anomalous", "score_0-top", "score_1-side"]

@@ -1,0 +1,274 @@
+"""Which champions are served: follows the registry, and loads champions when they are asked for.
+
+Everything here runs on one event loop, but for the loading itself, which has threads of its own: a request waits for
+its own class alone.
+"""
+
+import asyncio
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+
+import mlflow
+from upath import UPath
+
+from sprue.errors import SprueError
+from sprue.inference.cache import cache_folder
+from sprue.serving.errors import ApiError
+from sprue.serving.loading import Loader, require_complete
+from sprue.serving.model_cache import ModelCache, ServedModel
+from sprue.store import write_json
+from sprue.tracking import registry
+from sprue.tracking.names import AmbiguousClassError, UnknownClassError, resolve_name
+from sprue.tracking.registry import RegisteredDetector
+
+logger = logging.getLogger(__name__)
+
+LOADERS = 4
+"""Champions that are loaded at once: most of the time they wait for downloads."""
+WARM_UP_S = 5.0
+"""How long champions are loaded at the start, before there are requests; a few are all loaded by then."""
+FIRST_RETRY_S, LAST_RETRY_S = 15.0, 900.0
+"""Pause after a champion has failed to load; it doubles up to the second with each further failure."""
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """Settings of the loaded champions.
+
+    Attributes:
+        max_bytes: Memory of the flows that are loaded, in each replica.
+        pinned: Names of classes that are loaded at the start and stay, whatever they take.
+    """
+
+    max_bytes: int = 2 * 2**30
+    pinned: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a champion can't be loaded, when it is tried again (in `time.monotonic`), and how long that pause is."""
+
+    reason: str
+    retry_at: float
+    pause_s: float
+
+
+def require_champions() -> list[RegisteredDetector]:
+    """The registry's champions; raises SprueError if there are none."""
+    found = registry.champions()
+    if not found:
+        raise SprueError(
+            "the registry has no champion to serve: run the pipeline first (`sprue demo` or `sprue run`), "
+            "or assign the alias champion to a registered version"
+        )
+    return found
+
+
+class Champions:
+    """The champions of all classes; as many are loaded as fit into memory."""
+
+    def __init__(self, settings: CacheSettings, threads: int) -> None:
+        """Starts empty; engines run `threads` CPU threads."""
+        self._settings = settings
+        self._loader = Loader(threads)
+        self._loaders = ThreadPoolExecutor(LOADERS, "load")
+        self._cache = ModelCache(settings.max_bytes)
+        self._served: dict[str, RegisteredDetector] = {}  # by the models' names
+        self._newest: dict[str, RegisteredDetector] = {}  # the registry's; the same, unless they fail to load
+        self._failures: dict[RegisteredDetector, Failure] = {}
+        self._loading: dict[RegisteredDetector, asyncio.Task[ServedModel | Failure]] = {}
+        self._recent: dict[str, None] = {}  # names of models, the most recently used last
+        self._written: list[str] = []
+
+    async def start(self) -> None:
+        """Reads the registry, and loads what is pinned and what was used last, for a few seconds.
+
+        Raises:
+            SprueError: If the registry has no champions, none can be loaded, or a pinned class is unknown.
+        """
+        found = await asyncio.to_thread(require_champions)
+        self._served = {each.model_name: each for each in found}
+        self._newest = dict(self._served)
+        for champion in found:
+            self._check(champion)
+        pinned = [resolve_name(name, list(self._served)) for name in self._settings.pinned]
+        self._cache = ModelCache(self._settings.max_bytes, pinned)
+        for name in pinned:
+            await self._load(self._served[name], is_used=True)
+        recent = [name for name in await asyncio.to_thread(_read_recent) if name in self._served]
+        self._recent = dict.fromkeys(reversed(recent))
+        await self._warm_up(name for name in dict.fromkeys([*recent, *self._served]) if name not in pinned)
+        if len(self._failures) == len(self._served):
+            raise SprueError(f"no champion can be loaded: {'; '.join(list(self.failures.values())[:5])}")
+
+    async def _warm_up(self, names: Iterable[str]) -> None:
+        """Loads champions until there is no memory or no time left; the first of them may have to build its engine."""
+        end = math.inf
+        for name in names:
+            if time.monotonic() > end:
+                return
+            found = await self._load(self._served[name], is_used=False)
+            if isinstance(found, ServedModel):
+                end = min(end, time.monotonic() + WARM_UP_S)
+                if name not in self._cache:  # there is no room for it
+                    return
+
+    async def refresh(self) -> None:
+        """Reads the registry. A new champion is served when it is loaded, and the old one goes on if it can't be.
+
+        Raises:
+            SprueError: If the registry has no champions; those of before are served on.
+        """
+        self._newest = {each.model_name: each for each in await asyncio.to_thread(require_champions)}
+        for name in self._served.keys() - self._newest.keys():
+            del self._served[name]
+            self._cache.drop(name)
+        unknown = {name: champion for name, champion in self._newest.items() if name not in self._served}
+        self._served |= unknown
+        self._forget_failures()
+        for name, champion in self._newest.items():
+            failure, is_new = self._failures.get(champion), name in unknown or self._served[name] != champion
+            if failure.retry_at <= time.monotonic() if failure else is_new:
+                await self._load(champion, is_used=False)
+        await self._remember_recent()
+
+    def find(self, name: str) -> RegisteredDetector:
+        """The champion of a class, by its model's name or, where that is unambiguous, by the class's.
+
+        Raises:
+            ApiError: 404 for an unknown name, 409 for an ambiguous one.
+        """
+        if name in self._served:
+            return self._served[name]
+        try:
+            return self._served[resolve_name(name, list(self._served))]
+        except UnknownClassError as error:
+            raise ApiError(HTTPStatus.NOT_FOUND, "unknown_class", str(error)) from error
+        except AmbiguousClassError as error:
+            raise ApiError(HTTPStatus.CONFLICT, "ambiguous_class", str(error)) from error
+
+    async def load(self, champion: RegisteredDetector) -> ServedModel:
+        """The loaded champion of a class: the given one, or that which has replaced it since.
+
+        A request that is cancelled does not end the loading, for which others may wait.
+
+        Raises:
+            ApiError: 503 if it can't be loaded, or could not a moment ago.
+        """
+        name = champion.model_name
+        self._recent.pop(name, None)
+        self._recent[name] = None
+        served = self._cache.use(name)
+        if served is not None:
+            return served
+        failure = self._failures.get(champion)
+        if failure is None or failure.retry_at <= time.monotonic():
+            found = await self._load(champion, is_used=True)
+            if isinstance(found, ServedModel):
+                return found
+            failure = found
+        message = f"class {name!r} is unavailable: {failure.reason}"
+        retry = {"Retry-After": str(max(1, math.ceil(failure.retry_at - time.monotonic())))}
+        raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "class_unavailable", message, retry)
+
+    @property
+    def available(self) -> list[RegisteredDetector]:
+        """The champions that can be scored with, as far as is known; most need not be loaded."""
+        return [champion for champion in self._served.values() if champion not in self._failures]
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Why a champion can't be loaded, by its model's name."""
+        return {champion.model_name: failure.reason for champion, failure in self._failures.items()}
+
+    @property
+    def loaded(self) -> int:
+        """Number of champions that are loaded."""
+        return len(self._cache)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the flows that are loaded."""
+        return self._cache.bytes
+
+    @property
+    def engines(self) -> int:
+        """Number of engines, which champions share."""
+        return len(self._loader.engines)
+
+    async def _load(self, champion: RegisteredDetector, is_used: bool) -> ServedModel | Failure:
+        """Loads a champion, or joins those who wait for it already."""
+        if champion not in self._loading:
+            self._loading[champion] = asyncio.create_task(self._load_once(champion, is_used))
+        return await asyncio.shield(self._loading[champion])
+
+    async def _load_once(self, champion: RegisteredDetector, is_used: bool) -> ServedModel | Failure:
+        try:
+            served = await asyncio.get_running_loop().run_in_executor(self._loaders, self._loader, champion)
+        except Exception as error:  # one class's failure must not stop the others
+            return self._fail(champion, error)
+        finally:
+            del self._loading[champion]
+        self._failures.pop(champion, None)
+        self._failures.pop(champion, None)
+        name = champion.model_name
+        if self._newest.get(name) == champion:
+            self._served[name] = champion
+            self._forget_failures()
+        if self._served.get(name) == champion:  # it may have been replaced meanwhile
+            self._cache.put(served, is_used)
+        return served
+
+    def _forget_failures(self) -> None:
+        """Forgets those of champions that nobody asks for any longer."""
+        present = {*self._served.values(), *self._newest.values()}
+        self._failures = {champion: each for champion, each in self._failures.items() if champion in present}
+
+    def _check(self, champion: RegisteredDetector) -> None:
+        """Reports a champion that can't be loaded as its tags are, without an attempt."""
+        try:
+            require_complete(champion)
+        except SprueError as error:
+            self._fail(champion, error)
+
+    def _fail(self, champion: RegisteredDetector, error: Exception) -> Failure:
+        before, reason = self._failures.get(champion), f"{champion}: {error}"
+        if before is None or before.reason != reason:
+            logger.error("champion not loaded: %s", reason, exc_info=None if isinstance(error, SprueError) else error)
+        pause_s = min(2 * before.pause_s, LAST_RETRY_S) if before else FIRST_RETRY_S
+        self._failures[champion] = Failure(reason, time.monotonic() + pause_s, pause_s)
+        return self._failures[champion]
+
+    async def _remember_recent(self) -> None:
+        """Writes for the next start which classes were used last."""
+        names = list(self._recent)[::-1]
+        if names == self._written:
+            return
+        try:
+            await asyncio.to_thread(write_json, UPath(_recent_file()), names)
+            self._written = names
+        except OSError as error:
+            logger.warning("the next start won't know which classes were used last: %s", error)
+
+
+def _recent_file() -> Path:
+    """The file of the classes that a service of this registry has used; replicas on a node share it."""
+    registry_key = hashlib.sha256(mlflow.get_registry_uri().encode()).hexdigest()[:16]
+    return cache_folder() / "recent" / f"{registry_key}.json"
+
+
+def _read_recent() -> list[str]:
+    """Names of models, the most recently used first; they are only a hint."""
+    try:
+        found = json.loads(_recent_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []

@@ -1,0 +1,280 @@
+"""Champions are loaded when they are asked for, and follow a real registry; only the backbone is a tiny one."""
+
+import asyncio
+import threading
+import time
+from types import SimpleNamespace
+
+import mlflow
+import pytest
+
+from sprue.errors import SprueError
+from sprue.serving import champions as module
+from sprue.serving import loading
+from sprue.serving.champions import CacheSettings, Champions
+from sprue.serving.errors import ApiError
+from sprue.tracking import registry
+
+NAMES = ("a", "b", "c", "d")
+
+
+class Plant:
+    """A registry of a few classes; counts downloads and loads, and can hold back a class's load."""
+
+    def __init__(self, release, folder, detectors):
+        self._release, self._folder, self._detectors = release, folder, detectors
+        self.loads = []
+        self.held = {}
+
+    def release(self, name, seed=0, views=("",), **arguments):
+        return self._release(self._folder, name, self._detectors(views=views, seed=seed), **arguments)
+
+    def hold(self, name):
+        self.held[name] = threading.Event()
+        return self.held[name]
+
+
+@pytest.fixture
+def plant(store, release, tmp_path, tiny_detector, tiny_engine, monkeypatch):
+    monkeypatch.setenv("SPRUE_CACHE", str(tmp_path / "cache"))
+    plant = Plant(release, tmp_path, tiny_detector)
+    load_detector = registry.load_detector
+
+    def load(champion):
+        plant.loads.append(str(champion))
+        if champion.model_name in plant.held:
+            assert plant.held[champion.model_name].wait(30)
+        return load_detector(champion)
+
+    monkeypatch.setattr(registry, "load_detector", load)
+    monkeypatch.setattr(loading, "registered_engine", lambda detector, threads: tiny_engine())
+    monkeypatch.setattr(module, "WARM_UP_S", 0.0)  # one class is loaded at the start
+    yield plant
+    for model in registry.registered_models():
+        mlflow.MlflowClient().delete_registered_model(model.name)
+
+
+def hide_flow(folder):
+    (folder / "flow.safetensors").rename(folder.parent / "hidden")
+
+
+async def started(max_bytes=2**30, pinned=()):
+    champions = Champions(CacheSettings(max_bytes, pinned), threads=1)
+    await champions.start()
+    return champions
+
+
+def refusal(error):
+    return error.value.status, error.value.code
+
+
+def without_flow(folder):
+    (folder / "flow.safetensors").unlink()
+
+
+def test_a_few_classes_are_loaded_at_the_start_and_share_an_engine(plant, monkeypatch):
+    monkeypatch.setattr(module, "WARM_UP_S", 60.0)
+    for name in NAMES:
+        plant.release(f"textures.{name}")
+    plant.release("parcels.box", views=("0", "1"))
+
+    async def run():
+        champions = await started()
+        assert (champions.loaded, champions.engines, champions.failures) == (5, 2, {})
+        loaded = [await champions.load(champions.find(f"textures.{name}")) for name in NAMES]
+        assert len({id(each.engine) for each in loaded}) == 1
+        loaded.append(await champions.load(champions.find("box")))
+        assert champions.bytes == sum(each.bytes for each in loaded)
+        assert len(plant.loads) == 5
+
+    asyncio.run(run())
+
+
+def test_memory_is_bounded_and_a_class_comes_back(plant):
+    for seed, name in enumerate(NAMES):
+        plant.release(f"textures.{name}", seed)
+
+    async def run():
+        champions = await started()
+        size = champions.bytes
+        assert champions.loaded == 1
+        champions = await started(max_bytes=2 * size, pinned=("d",))
+        for name in NAMES * 2:
+            served = await champions.load(champions.find(name))
+            assert served.champion.class_name == name
+            assert champions.bytes <= 2 * size
+        assert champions.loaded == 2
+        plant.loads.clear()
+        for name in ("d", "c"):
+            await champions.load(champions.find(name))
+        assert plant.loads == []  # the pinned one, and the last
+        assert {each.class_name for each in champions.available} == set(NAMES)
+
+    asyncio.run(run())
+
+
+def test_a_request_waits_for_its_own_class_alone(plant):
+    for name in NAMES:
+        plant.release(f"textures.{name}")
+
+    async def run():
+        champions = await started()
+        plant.loads.clear()
+        hold = plant.hold("textures.b")
+        waiting = [asyncio.create_task(champions.load(champions.find("b"))) for _ in range(3)]
+        for name in ("a", "c", "d"):
+            await asyncio.wait_for(champions.load(champions.find(name)), 30)
+        assert not any(each.done() for each in waiting)
+        waiting[0].cancel()  # its client has gone; the others still wait for the same load
+        hold.set()
+        first, second = await asyncio.gather(*waiting[1:])
+        assert first is second and plant.loads.count("textures.b version 1") == 1
+
+    asyncio.run(run())
+
+
+def test_a_new_champion_is_loaded_before_it_replaces_the_old_one(plant):
+    plant.release("textures.a")
+    plant.release("textures.b")
+
+    async def run():
+        champions = await started()
+        old = await champions.load(champions.find("a"))
+        plant.release("textures.a", seed=1)
+        hold = plant.hold("textures.a")
+        refresh = asyncio.create_task(champions.refresh())
+        while "textures.a version 2" not in plant.loads:
+            await asyncio.sleep(0.01)
+        assert await champions.load(champions.find("a")) is old
+        hold.set()
+        await refresh
+        new = await champions.load(champions.find("a"))
+        assert (new.champion.version, champions.find("a").version) == (2, 2)
+        assert new.engine is old.engine and champions.loaded == 1
+
+    asyncio.run(run())
+
+
+def test_the_old_champion_goes_on_even_if_it_has_to_be_loaded_again(plant, monkeypatch):
+    for name in NAMES:
+        plant.release(f"textures.{name}")
+
+    async def run():
+        size = (await started()).bytes
+        champions = await started(max_bytes=size)
+        sources = []
+        plant.release("textures.b", damage=lambda folder: sources.append(folder) or hide_flow(folder))  # not loaded
+        await champions.refresh()
+        reason = champions.failures["textures.b"]
+        assert "the files of textures.b version 2 are not those that were registered" in reason
+        for name in ("b", "c", "b"):
+            assert (await champions.load(champions.find(name))).champion.version == 1
+        assert {each.class_name for each in champions.available} == set(NAMES)
+
+        # It is not downloaded at each refresh, but it is tried again after a while.
+        plant.loads.clear()
+        await champions.refresh()
+        assert plant.loads == []
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + module.FIRST_RETRY_S))
+        for _ in range(2):
+            await champions.refresh()
+        assert plant.loads == ["textures.b version 2"]
+        (sources[0].parent / "hidden").rename(sources[0] / "flow.safetensors")
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: float("inf")))
+        await champions.refresh()
+        assert champions.failures == {}
+        assert (await champions.load(champions.find("b"))).champion.version == 2
+
+    asyncio.run(run())
+
+
+def test_a_class_of_which_nothing_can_be_loaded_is_unavailable(plant):
+    plant.release("textures.a")
+    plant.release("textures.b", damage=without_flow)
+
+    async def run():
+        champions = await started()
+        for _ in range(2):
+            with pytest.raises(ApiError, match=r"textures\.b version 1") as error:
+                await champions.load(champions.find("b"))
+            assert refusal(error) == (503, "class_unavailable") and int(error.value.headers["Retry-After"]) > 0
+        assert plant.loads.count("textures.b version 1") == 1
+        assert [each.class_name for each in champions.available] == ["a"]
+        plant.release("textures.b")
+        await champions.refresh()
+        assert (await champions.load(champions.find("b"))).champion.version == 2
+        assert champions.failures == {}
+
+        # A class that is new and damaged is reported before anybody asks for it.
+        plant.release("textures.c", damage=without_flow)
+        await champions.refresh()
+        assert list(champions.failures) == ["textures.c"]
+
+    asyncio.run(run())
+
+
+def test_a_registry_that_was_replaced_is_noticed(plant):
+    """A backup's version may have the same number, and come from another run."""
+    plant.release("textures.a", run_id="1" * 32)
+
+    async def run():
+        champions = await started()
+        old = await champions.load(champions.find("a"))
+        await champions.refresh()
+        assert await champions.load(champions.find("a")) is old
+        mlflow.MlflowClient().delete_registered_model("textures.a")
+        assert plant.release("textures.a", seed=1, run_id="2" * 32) == 1
+        await champions.refresh()
+        assert (await champions.load(champions.find("a"))).champion.run_id == "2" * 32
+        mlflow.MlflowClient().delete_registered_model("textures.a")
+        with pytest.raises(SprueError, match="no champion to serve: run the pipeline first"):
+            await champions.refresh()
+        assert (await champions.load(champions.find("a"))).champion.run_id == "2" * 32
+
+    asyncio.run(run())
+
+
+def test_the_classes_that_were_used_last_are_loaded_first(plant):
+    for name in NAMES:
+        plant.release(f"textures.{name}")
+
+    async def run():
+        champions = await started()
+        for name in ("a", "d", "c"):
+            await champions.load(champions.find(name))
+        await champions.refresh()
+        plant.loads.clear()
+        await started()
+        assert plant.loads == ["textures.c version 1"]
+        module._recent_file().write_text("damaged")
+        plant.loads.clear()
+        await started()
+        assert plant.loads == ["textures.a version 1"]
+
+    asyncio.run(run())
+
+
+def test_the_service_does_not_start_without_a_champion_or_a_pinned_class(plant):
+    with pytest.raises(SprueError, match="no champion to serve: run the pipeline first"):
+        asyncio.run(started())
+    plant.release("textures.a", damage=without_flow)
+    with pytest.raises(SprueError, match=r"no champion can be loaded: textures\.a version 1: .*flow\.safetensors"):
+        asyncio.run(started())
+    plant.release("textures.b")
+    with pytest.raises(SprueError, match=r"there is no class 'x'; there are: textures\.a, textures\.b"):
+        asyncio.run(started(pinned=("x",)))
+
+
+def test_a_class_is_found_by_name(plant):
+    for name in ("textures.a", "walls.a", "walls.b"):
+        plant.release(name)
+
+    async def run():
+        champions = await started()
+        assert champions.find("b") is champions.find("walls.b")
+        for name, expected in {"bolt": (404, "unknown_class"), "a": (409, "ambiguous_class")}.items():
+            with pytest.raises(ApiError) as error:
+                champions.find(name)
+            assert refusal(error) == expected
+
+    asyncio.run(run())
