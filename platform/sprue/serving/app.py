@@ -219,7 +219,7 @@ class ScoringService:
 
     @app.get("/readyz", response_model=Readiness, response_model_exclude_none=True, tags=["service"])
     async def readyz(self, credentials: Credentials) -> Any:
-        """Reports whether every champion of the registry is served, and why one is not.
+        """Reports whether every champion of the registry is served, as far as they have been loaded, and why not.
 
         A degraded service still scores, with the champions that it has. Where the service has keys, only those with the
         scope `admin` learn more than that it is ready.

@@ -33,8 +33,10 @@ logger = logging.getLogger(__name__)
 
 LOADERS = 4
 """Champions that are loaded at once: most of the time they wait for downloads."""
-WARM_UP_S = 5.0
+WARM_UP_S = 3.0
 """How long champions are loaded at the start, before there are requests; a few are all loaded by then."""
+FIRST_LOAD_S = 60.0
+"""How long one of them is waited for: its backbone may have to be converted, and those before it may fail."""
 FIRST_RETRY_S, LAST_RETRY_S = 15.0, 900.0
 """Pause after a champion has failed to load; it doubles up to the second with each further failure."""
 
@@ -110,11 +112,13 @@ class Champions:
             raise SprueError(f"no champion can be loaded: {'; '.join(list(self.failures.values())[:5])}")
 
     async def _warm_up(self, names: Iterable[str]) -> None:
-        """Loads champions until there is no memory or no time left; the first of them may have to build its engine."""
-        end = math.inf
+        """Loads champions until there is no memory or no time left."""
+        end = time.monotonic() + FIRST_LOAD_S
         for name in names:
             if time.monotonic() > end:
                 return
+            if self._served[name] in self._failures:
+                continue
             found = await self._load(self._served[name], is_used=False)
             if isinstance(found, ServedModel):
                 end = min(end, time.monotonic() + WARM_UP_S)

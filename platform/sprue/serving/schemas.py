@@ -97,7 +97,7 @@ class Liveness(BaseModel):
 
 
 class Readiness(BaseModel):
-    """Whether every champion of the registry is served.
+    """Whether every champion of the registry is served, as far as they have been loaded.
 
     A degraded service still scores, with the champions that it has. Strangers see that it is ready, and nothing else.
     """
