@@ -150,9 +150,10 @@ async def measure(url: str, classes: int, seconds: float, ready_s: float) -> Mea
 
 
 def replicas() -> list[psutil.Process]:
-    """The replicas' processes, which Ray names after the deployment."""
+    """The replicas' processes, which Ray names after the application, in two ways."""
+    names = ("ray::ServeReplica:sprue", "ray::SERVE_REPLICA::sprue")
     children = psutil.Process().children(recursive=True)
-    return [each for each in children if "ServeReplica:sprue" in " ".join(each.cmdline())]
+    return [each for each in children if " ".join(each.cmdline()).startswith(names)]
 
 
 def memory() -> int:
