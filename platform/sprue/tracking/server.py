@@ -8,6 +8,8 @@ from urllib.parse import urlparse
 import mlflow
 import requests
 from filelock import FileLock
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from upath import UPath
 
 from sprue.errors import SprueError
@@ -69,10 +71,16 @@ def _create_database(uri: str) -> None:
 
 def experiment_id(name: str, store: UPath) -> str:
     """The experiment of a name, created if there is none; without a server its artifacts go into the store."""
-    client = mlflow.MlflowClient()
+    client, location = mlflow.MlflowClient(), None
+    if mlflow.get_tracking_uri().startswith("sqlite:///"):
+        location = (store / "mlflow" / "artifacts").as_uri()
     found = client.get_experiment_by_name(name)
     if found is not None:
         return found.experiment_id
-    if mlflow.get_tracking_uri().startswith("sqlite:///"):
-        return client.create_experiment(name, artifact_location=(store / "mlflow" / "artifacts").as_uri())
-    return client.create_experiment(name)
+    try:
+        return client.create_experiment(name, location)
+    except MlflowException as error:
+        found = client.get_experiment_by_name(name)
+        if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS) or found is None:
+            raise
+        return found.experiment_id  # another job has created it meanwhile

@@ -4,6 +4,8 @@ import io
 import subprocess
 import sys
 import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -241,6 +243,22 @@ def test_a_registered_detector_is_found_and_comes_back_as_it_was(store, detector
         assert np.array_equal(predicted.p_value_B, expected.p_value_B)
         assert (loaded.dataset, loaded.class_name) == ("textures", "brick")
         assert loaded.spec.fingerprint == detector.spec.fingerprint
+
+
+def test_jobs_that_need_an_experiment_at_the_same_time_share_one(store, monkeypatch):
+    """Each has looked for it before any has created it."""
+    look, looked = mlflow.MlflowClient.get_experiment_by_name, threading.Barrier(4)
+    first = threading.local()
+
+    def together(*arguments):
+        found = look(*arguments)
+        if not hasattr(first, "passed"):
+            first.passed = looked.wait(60)
+        return found
+
+    monkeypatch.setattr(mlflow.MlflowClient, "get_experiment_by_name", together)
+    with ThreadPoolExecutor(4) as pool:
+        assert len({each.result() for each in [pool.submit(experiment_id, "same", store) for _ in range(4)]}) == 1
 
 
 def test_a_damaged_cache_is_downloaded_anew(store, detector, logged, tmp_path, monkeypatch):
