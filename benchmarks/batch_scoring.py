@@ -18,6 +18,7 @@ import ray
 import torch
 from PIL import Image
 from skimage import data
+from upath import UPath
 
 from defectflow import build_flow
 from sprue.config import FeatureSettings, ScoringSettings
@@ -29,8 +30,9 @@ from sprue.inference.images import model_input, open_image
 from sprue.inference.spec import FeatureSpec
 from sprue.scoring.run import score_folder
 from sprue.store import location
-from sprue.tracking.digests import digest_tags
+from sprue.tracking.backbones import log_backbone
 from sprue.tracking.registry import CLASS_TAG, DATASET_TAG, RegisteredDetector, find_registered
+from sprue.tracking.summary import detector_tags
 
 
 def crops(count: int) -> list[Image.Image]:
@@ -56,10 +58,13 @@ def register(detector: Detector, folder: Path) -> RegisteredDetector:
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     files = folder / "model" / "artifacts" / "detector"
-    detector.save(files, backbone_state(detector.spec))
+    detector.save(files)
+    weights = UPath(folder / "backbone.safetensors")
+    weights.write_bytes(backbone_state(detector.spec))
+    log_backbone(detector.spec.weights_digest, weights, UPath(folder))
     client = mlflow.MlflowClient()
     client.create_registered_model("plant.brick", tags={DATASET_TAG: "plant", CLASS_TAG: "brick"})
-    client.create_model_version("plant.brick", str(folder / "model"), run_id=None, tags=digest_tags(files))
+    client.create_model_version("plant.brick", str(folder / "model"), run_id=None, tags=detector_tags(files))
     return find_registered("brick", "1")
 
 

@@ -18,6 +18,7 @@ from sprue.scoring.decoding import Batch, Record, decode, from_column
 from sprue.scoring.drawing import draw
 from sprue.scoring.parts import Part
 from sprue.scoring.rows import Figures
+from sprue.tracking.backbones import registered_engine
 from sprue.tracking.registry import RegisteredDetector, load_detector
 
 
@@ -77,7 +78,7 @@ class _ScoringWorker:
         # Ray sets as many threads as the actor reserves CPUs; the flow may use the cores that the engine uses.
         torch.set_num_threads(threads)
         self.detector, self.positions = load_detector(registered), positions
-        self.engine = self.detector.build_engine(threads=threads)
+        self.engine = registered_engine(self.detector, threads=threads)
 
     def __call__(self, batch: Batch) -> Batch:
         """Scores samples [N, V, S, S, 3], also black ones, whose figures are dropped."""

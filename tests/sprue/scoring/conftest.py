@@ -21,7 +21,7 @@ from sprue.inference.detector import Detector, Predictions, SampleImages, score_
 from sprue.inference.engines import Engine, build_engine
 from sprue.inference.images import model_input
 from sprue.inference.spec import FeatureSpec
-from sprue.tracking.digests import digest_tags
+from sprue.tracking.backbones import log_backbone
 from sprue.tracking.registry import (
     CHAMPION,
     CLASS_TAG,
@@ -30,6 +30,7 @@ from sprue.tracking.registry import (
     find_registered,
     load_detector,
 )
+from sprue.tracking.summary import detector_tags
 
 SIDE = 64
 VIEWS = ("0-top", "1-left")
@@ -112,11 +113,13 @@ def registry(store: UPath, tmp_path_factory: pytest.TempPathFactory) -> Registry
     engine, client = build_engine(spec, threads=2), mlflow.MlflowClient()
     for name, views, seed in (("brick", ("",), 0), ("brick", ("",), 1), ("box", VIEWS, 0)):
         folder = tmp_path_factory.mktemp("model")
-        fit(name, spec, engine, views, seed).save(folder / "artifacts" / "detector", backbone_state(spec))
+        fit(name, spec, engine, views, seed).save(folder / "artifacts" / "detector")
+        (folder / "backbone.safetensors").write_bytes(backbone_state(spec))
+        log_backbone(spec.weights_digest, UPath(folder / "backbone.safetensors"), UPath(folder))
         model = f"plant.{name}"
         if model not in {each.name for each in client.search_registered_models()}:
             client.create_registered_model(model, tags={DATASET_TAG: "plant", CLASS_TAG: name})
-        tags = digest_tags(folder / "artifacts" / "detector")
+        tags = detector_tags(folder / "artifacts" / "detector")
         version = client.create_model_version(model, str(folder), run_id=None, tags=tags)
         client.set_registered_model_alias(model, CHAMPION, version.version)
     return Registry(engine)
