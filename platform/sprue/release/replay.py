@@ -6,6 +6,7 @@ from typing import Any
 from sprue.errors import SprueError
 from sprue.inference.images import open_image
 from sprue.release.decision_store import Decision, DecisionStore
+from sprue.tracking.backbones import registered_engine
 from sprue.tracking.digests import file_digests
 from sprue.tracking.registry import find_registered, load_detector
 
@@ -102,7 +103,7 @@ def replay(store: DecisionStore, request_id: str) -> Replay:
     if file_digests(registered.tags) != recorded.files:
         raise SprueError(f"{registered} has other files now than those that decided {request_id}")
     detector = load_detector(registered)
-    engine = detector.build_engine()
+    engine = registered_engine(detector)
     predictions = detector.predict([images], engine)
     return Replay(
         recorded,

@@ -16,8 +16,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sprue.inference.calibration import Calibration
 from sprue.release.decision_store import Decision
 from sprue.serving.admission import Admission
+from sprue.serving.champions import Champions
 from sprue.serving.decision_log import DecisionLog
-from sprue.serving.model_cache import ModelCache
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -120,9 +120,9 @@ class StateReporter:
     """Sets the metrics that are states rather than events."""
 
     def __init__(self) -> None:
-        self._models: ModelCache | None = None
+        self._versions: dict[str, int] = {}
 
-    def report(self, admission: Admission, models: ModelCache, log: DecisionLog | None) -> None:
+    def report(self, admission: Admission, models: Champions, log: DecisionLog | None) -> None:
         """Reports the states of a replica."""
         QUEUED.set(admission.queued)
         READING.set(admission.reading)
@@ -130,13 +130,12 @@ class StateReporter:
             WAITING.set(log.waiting)
             DROPPED.set(log.dropped_rows, {"what": "rows"})
             DROPPED.set(log.dropped_images, {"what": "images"})
-        if models is self._models:
-            return
-        self._models = models
-        CLASSES.set(len(models.served))
+        versions = {champion.model_name: champion.version for champion in models.available}
+        CLASSES.set(len(versions))
         FAILURES.set(len(models.failures))
-        for name, served in models.served.items():
-            VERSIONS.set(served.champion.version, {"model": label(name)})
+        for name, version in versions.items() - self._versions.items():
+            VERSIONS.set(version, {"model": label(name)})
+        self._versions = versions
 
 
 class CountRequests:

@@ -541,7 +541,7 @@ def test_a_decision_is_a_row_and_the_images_of_alarms_are_kept(plant: Any) -> No
     assert found.images == (hashlib.sha256(png(image)).hexdigest(),)
     assert plant.decisions.read_images(found) == [png(image)]
     folder = plant.folder / "digests"
-    plant.detectors["brick"].save(folder, plant.backbone)
+    plant.detectors["brick"].save(folder)
     digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
     assert dict(each.split(":") for each in found.files) == digests
 
