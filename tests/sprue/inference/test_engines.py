@@ -17,7 +17,7 @@ from torch import nn
 from sprue.config import FeatureSettings
 from sprue.errors import SprueError
 from sprue.inference.backbone import load_backbone, resolve
-from sprue.inference.engines import OpenVINOEngine, TorchEngine, build_engine
+from sprue.inference.engines import PRECISIONS, OpenVINOEngine, TorchEngine, build_engine
 
 DEFAULT = FeatureSettings(
     backbone="tf_efficientnet_lite0",
@@ -107,13 +107,39 @@ def test_a_transformer_that_openvino_runs_unfaithfully_runs_on_torch(transformer
     assert "OpenVINO's output 2 of vit_tiny_patch16_224 differs from torch's" in caplog.text
 
 
-def test_maps_are_those_of_the_image_whatever_its_batch():
-    engine = build_engine(resolve(SMALL))
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_maps_are_those_of_the_image_whatever_its_batch(precision):
+    engine = build_engine(resolve(changed(SMALL, precision=precision)))
+    # On torch the batch decides in which order sums are made.
+    tolerance = 0 if engine.name == "openvino" else 2e-3 if precision == "float32" else 5e-2
     images_BSS3 = images(5, 96)
     together = engine(images_BSS3)
     for index in range(5):
         for map_1CHW, map_BCHW in zip(engine(images_BSS3[index : index + 1]), together, strict=True):
-            np.testing.assert_allclose(map_1CHW[0], map_BCHW[index], rtol=2e-3, atol=2e-3)
+            np.testing.assert_allclose(map_1CHW[0], map_BCHW[index], rtol=tolerance, atol=tolerance)
+
+
+def test_an_engine_takes_no_images_too():
+    assert [each.shape[0] for each in build_engine(resolve(SMALL))(images(1, 96)[:0])] == [0] * 4
+
+
+def test_bfloat16_is_another_feature_and_rounds_its_products_on_both_engines():
+    full, half = resolve(SMALL), resolve(changed(SMALL, precision="bfloat16"))
+    assert full.fingerprint != half.fingerprint
+    images_BSS3 = images(4, 96)
+    expected = TorchEngine(full)(images_BSS3)
+    for engine in (build_engine(half), TorchEngine(half)):
+        for map_BCHW, exact_BCHW in zip(engine(images_BSS3), expected, strict=True):
+            error = np.abs(map_BCHW.astype(np.float32) - exact_BCHW).mean() / np.abs(exact_BCHW).mean()
+            assert 1e-3 < error < 0.1
+
+
+def test_a_precision_that_openvino_would_not_keep_is_left_to_torch(monkeypatch, caplog):
+    if torch.cuda.is_available():
+        pytest.skip("on a GPU torch is taken")
+    monkeypatch.setitem(PRECISIONS, "float32", "f16")  # which no CPU of today computes in
+    assert build_engine(resolve(SMALL)).name == "torch"
+    assert "OpenVINO would compute in" in caplog.text
 
 
 def test_the_backbone_normalises_as_its_weights_expect():
