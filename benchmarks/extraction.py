@@ -3,8 +3,9 @@
     python benchmarks/extraction.py [--images 768]
 
 Prints images per second of the plain torch loop, of channels-last and compiled torch, and of OpenVINO in float32 and
-in bfloat16 (where the CPU multiplies in it), measured alternately in one process, and then the rate of the extraction job (Ray Data: decoding, backbone, writing), beside
-the bare engine's. Ratios are what counts; the machine's speed is not.
+in bfloat16 (where the CPU multiplies in it), measured alternately in one process, and then the rate of the extraction
+job (Ray Data: decoding, backbone, writing), beside the bare engine's. Ratios are what counts; the machine's speed is
+not.
 
 Shapes: B images, S side of the input.
 """
