@@ -2,10 +2,9 @@
 
     python benchmarks/extraction.py [--images 768]
 
-Prints images per second of the plain torch loop, of channels-last and compiled torch, and of OpenVINO in float32 and
-in bfloat16 (where the CPU multiplies in it), measured alternately in one process, and then the rate of the extraction
-job (Ray Data: decoding, backbone, writing), beside the bare engine's. Ratios are what counts; the machine's speed is
-not.
+Prints images per second of the plain torch loop, of channels-last and compiled torch and of OpenVINO, measured
+alternately in one process, and then the rate of the extraction job (Ray Data: decoding, backbone, writing), beside
+the bare engine's. Ratios are what counts; the machine's speed is not.
 
 Shapes: B images, S side of the input.
 """
@@ -57,7 +56,6 @@ def engines(spec: FeatureSpec) -> dict[str, Callable[[np.ndarray], object]]:
         "torch, channels last": lambda images: last(torch.from_numpy(images)),
         "torch.compile": lambda images: compiled(torch.from_numpy(images)),
         "OpenVINO": OpenVINOEngine(spec),
-        "OpenVINO, bfloat16": OpenVINOEngine(spec.model_copy(update={"precision": "bfloat16"})),
     }
 
 

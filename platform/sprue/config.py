@@ -89,9 +89,6 @@ class FeatureSettings(Settings):
     """Side of the square input in pixels."""
     grid: Annotated[int, Ge(1)] | None = None
     """Largest side of a stored map; the means of larger ones are stored. All maps are stored as they are if null."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the backbone's products, in extraction and in service. ``bfloat16`` is about twice as fast on GPUs and on CPUs
-    that multiply in it (AVX512-BF16 or AMX), and far slower on others."""
 
     @model_validator(mode="after")
     def _blocks_and_scales_fit(self) -> "FeatureSettings":

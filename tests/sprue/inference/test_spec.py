@@ -38,7 +38,6 @@ def test_each_field_but_the_weights_source_changes_the_fingerprint():
         "scales": (1.0, 0.5),
         "input_size": 256,
         "grid": 24,
-        "precision": "bfloat16",
         "weights_digest": "cd" * 32,
         "mean": (0.485, 0.456, 0.406),
         "std": (0.229, 0.224, 0.225),
