@@ -223,5 +223,5 @@ def test_more_epochs_fit_again_and_the_challenger_is_promoted_with_a_known_linea
     assert "there is no champion before version 1" in sprue("rollback", "brick", "--reason", "again", status=1)
     assert "tiny.brick has no version '9'" in sprue("lineage", "brick", "--version", "9", status=1)
     images = [str(path) for path in sorted((unseen_bricks / "spot").iterdir())[:2]]
-    (row, _) = json.loads(sprue("score", "brick", *images, "--json"))
+    (row, _) = json.loads(sprue("score", *images, "--class", "brick", "--json"))
     assert row["model"] == "tiny.brick" and row["version"] == 1 and row["score"] > 0
