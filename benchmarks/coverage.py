@@ -113,6 +113,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="of each fit (default: the recipe's)")
     parser.add_argument("--calibration", type=float, default=0.15, help="fraction of good ones (default: %(default)s)")
     arguments = parser.parse_args()
+    if arguments.folds in (1, 2):
+        parser.error("--folds: give 3 or more")
     keep_freed_memory()
     recipe, folder = read_recipe(find_recipe(arguments.recipe)), UPath(arguments.store.resolve())
     fit = recipe.fit.model_copy(update={"epochs": arguments.epochs or recipe.fit.epochs})

@@ -37,6 +37,7 @@ from sprue.search.record import SearchRecord
 from sprue.stages.runtime import INTERRUPTED
 from sprue.store import location
 from sprue.tracking.runs import KEY_TAG
+from sprue.training.plan import ClassPlan
 from sprue.training.record import FitRecord
 from sprue.training.spec import FitSpec
 from sprue.training.worker import fit_flow
@@ -231,7 +232,7 @@ def strike(kind: str, site: Site, cluster: Cluster, number: int) -> tuple[str, .
 def fits_of(store: Path, kind: str) -> list[tuple[FitSpec, int]]:
     """The plan of each fit of a run, and how many epochs it has had."""
     folder = location(str(store / DATASET))
-    spec = FitSpec.read(folder / "plan", CLASS_NAME)
+    spec = ClassPlan.read(folder / "plan", CLASS_NAME).first
     if kind != "trial":
         return [(spec, EPOCHS)]
     record = SearchRecord.read(folder / "search" / CLASS_NAME)

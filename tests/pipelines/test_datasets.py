@@ -13,6 +13,7 @@ import requests
 from ruamel.yaml import YAML
 from upath import UPath
 
+from sprue.data.folds import fold_split
 from sprue.data.manifest import Manifest
 
 NAMES = ("left", "right")
@@ -74,7 +75,9 @@ def test_the_champion_with_folds_is_three_flows_that_all_good_images_calibrate(d
     saved = json.loads((store / "detectors/brick/detector.json").read_text())
     frame = Manifest.read(UPath(store / "manifest.parquet")).frame
     good = frame[frame["split"] != "test"]
-    assert sorted(good["split"].unique()) == [f"fold-{fold}" for fold in range(1, FOLDS + 1)]
+    assert sorted(good["split"].unique()) == sorted(
+        fold_split(fold, validates) for fold in range(1, FOLDS + 1) for validates in (False, True)
+    )
     assert (saved["members"], saved["calibration"]["folds"]) == (FOLDS, FOLDS)
     assert len(saved["calibration"]["scores"]) == len(good)
     client = mlflow.MlflowClient(*[f"sqlite:///{shared.folder}/store/mlflow/mlflow.db"] * 2)

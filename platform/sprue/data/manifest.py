@@ -11,10 +11,10 @@ import pandas as pd
 from upath import UPath
 
 from sprue.config import CalibrationSettings, ManifestSettings
-from sprue.data.folds import fold_split, is_fold
+from sprue.data.folds import fold_of, validates
 from sprue.data.layouts import SkippedFile
 from sprue.data.samples import Sample, samples_of
-from sprue.data.splits import CALIBRATION, TEST, lowest_alpha
+from sprue.data.splits import CALIBRATION, TEST, TRAIN, VALIDATION, lowest_alpha
 from sprue.errors import SprueError
 from sprue.store import KeptBytes, write_bytes
 
@@ -44,11 +44,11 @@ class Manifest:
         dataset: The dataset's name.
         settings: Layout, fractions and seed.
         frame: A row for each image, sorted by class, sample and view; columns as in ``COLUMNS``: ``split`` is train,
-            calibration, validation or test, and with cross-conformal calibration fold-1, fold-2 ... instead of the
-            first three; ``label`` 0 (good) or 1 (defective) of the sample, ``defect_type``
-            "good" or the defect's name, ``view`` empty for samples of one image, ``path`` and ``mask_path`` (empty
-            if there is none) relative to the root, ``width`` and ``height`` in stored pixels. All samples of a
-            class have the same views.
+            calibration, validation or test; with cross-conformal calibration, instead of the first three, fold-1,
+            fold-1-validation, fold-2 ..., see `sprue.data.folds`; ``label`` 0 (good) or 1 (defective) of the sample,
+            ``defect_type`` "good" or the defect's name, ``view`` empty for samples of one image, ``path`` and
+            ``mask_path`` (empty if there is none) relative to the root, ``width`` and ``height`` in stored pixels.
+            All samples of a class have the same views.
         skipped: Skipped files and samples, sorted by path.
         refused: The classes that have no rows because nothing can be trained on them: what each needs.
     """
@@ -77,9 +77,20 @@ class Manifest:
 
     def folds(self, class_name: str) -> list[pd.DataFrame]:
         """The rows of each fold of a class, in order; none where a calibration set is held out."""
-        splits = self.frame.loc[self.frame["class_name"] == class_name, "split"].unique()
-        count = sum(map(is_fold, splits))
-        return [self.select(class_name, fold_split(fold)) for fold in range(1, count + 1)]
+        rows = self.frame[self.frame["class_name"] == class_name]
+        return [of_fold.reset_index(drop=True) for _, of_fold in rows.groupby(rows["split"].map(fold_of))]
+
+    def fit_rows(self, class_name: str, fold: int | None) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """The rows that train a fit of a class, and those that validate it.
+
+        `fold` is what the fit leaves out, for it calibrates the flow; None where a calibration set is held out.
+        """
+        if fold is None:
+            return self.select(class_name, TRAIN), self.select(class_name, VALIDATION)
+        folds = self.folds(class_name)
+        others = pd.concat([of_fold for index, of_fold in enumerate(folds, 1) if index != fold], ignore_index=True)
+        chosen = others["split"].map(lambda split: validates(split, fold, len(folds)))
+        return others[~chosen].reset_index(drop=True), others[chosen].reset_index(drop=True)
 
     def calibration_rows(self, class_name: str) -> pd.DataFrame:
         """The rows that calibrate a class: of its calibration split, or of all folds in turn.

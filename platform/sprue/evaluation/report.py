@@ -102,8 +102,8 @@ def _folds_in_words(calibration: Calibration, rates: str) -> str:
         f"Cross-conformal calibration: {folds} flows, each fitted without the fold that calibrates it, and "
         f"{samples} good samples in all. About {100 * alpha:.3g} % of exchangeable good samples are called anomalous "
         f"(score above {calibration.threshold:.4g}). Proven is at most {100 * bound:.3g} %, for the comparison with "
-        "each fold by its own flow. If the mean of the flows scores new good samples as each flow scores its fold, the "
-        f"true false-alarm rate {rates}"
+        "each fold by its own flow, if no setting was searched on these samples. If the mean of the flows scores new "
+        f"good samples as each flow scores its fold, the true false-alarm rate {rates}"
     )
 
 

@@ -24,7 +24,10 @@ def draw(batch: Batch, root: UPath, folder: UPath, views: tuple[str, ...], calib
     """
     maps_NVHW, records = batch.pop("position_scores"), from_column(batch["record"])
     for index, record in enumerate(records):
-        if not record["error"]:
+        path = folder / heatmap_path(record["name"])
+        if record["error"]:
+            path.unlink(missing_ok=True)  # of an image that could be read once
+        else:
             view = int(batch["image_score"][index].argmax())
             try:
                 image = open_image(_unchanged(root, record, view), record["paths"][view])
@@ -33,7 +36,7 @@ def draw(batch: Batch, root: UPath, folder: UPath, views: tuple[str, ...], calib
             except (SprueError, OSError) as error:
                 note_error(record, error, record["paths"][view])
                 continue
-            write_bytes(folder / heatmap_path(record["name"]), png)
+            write_bytes(path, png)
             record |= {"heatmap_view": views[view], "predicted_mask_fraction": fraction}
     return batch | {"record": as_column(records)}
 

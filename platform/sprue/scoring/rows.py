@@ -1,10 +1,10 @@
 """The table of scores: a row for each sample.
 
 Columns: ``sample`` (the image's path, or its folder's), ``sha256``, ``score``, ``p_value``, ``is_anomalous``,
-``threshold``, ``alpha``, ``dataset``, ``class_name``, ``version``, ``detector`` (digest of its files) and ``error``;
-with heat maps also ``heatmap``, ``heatmap_view`` and ``predicted_mask_fraction``. Samples of several views have
-``path_<view>``, ``sha256_<view>`` and ``score_<view>`` for each view instead of ``sha256``. Where there is an error,
-figures are null, and other columns are empty if they are unknown.
+``threshold``, ``alpha``, ``dataset``, ``class_name``, ``version``, ``detector`` (digest of its files), ``error``,
+``heatmap``, ``heatmap_view`` and ``predicted_mask_fraction``. Samples of several views have ``path_<view>``,
+``sha256_<view>`` and ``score_<view>`` for each view instead of ``sha256``. Where there is an error, figures are null,
+and other columns are empty if they are unknown; so are the last three where no heat map was drawn.
 """
 
 from collections.abc import Mapping, Sequence
@@ -61,6 +61,7 @@ class Rows:
             "version": self.registered.version,
             "detector": self.digest,
             "error": record["error"],
+            **_heatmap(record),
         }
 
     def _files(self, record: Record) -> Row:
@@ -73,13 +74,13 @@ class Rows:
         }
 
 
-def with_heatmap(row: Row, record: Record) -> Row:
-    """A row with the columns of its heat map, whose path is relative to the version's folder."""
-    failed = bool(row["error"])
-    return row | {
-        "heatmap": "" if failed else heatmap_path(row["sample"]),
-        "heatmap_view": "" if failed else record["heatmap_view"],
-        "predicted_mask_fraction": float("nan") if failed else record["predicted_mask_fraction"],
+def _heatmap(record: Record) -> Row:
+    """The columns of a sample's heat map, whose path is relative to the version's folder."""
+    drawn = "heatmap_view" in record
+    return {
+        "heatmap": heatmap_path(record["name"]) if drawn else "",
+        "heatmap_view": record["heatmap_view"] if drawn else "",
+        "predicted_mask_fraction": record["predicted_mask_fraction"] if drawn else float("nan"),
     }
 
 

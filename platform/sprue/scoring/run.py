@@ -8,7 +8,7 @@ The output's folder belongs to one class and one folder of images. Below it, ``v
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 
 from upath import UPath
@@ -20,7 +20,7 @@ from sprue.inference.detector import Detector
 from sprue.scoring.drawing import heatmap_path
 from sprue.scoring.parts import Part, PartSummary, divide, read_names, stored_parts, summaries, write_part
 from sprue.scoring.pipeline import score_parts
-from sprue.scoring.rows import Row, Rows, as_table, with_heatmap
+from sprue.scoring.rows import Row, Rows, as_table
 from sprue.scoring.samples import list_samples
 from sprue.store import read_json, write_json
 from sprue.tracking.digests import combined_digest
@@ -90,6 +90,8 @@ def score_folder(registered: RegisteredDetector, root: UPath, output: UPath, hea
     _claim(output, root, registered)
     folder = output / f"version-{registered.version}"
     scores, parts = folder / "scores", divide(samples, digest)
+    # Parts that another run writes meanwhile, of files that have come since, are not this run's to delete.
+    before_run = stored_parts(scores)
     stored = summaries([scores / part.name for part in parts], heatmaps)
     missing = [part for part in parts if part.name not in stored]
     before = sum(each.samples for each in stored.values())
@@ -101,7 +103,7 @@ def score_folder(registered: RegisteredDetector, root: UPath, output: UPath, hea
         (folder / "summary.json").unlink(missing_ok=True)
         written, rate = _Run(registered, detector, digest, root, folder, heatmaps).score(missing)
         stored |= written
-    _remove_others(folder, parts)
+    _remove_others(folder, parts, before_run, drawn={part.name for part in missing} if heatmaps else set())
     found = [stored[part.name] for part in parts]
     summary = Summary(
         model=registered.model_name,
@@ -134,15 +136,19 @@ def _claim(output: UPath, root: UPath, registered: RegisteredDetector) -> None:
         )
 
 
-def _remove_others(folder: UPath, parts: Sequence[Part]) -> None:
-    """Deletes the parts of samples that are gone or have changed, and the heat maps of those that are gone."""
-    current, samples = {part.name for part in parts}, {sample.name for part in parts for sample in part.samples}
-    old = [path for path in stored_parts(folder / "scores") if path.name not in current]
+def _remove_others(folder: UPath, parts: Sequence[Part], before_run: Sequence[UPath], drawn: Collection[str]) -> None:
+    """Deletes old parts whose samples are gone or have changed, and their heat maps.
+
+    Of the samples of the parts named in `drawn`, there are new heat maps.
+    """
+    current = {part.name for part in parts}
+    redrawn = {sample.name for part in parts if part.name in drawn for sample in part.samples}
+    old = [path for path in before_run if path.name not in current]
     for path in old:
         for name in read_names(path):
-            if name not in samples:
+            if name not in redrawn:
                 (folder / heatmap_path(name)).unlink(missing_ok=True)
-        path.unlink()
+        path.unlink(missing_ok=True)
     if old:
         logger.info("%d parts are deleted: their images have changed or are gone", len(old))
 
@@ -169,7 +175,7 @@ class _Run:
         logged = started
         for record, figures in scored:
             name, row = record["part"], rows.row(record, figures)
-            of_part[name][row["sample"]] = with_heatmap(row, record) if self.heatmaps else row
+            of_part[name][row["sample"]] = row
             if not record["final"]:
                 unstable.add(name)
             if len(of_part[name]) == len(waiting[name].samples):

@@ -50,7 +50,7 @@ def fit(context: Context, plans: list[ClassPlan], specs: list[FitSpec]) -> dict[
     placement = fit_placement(len(specs), max(spec.fit.workers for spec in specs))
     runs = _open_runs(context, plans, specs)
     history: dict[str, list[dict[str, object]]] = {name: [] for name in runs}
-    failures = {}
+    failures: dict[str, str] = {}
 
     def on_epoch(name: str, epoch: Epoch) -> None:
         logger.info("%-20s %s", name, epoch)
@@ -60,14 +60,15 @@ def fit(context: Context, plans: list[ClassPlan], specs: list[FitSpec]) -> dict[
     def on_outcome(spec: FitSpec, outcome: FitOutcome) -> None:
         run, best = runs[spec.name], outcome.best
         if best is None:
-            failures[spec.class_name] = outcome.failure
+            failures.setdefault(spec.class_name, f"{spec.name}: {outcome.failure}" if spec.fold else outcome.failure)
             run.end("FAILED")
+            runs[spec.class_name].end("FAILED")
             return
         record = FitRecord(spec, best.epoch, outcome.history, commit(), placement.cpus, best.flow)
         record.write(context.folder / "fits" / spec.name)
         remove_folder(context.folder / "runs" / spec.checkpoints)
         run.log_epochs(outcome.history)
-        if spec.fold is not None:  # the class's run is the one that goes on
+        if spec.fold:  # the class's run is the one that goes on
             run.end("FINISHED")
 
     fit_classes(specs, context.features, context.folder / "runs", on_epoch, on_outcome, placement)
@@ -75,17 +76,17 @@ def fit(context: Context, plans: list[ClassPlan], specs: list[FitSpec]) -> dict[
 
 
 def _open_runs(context: Context, plans: list[ClassPlan], specs: list[FitSpec]) -> dict[str, FitRun]:
-    """A run for each fit, by its name; those of a class's folds are below a run of the class."""
+    """A run for each fit, by its name; and one for each class that has folds, whose fits' runs are below it."""
     experiment = experiment_id(context.dataset, context.store)
     tags = {plan.class_name: provenance(plan.first.manifest, plan.first.features.fingerprint) for plan in plans}
+    names = {spec.class_name for spec in specs if spec.fold}
     parents = {
-        plan.class_name: FitRun.open(experiment, plan.class_name, plan.key, plan.params, tags[plan.class_name]).run_id
+        plan.class_name: FitRun.open(experiment, plan.class_name, plan.key, plan.params, tags[plan.class_name])
         for plan in plans
-        if plan.first.fold is not None
+        if plan.class_name in names
     }
-    return {
-        spec.name: FitRun.open(
-            experiment, spec.name, spec.key, spec.params, tags[spec.class_name], parents.get(spec.class_name)
-        )
-        for spec in specs
-    }
+    runs = dict(parents)
+    for spec in specs:
+        parent = parents[spec.class_name].run_id if spec.fold else None
+        runs[spec.name] = FitRun.open(experiment, spec.name, spec.key, spec.params, tags[spec.class_name], parent)
+    return runs

@@ -79,7 +79,8 @@ def _search_class(context: Context, spec: FitSpec) -> None:
     for trial in outcome.trials:
         run = trial_runs.open(trial.point)
         run.log_epochs(trial.history)
-        if trial is not outcome.best:
+        # The fit stage goes on with the best trial's run, and of several fits with a run of the class.
+        if trial is not outcome.best or spec.fold:
             run.end("FAILED" if trial.failure else "FINISHED" if trial.completed else "KILLED")
     record = _report(context, spec, outcome, parent)
     best, cpus = outcome.checkpoint(outcome.best.number), fit_placement(settings.trials, spec.fit.workers).cpus

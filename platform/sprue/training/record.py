@@ -118,6 +118,10 @@ class ClassFit:
 
     @property
     def history(self) -> pd.DataFrame:
-        """The negative log-likelihoods of each epoch, means over the fits: epoch, train_nll, validation_nll."""
-        epochs = pd.concat([pd.DataFrame(record.history) for record in self.records])
+        """The negative log-likelihoods of each epoch that all fits have had, means over the fits.
+
+        Columns: epoch, train_nll, validation_nll.
+        """
+        shortest = min(len(record.history) for record in self.records)
+        epochs = pd.concat([pd.DataFrame(record.history[:shortest]) for record in self.records])
         return epochs.groupby("epoch", as_index=False)[["train_nll", "validation_nll"]].mean()

@@ -15,10 +15,9 @@ from upath import UPath
 
 from defectflow import FLOWS, Flow, build_flow, config_for_features
 from sprue.config import FLOW_SETTINGS, DatasetSettings, FitSettings, FlowName, ScoringSettings, Settings
-from sprue.data.folds import fold_split, samples_of_fit
+from sprue.data.folds import fold_split
 from sprue.data.manifest import Manifest
 from sprue.data.samples import Sample, samples_of
-from sprue.data.splits import TRAIN, VALIDATION
 from sprue.errors import SprueError
 from sprue.features.synthetic import SYNTHETIC_VERSION, has_synthetic, synthetic_folder, synthetic_maps
 from sprue.features.tables import FeatureTable
@@ -198,10 +197,7 @@ def recipe_spec(
         SprueError: If there are no features, or the flow does not accept its settings or the number of views.
     """
     table = _table(root, spec, class_name)
-    if fold is None:
-        train, validation = (samples_of(manifest.select(class_name, split)) for split in (TRAIN, VALIDATION))
-    else:
-        train, validation = samples_of_fit([*map(samples_of, manifest.folds(class_name))], fold, manifest.settings)
+    train, validation = map(samples_of, manifest.fit_rows(class_name, fold))
     blocks = len(spec.blocks)
     scales = [table.shapes[start : start + blocks] for start in range(0, len(table.shapes), blocks)]
     name, images = settings.flow.name, len(train) * len(train[0])

@@ -106,6 +106,7 @@ def test_a_run_scores_what_is_missing_or_has_changed(registry, write_images, tmp
     images = write_images(tmp_path / "images", 40)
     registered, (root, output) = registry.find("brick"), places(tmp_path)
     whole = read(score_folder(registered, root, location(str(tmp_path / "whole"))))
+    assert set(whole["heatmap"]) == {""} and whole["predicted_mask_fraction"].isna().all()
     folder = tmp_path / "scores/version-1/scores"
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
@@ -139,7 +140,7 @@ def test_a_run_scores_what_is_missing_or_has_changed(registry, write_images, tmp
     assert set(whole.index) - set(table.index) == {"0003.png"}
     # A part without one of its images is another batch; see the next test.
     apart = (table["score"] / whole["score"][table.index] - 1).abs()
-    assert set(apart.index[apart > 1e-3]) == {"0011.png"}
+    assert set(apart.index[apart > 1e-4]) == {"0011.png"}
 
     other = score_folder(registry.find("brick", "2"), root, output)
     assert other.stored == 0 and set(read(other)["version"]) == {2}
@@ -169,8 +170,8 @@ def test_an_image_that_can_not_be_read_is_a_row(registry, write_images, tmp_path
     }
     readable = table.loc[["0000.png", "0002.png"]]
     expected = registry.predict(registry.find("brick"), [images[0], images[2]])
-    # In a batch of another size, the backbone's sums have another order, and its float16 maps another last digit.
-    np.testing.assert_allclose(readable["score"], expected.score_B, rtol=1e-3)
+    # In a batch of another size, the flow's sums have another order.
+    np.testing.assert_allclose(readable["score"], expected.score_B, rtol=1e-4)
 
     images[1].save(tmp_path / "nowhere.png")  # the link's state does not change, as that of a file that was locked
     (tmp_path / "images/0002.png").unlink()

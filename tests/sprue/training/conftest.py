@@ -9,6 +9,7 @@ import pytest
 from upath import UPath
 
 from sprue.config import DatasetSettings, ManifestSettings
+from sprue.data.folds import fold_split
 from sprue.data.manifest import Manifest
 from sprue.features.tables import write_part
 from sprue.inference.spec import FeatureSpec
@@ -34,7 +35,7 @@ def manifest_of(class_name, views=1, folds=None):
     samples = [number // views for number in range(IMAGES)]
     splits = ["train" if sample < TRAIN // views else "validation" for sample in samples]
     if folds:
-        splits = [f"fold-{1 + sample % folds}" for sample in samples]
+        splits = [fold_split(1 + sample % folds, validates=sample < folds) for sample in samples]
     rows = {
         "dataset": "plant",
         "class_name": class_name,
