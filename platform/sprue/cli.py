@@ -20,7 +20,11 @@ model = click.argument("name", metavar="CLASS")
 keys_file = click.option(
     "--keys", "file", type=FOLDER, default="keys.json", show_default=True, help="The file; made if it is missing."
 )
-SCOPE = "What it may do: score images and list classes, or see what is wrong with the service. May be repeated."
+SCOPES = click.Choice(["score", "review", "admin"])
+SCOPE = (
+    "What it may do: score images and list classes; see past decisions and review them; see what is wrong with the "
+    "service. May be repeated."
+)
 
 
 class Failure(click.ClickException):
@@ -228,7 +232,9 @@ def keys() -> None:
 
 @keys.command("add")
 @click.argument("name")
-@click.option("--scope", "scopes", type=click.Choice(["score", "admin"]), multiple=True, required=True, help=SCOPE)
+@click.option(
+    "--scope", "scopes", type=click.Choice(["score", "review", "admin"]), multiple=True, required=True, help=SCOPE
+)
 @keys_file
 def add_key(name: str, scopes: tuple[Any, ...], file: Path) -> None:
     """Make a key and print it, this once; the file keeps its hash."""
@@ -439,6 +445,33 @@ def replay(store: str, request_id: str, as_json: bool) -> None:
     _print(found.as_json(), str(found), as_json)
     if not found.equal:
         raise SprueError(f"{request_id}: the result differs from the recorded one")
+
+
+@main.group()
+def reviews() -> None:
+    """Use the verdicts that people gave on the inspection page."""
+
+
+@reviews.command("export")
+@model
+@click.argument("folder", type=FOLDER)
+@click.option(
+    "--as", "kind", type=click.Choice(["promotion", "training"]), default="promotion", show_default=True,
+    help="good/ and defective/ for `sprue promote --images`, or images for CLASS/train/good.",
+)  # fmt: skip
+@as_json
+@click.pass_obj
+def export_reviews(store: str, name: str, folder: Path, kind: Any, as_json: bool) -> None:
+    """Write the reviewed images of a CLASS into a FOLDER, which is then put under DVC or given to `sprue promote`."""
+    _connect(store)
+    from sprue.release.decision_store import FOLDER as DECISIONS
+    from sprue.release.reviews import ReviewStore, export
+    from sprue.store import location
+    from sprue.tracking.registry import find_model
+
+    found = export(ReviewStore(location(store) / DECISIONS), find_model(name), folder, kind)
+    text = f"{folder}: {', '.join(f'{count} {label}' for label, count in found.items())}"
+    _print({"folder": str(folder), "samples": found}, text, as_json)
 
 
 @main.command()

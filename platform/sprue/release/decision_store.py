@@ -11,7 +11,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, date, datetime, timedelta
 from itertools import accumulate
@@ -34,6 +34,9 @@ FORMAT_KEY = b"sprue.decisions"
 
 Kept = Literal["alarm", "near", "sample", ""]
 """Why a sample's images are kept: it was anomalous, nearly so, or one of a fixed fraction; empty if they are not."""
+
+RECENT_DAYS = 7
+"""Days with decisions that `DecisionStore.newest` looks through."""
 
 _DAY = re.compile(r"date=(\d{4}-\d\d-\d\d)")
 
@@ -95,6 +98,12 @@ class Decision:
         """The registered model's name."""
         return f"{self.dataset}.{self.class_name}"
 
+    @property
+    def key(self) -> str:
+        """Identifies the decision, which its `request_id` need not do."""
+        parts = (self.request_id, self.at.isoformat(), *self.images)
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
     def as_json(self) -> dict[str, Any]:
         """The row as JSON takes it."""
         return asdict(self) | {"at": self.at.isoformat()}
@@ -145,16 +154,21 @@ class DecisionStore:
                 f"the images of {decision.request_id} were not kept: those of alarms, of samples near the threshold "
                 "and of a fraction of the others are"
             )
-        found = []
-        for digest in decision.images:
-            path = self._images(decision.at) / digest
-            if not path.is_file():
-                raise SprueError(f"{path} is gone: images are deleted after some days, sooner where space is short")
-            data = path.read_bytes()
-            if hashlib.sha256(data).hexdigest() != digest:
-                raise SprueError(f"{path} is not the image that was scored: its SHA-256 is another")
-            found.append(data)
-        return found
+        return [self.read_image(decision.at, digest) for digest in decision.images]
+
+    def read_image(self, at: datetime, digest: str) -> bytes:
+        """The bytes of an image of a decision that was made at a time.
+
+        Raises:
+            SprueError: If it was not kept, is no longer there, or is not the one that was scored.
+        """
+        path = self._images(at) / digest
+        if not path.is_file():
+            raise SprueError(f"{path} is gone: images are deleted after some days, sooner where space is short")
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise SprueError(f"{path} is not the image that was scored: its SHA-256 is another")
+        return data
 
     def find(self, request_id: str) -> list[Decision]:
         """The decisions of a request identifier on the last day that has any, oldest first.
@@ -163,10 +177,28 @@ class DecisionStore:
             SprueError: If there is none.
         """
         for _, folder in reversed(_days(self.folder / "rows")):
-            rows = [row for part in folder.glob("*.parquet") for row in _rows_of(part, request_id)]
-            if rows:
-                return sorted((_decision(row) for row in rows), key=lambda each: each.at)
+            found = _decisions(folder, [("request_id", "=", request_id)])
+            if found:
+                return found
         raise SprueError(f"{self.folder} has no decision {request_id!r}; a service writes its rows within seconds")
+
+    def newest(self, model_name: str, kept: Collection[Kept] = ()) -> Iterator[Decision]:
+        """The decisions about a class, newest first, of the last days that have any; with `kept`, only those."""
+        dataset, _, class_name = model_name.partition(".")
+        filters = [("dataset", "=", dataset), ("class_name", "=", class_name)]
+        for _, folder in _days(self.folder / "rows")[: -RECENT_DAYS - 1 : -1]:
+            yield from reversed(_decisions(folder, filters + ([("kept", "in", set(kept))] if kept else [])))
+
+    def get(self, at: datetime, key: str) -> Decision:
+        """The decision that was made at a time and that a key identifies.
+
+        Raises:
+            SprueError: If there is none.
+        """
+        for decision in _decisions(self._rows(at.date()), [("at", "=", at)]):
+            if decision.key == key:
+                return decision
+        raise SprueError(f"{self.folder} has no decision {key} of {at}")
 
     def delete_old(self, today: date, keep_days: int, image_bytes: int) -> list[str]:
         """Deletes days that are more than `keep_days` old, and the oldest hours' images that exceed `image_bytes`.
@@ -203,10 +235,16 @@ def _days(folder: UPath) -> list[tuple[date, UPath]]:
     return sorted((date.fromisoformat(match[1]), path) for match, path in found if match)
 
 
-def _rows_of(part: UPath, request_id: str) -> list[dict[str, Any]]:
-    """A request's rows in a part, which is read at once: the newest is replaced as it grows."""
+def _decisions(folder: UPath, filters: list[tuple[str, str, Any]]) -> list[Decision]:
+    """The decisions of a day's folder that satisfy all filters, oldest first."""
+    rows = [row for part in folder.glob("*.parquet") for row in _rows_of(part, filters)]
+    return sorted((_decision(row) for row in rows), key=lambda each: each.at)
+
+
+def _rows_of(part: UPath, filters: list[tuple[str, str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a part that satisfy all filters. It is read at once: the newest is replaced as it grows."""
     try:
-        table = pq.read_table(io.BytesIO(part.read_bytes()), filters=[("request_id", "=", request_id)])
+        table = pq.read_table(io.BytesIO(part.read_bytes()), filters=filters)
         version = json.loads(table.schema.metadata[FORMAT_KEY])["format"]
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise SprueError(f"{part} is no part of the decisions: {error}") from error

@@ -19,7 +19,7 @@ from ray import serve
 from sprue.inference.detector import BATCH, Predictions
 from sprue.inference.images import open_image
 from sprue.release.decision_store import image_digests
-from sprue.serving import metrics, openapi, responses
+from sprue.serving import inspection, metrics, openapi, responses
 from sprue.serving.admission import Admission, AdmissionLimits
 from sprue.serving.batching import Batcher
 from sprue.serving.champions import CacheSettings, Champions
@@ -42,6 +42,7 @@ CLOSE_S = 10.0
 # The service itself holds the files of /docs: plants are seldom online.
 app = FastAPIOffline(**openapi.APPLICATION)
 add_error_handlers(app)
+inspection.add_to(app)
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,10 @@ class ScoringService:
         view: Annotated[
             str | None, Query(description="Heat map of this view; by default of the view with the highest score")
         ] = None,
+        maps: Annotated[bool, Query(description="Also return the anomaly maps as numbers")] = False,
+        record: Annotated[
+            bool, Query(description="Keep and count the decision; `false` needs the scope `review`")
+        ] = True,
     ) -> Any:
         """Scores one sample with the champion of its class.
 
@@ -148,6 +153,8 @@ class ScoringService:
         """
         timer = metrics.PhaseTimer()
         self.keys.require(credentials, "score")
+        if not record:
+            self.keys.require(credentials, "review")
         champion = self.models.find(name)
         async with self.admission.admit(request.headers) as admitted:
             served = await self.models.load(champion)
@@ -164,15 +171,17 @@ class ScoringService:
                 png = await self._draw_heatmap(served, predictions, uploads, view, score)
                 timer.end("heatmap")
         try:
-            decision = decision_of(served, score, request.headers, timer.total, batch, digests)
-            metrics.observe(decision, timer.seconds, served.detector.calibration)
-            if self.decisions:
-                self.decisions.add(decision, uploads)
+            if record:
+                decision = decision_of(served, score, request.headers, timer.total, batch, digests)
+                metrics.observe(decision, timer.seconds, served.detector.calibration)
+                if self.decisions:
+                    self.decisions.add(decision, uploads)
         except Exception:  # a defect; the client gets its answer all the same
             logger.exception("a decision could not be recorded")
         if png and responses.wants_png(request.headers.get("accept", "")):
             return Response(png, media_type="image/png", headers=headers | responses.score_headers(score))
         score.heatmap_png = base64.b64encode(png).decode() or None
+        score.maps = responses.anomaly_maps(served, predictions) if maps else None
         response.headers.update(headers)
         return score
 

@@ -22,9 +22,10 @@ from sprue.store import write_json
 
 logger = logging.getLogger(__name__)
 
-Scope = Literal["score", "admin"]
+Scope = Literal["score", "review", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
-"""``score``: classes and scores. ``admin``: what is wrong with the service."""
+"""``score``: classes and scores. ``review``: past decisions with their images, and verdicts on them. ``admin``: what is
+wrong with the service."""
 
 Credentials: TypeAlias = Annotated[HTTPAuthorizationCredentials | None, Security(HTTPBearer(auto_error=False))]
 """A request's key, from its header ``Authorization: Bearer``."""
@@ -151,15 +152,17 @@ class KeyFile:
         key = self._find(credentials)
         return key is not None and scope in key.scopes
 
-    def require(self, credentials: HTTPAuthorizationCredentials | None, scope: Scope) -> None:
-        """Refuses a request that may not do what needs a scope.
+    def require(self, credentials: HTTPAuthorizationCredentials | None, scope: Scope) -> str:
+        """Refuses a request that may not do what needs a scope; returns its key's name, empty where there are no keys.
 
         Raises:
             ApiError: 401 without a known key, 403 with one that has other scopes.
         """
-        if self.allows(credentials, scope):
-            return
+        if self._path is None:
+            return ""
         key = self._find(credentials)
+        if key is not None and scope in key.scopes:
+            return key.name
         if key is None:
             message = "send a key of this service in the header Authorization: Bearer KEY"
             raise ApiError(HTTPStatus.UNAUTHORIZED, "unauthorized", message, {"WWW-Authenticate": "Bearer"})

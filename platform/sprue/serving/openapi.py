@@ -3,8 +3,10 @@
 from importlib.metadata import version
 from typing import Any
 
+from fastapi import Response
+
 from sprue.serving.admission import TIMEOUT_HEADER
-from sprue.serving.schemas import ErrorBody
+from sprue.serving.schemas import ErrorBody, NewReview
 
 APPLICATION: dict[str, Any] = {
     "title": "sprue",
@@ -14,6 +16,7 @@ APPLICATION: dict[str, Any] = {
     "openapi_tags": [
         {"name": "scoring", "description": "Is this part good?"},
         {"name": "service", "description": "What is served, and whether it is healthy."},
+        {"name": "review", "description": "What was decided, and what people say about it."},
     ],
 }
 """Arguments of the FastAPI application."""
@@ -138,3 +141,62 @@ SCORE: dict[str, Any] = {
     },
 }
 """Arguments of the scoring route."""
+
+_CLASS_ERRORS = {status: SCORE["responses"][status] for status in (401, 403, 404, 409)}
+
+_NO_DECISIONS = _error(
+    "Unknown class, or decisions are not kept",
+    unknown_class="there is no class 'bolt'; there are: metal.rod, textures.brick",
+    no_decisions="this service keeps no decisions: it was started with --no-decisions",
+)
+
+CALIBRATION: dict[str, Any] = {
+    "tags": ["service"],
+    "responses": _CLASS_ERRORS
+    | {503: _error("Its champion can't be loaded", class_unavailable="class 'textures.brick' is unavailable: ...")},
+}
+"""Arguments of the route of a class's calibration."""
+
+DECISIONS: dict[str, Any] = {
+    "tags": ["review"],
+    "response_model_exclude_none": True,
+    "responses": _CLASS_ERRORS | {404: _NO_DECISIONS},
+}
+"""Arguments of the route of past decisions."""
+
+IMAGE: dict[str, Any] = {
+    "tags": ["review"],
+    "response_class": Response,
+    "responses": {
+        200: {"description": "The image", "content": {"application/octet-stream": {"schema": _binary()}}},
+        **{status: _CLASS_ERRORS[status] for status in (401, 403)},
+        404: _error(
+            "There is no such image",
+            image_gone="... is gone: images are deleted after some days, sooner where space is short",
+            no_decisions="this service keeps no decisions: it was started with --no-decisions",
+        ),
+    },
+}
+"""Arguments of the route of an image."""
+
+REVIEW: dict[str, Any] = {
+    "tags": ["review"],
+    "openapi_extra": {
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": NewReview.model_json_schema()}},
+        }
+    },
+    "responses": {
+        **_CLASS_ERRORS,
+        404: _NO_DECISIONS,
+        413: _error("Larger than the limit", too_many_bytes="the body is larger than 4,194,304 bytes; ..."),
+        415: _error("Not JSON", not_json="send the review with Content-Type: application/json"),
+        422: _error(
+            "The review can't be kept",
+            invalid_request="verdict: Input should be 'good', 'defective' or 'unsure'",
+            not_reviewable="a mask is a PNG of its image's size",
+        ),
+    },
+}
+"""Arguments of the route that takes reviews."""

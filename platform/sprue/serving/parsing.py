@@ -58,7 +58,7 @@ async def read_uploads(
     announced = headers.get("content-length", "0")
     if announced.isdecimal() and int(announced) > max_bytes:
         raise _too_large(max_bytes)
-    async with aclosing(_limited(body, max_bytes)) as stream:
+    async with aclosing(limited(body, max_bytes)) as stream:
         if content_type == MULTIPART:
             encoded = _in_order(await _form_files(headers, stream, len(views)), views)
         else:
@@ -97,8 +97,8 @@ def _in_order(files: Sequence[tuple[str, bytes]], views: Sequence[str]) -> list[
     return [by_name[view] for view in views] if named else [data for _, data in files]
 
 
-async def _limited(body: AsyncGenerator[bytes], max_bytes: int) -> AsyncGenerator[bytes]:
-    """The body's parts, until they are more than `max_bytes`."""
+async def limited(body: AsyncGenerator[bytes], max_bytes: int) -> AsyncGenerator[bytes]:
+    """The body's parts, until they are more than `max_bytes`; raises ApiError 413 then."""
     total = 0
     async for part in body:
         total += len(part)

@@ -3,6 +3,7 @@
 Shapes: H rows, W columns of the image.
 """
 
+import base64
 from collections.abc import Mapping
 from http import HTTPStatus
 from urllib.parse import quote
@@ -11,9 +12,21 @@ from PIL import Image
 
 from sprue.inference import heatmap
 from sprue.inference.detector import Predictions
+from sprue.release.decision_store import Decision
+from sprue.release.reviews import Review
 from sprue.serving.errors import ApiError
 from sprue.serving.model_cache import ServedModel
-from sprue.serving.schemas import FeatureSummary, ImageScore, ModelVersion, Score, ServedClass
+from sprue.serving.schemas import (
+    AnomalyMap,
+    ClassCalibration,
+    FeatureSummary,
+    ImageScore,
+    ModelVersion,
+    PastDecision,
+    PastReview,
+    Score,
+    ServedClass,
+)
 from sprue.tracking.registry import RegisteredDetector
 from sprue.tracking.summary import Summary
 
@@ -44,6 +57,54 @@ def score(served: ServedModel, predictions: Predictions) -> Score:
         threshold=calibration.threshold,
         model=version(served.champion),
         images=images if len(views) > 1 else None,
+    )
+
+
+def anomaly_maps(served: ServedModel, predictions: Predictions) -> list[AnomalyMap]:
+    """The position scores of a sample's images."""
+    return [
+        AnomalyMap(
+            view=view,
+            rows=scores_HW.shape[0],
+            columns=scores_HW.shape[1],
+            scores=base64.b64encode(scores_HW.astype("<f4").tobytes()).decode(),
+        )
+        for view, scores_HW in zip(served.detector.views, predictions.position_scores_BVHW[0], strict=True)
+    ]
+
+
+def calibration(served: ServedModel) -> ClassCalibration:
+    """What a class's scores and anomaly maps are compared with."""
+    found = served.detector.calibration
+    return ClassCalibration(
+        model=version(served.champion),
+        scores=list(found.scores),
+        alpha=found.alpha,
+        threshold=found.threshold,
+        guarantee=found.guarantee,
+        confidence=found.confidence,
+        low=found.low,
+        high=found.high,
+        pixel_threshold=found.pixel_threshold,
+    )
+
+
+def past_decision(decision: Decision, review: Review | None) -> PastDecision:
+    """A decision that was kept, with the last verdict on it."""
+    return PastDecision(
+        key=decision.key,
+        at=decision.at,
+        request_id=decision.request_id,
+        station=decision.station,
+        model=ModelVersion(name=decision.model_name, version=decision.version),
+        score=decision.score,
+        p_value=decision.p_value,
+        alpha=decision.alpha,
+        threshold=decision.threshold,
+        is_anomalous=decision.is_anomalous,
+        kept=decision.kept,
+        images=list(decision.images),
+        review=PastReview(verdict=review.verdict, reviewer=review.reviewer, at=review.at) if review else None,
     )
 
 

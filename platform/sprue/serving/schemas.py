@@ -1,8 +1,12 @@
 """The service's responses, as JSON and in its OpenAPI description."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, Base64Bytes, BaseModel, ConfigDict, Field
+
+from sprue.config import Guarantee
+from sprue.release.decision_store import Kept
+from sprue.release.reviews import Verdict
 
 
 class ModelVersion(BaseModel):
@@ -17,6 +21,15 @@ class ImageScore(BaseModel):
 
     view: str
     score: float = Field(description="The higher, the less likely, given the sample's other images")
+
+
+class AnomalyMap(BaseModel):
+    """The position scores of one image, at the feature maps' resolution; bilinearly upsampled, its anomaly map."""
+
+    view: str = Field(description="Empty where samples have one image")
+    rows: int
+    columns: int
+    scores: str = Field(description="Rows of 32-bit floats, little-endian, in base64")
 
 
 class Score(BaseModel):
@@ -60,6 +73,7 @@ class Score(BaseModel):
         description="With `heatmap=true`: fraction of the image's pixels in the predicted mask; for a good part at "
         "most alpha is expected",
     )
+    maps: list[AnomalyMap] | None = Field(default=None, description="With `maps=true`: one for each image")
 
 
 class FeatureSummary(BaseModel):
@@ -88,6 +102,67 @@ class ServedClasses(BaseModel):
     """All classes that can be scored."""
 
     classes: list[ServedClass]
+
+
+class ClassCalibration(BaseModel):
+    """What a class's scores and anomaly maps are compared with."""
+
+    model: ModelVersion
+    scores: list[float] = Field(description="Scores of the held-out good samples, ascending")
+    alpha: float
+    threshold: float
+    guarantee: Guarantee = Field(description="What alpha promises of the decisions")
+    confidence: float = Field(description="Of the conditional guarantee")
+    low: float = Field(description="Median of good position scores; the heat map begins there")
+    high: float = Field(description="99.9 % quantile of good position scores; half of the heat map's scale")
+    pixel_threshold: float = Field(description="The predicted mask is where the anomaly map is above it")
+
+
+class PastReview(BaseModel):
+    """What somebody said about a decision."""
+
+    verdict: Verdict
+    reviewer: str = Field(description="Name of the key; empty where the service has no keys")
+    at: AwareDatetime
+
+
+class PastDecision(BaseModel):
+    """A decision that was kept."""
+
+    key: str = Field(description="Identifies the decision")
+    at: AwareDatetime
+    request_id: str
+    station: str
+    model: ModelVersion
+    score: float
+    p_value: float
+    alpha: float
+    threshold: float
+    is_anomalous: bool
+    kept: Kept = Field(description="Why the images are kept; empty if they are not")
+    images: list[str] = Field(description="SHA-256 of each image, in the views' order")
+    review: PastReview | None = Field(default=None, description="The last verdict")
+
+
+class PastDecisions(BaseModel):
+    """The last decisions about a class, newest first."""
+
+    decisions: list[PastDecision]
+
+
+class NewReview(BaseModel):
+    """A verdict on a decision."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    key: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$", description="The decision's")]
+    at: AwareDatetime = Field(description="When the decision was made")
+    verdict: Verdict
+    masks: list[Base64Bytes] = Field(
+        default=[],
+        description="Where the defect is: a PNG of each image's size in base64, not black where it is defective, in "
+        "the views' order; empty for a view without a mark",
+    )
 
 
 class Liveness(BaseModel):
