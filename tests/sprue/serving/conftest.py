@@ -209,7 +209,7 @@ def plant(cluster: Path, ports: Callable[[int], list[int]]) -> Iterator[Plant]:
     engine = build_engine(spec)
     (port,), limits = ports(1), ServiceLimits(max_bytes=2 * 2**20, max_pixels=4_000_000)
     keys = cluster / "keys.json"
-    authorization = {"Authorization": f"Bearer {add_key(keys, 'everything', ['score', 'admin'])}"}
+    authorization = {"Authorization": f"Bearer {add_key(keys, 'everything', ['score', 'review', 'admin'])}"}
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30.0, headers=authorization) as client:
         detectors = {name: fit(name, spec, engine) for name in TEXTURES}
         weights = UPath(cluster / "backbone.safetensors")
