@@ -54,7 +54,7 @@ def add_to(app: FastAPI) -> None:
 
 def _replica() -> "ScoringService":
     """The replica that this process is."""
-    return serve.get_replica_context().servable_object  # type: ignore[no-any-return]
+    return serve.get_replica_context().servable_object
 
 
 Replica = Annotated[Any, Depends(_replica)]
