@@ -182,12 +182,22 @@ class DecisionStore:
                 return found
         raise SprueError(f"{self.folder} has no decision {request_id!r}; a service writes its rows within seconds")
 
-    def newest(self, model_name: str, kept: Collection[Kept] = ()) -> Iterator[Decision]:
-        """The decisions about a class, newest first, of the last days that have any; with `kept`, only those."""
+    def newest(self, model_name: str, limit: int, kept: Collection[Kept] = ()) -> Iterator[Decision]:
+        """The decisions about a class, newest first, of the last days that have any.
+
+        With `kept`, all of those; without it, the last `limit` of each day, since all of them may not fit into memory.
+        """
         dataset, _, class_name = model_name.partition(".")
-        filters = [("dataset", "=", dataset), ("class_name", "=", class_name)]
+        filters: list[tuple[str, str, Any]] = [("dataset", "=", dataset), ("class_name", "=", class_name)]
+        filters += [("kept", "in", set(kept))] if kept else []
         for _, folder in _days(self.folder / "rows")[: -RECENT_DAYS - 1 : -1]:
-            yield from reversed(_decisions(folder, filters + ([("kept", "in", set(kept))] if kept else [])))
+            parts = [SCHEMA.empty_table()]
+            for part in folder.glob("*.parquet"):
+                rows = _rows_of(part, filters).sort_by([("at", "descending")])
+                parts.append(rows if kept else rows.slice(0, limit).combine_chunks())
+            rows = pa.concat_tables(parts).sort_by([("at", "descending")])
+            for batch in (rows if kept else rows.slice(0, limit)).to_batches(max_chunksize=limit):
+                yield from map(_decision, batch.to_pylist())
 
     def get(self, at: datetime, key: str) -> Decision:
         """The decision that was made at a time and that a key identifies.
@@ -237,11 +247,11 @@ def _days(folder: UPath) -> list[tuple[date, UPath]]:
 
 def _decisions(folder: UPath, filters: list[tuple[str, str, Any]]) -> list[Decision]:
     """The decisions of a day's folder that satisfy all filters, oldest first."""
-    rows = [row for part in folder.glob("*.parquet") for row in _rows_of(part, filters)]
+    rows = [row for part in folder.glob("*.parquet") for row in _rows_of(part, filters).to_pylist()]
     return sorted((_decision(row) for row in rows), key=lambda each: each.at)
 
 
-def _rows_of(part: UPath, filters: list[tuple[str, str, Any]]) -> list[dict[str, Any]]:
+def _rows_of(part: UPath, filters: list[tuple[str, str, Any]]) -> pa.Table:
     """The rows of a part that satisfy all filters. It is read at once: the newest is replaced as it grows."""
     try:
         table = pq.read_table(io.BytesIO(part.read_bytes()), filters=filters)
@@ -250,7 +260,7 @@ def _rows_of(part: UPath, filters: list[tuple[str, str, Any]]) -> list[dict[str,
         raise SprueError(f"{part} is no part of the decisions: {error}") from error
     if version != FORMAT:
         raise SprueError(f"{part} has format {version}, this version of sprue reads {FORMAT}")
-    return table.to_pylist()
+    return table
 
 
 def _decision(row: dict[str, Any]) -> Decision:

@@ -112,7 +112,7 @@ def _last(store: UPath, model_name: str, queue: bool, limit: int) -> list[Any]:
             by_day[day] = reviews.reviewed(day)
         return by_day[day].get(decision.key)
 
-    found = DecisionStore(store).newest(model_name, ("alarm", "near") if queue else ())
+    found = DecisionStore(store).newest(model_name, limit, ("alarm", "near") if queue else ())
     chosen = islice((each for each in found if not (queue and review(each))), limit)
     pairs = [(each, review(each)) for each in chosen]
     return [responses.past_decision(each, read_review(path) if path else None) for each, path in pairs]

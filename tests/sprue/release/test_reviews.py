@@ -97,8 +97,9 @@ def test_decisions_are_listed_from_the_newest(plant: Plant) -> None:
     first, second = plant.decide(png(1)), plant.decide(png(2))
     quiet = replace(first, kept="", at=AT + timedelta(days=1), is_anomalous=False)
     plant.decisions.write_part(quiet.at.date(), "quiet", rows_of([quiet, replace(quiet, class_name="other")]))
-    assert list(plant.decisions.newest("parcels.gräs 2")) == [quiet, second, first]
-    assert list(plant.decisions.newest("parcels.gräs 2", ("alarm", "near"))) == [second, first]
+    assert list(plant.decisions.newest("parcels.gräs 2", 10)) == [quiet, second, first]
+    assert list(plant.decisions.newest("parcels.gräs 2", 1)) == [quiet, second]  # one of each day
+    assert list(plant.decisions.newest("parcels.gräs 2", 1, ("alarm", "near"))) == [second, first]
     assert plant.decisions.get(first.at, first.key) == first
     with pytest.raises(SprueError, match=f"has no decision {second.key}"):
         plant.decisions.get(first.at, second.key)

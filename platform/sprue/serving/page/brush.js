@@ -61,13 +61,10 @@ export class Brush {
 export function maskOf(canvas) {
   const { width, height } = canvas;
   const pixels = canvas.getContext("2d").getImageData(0, 0, width, height);
-  let marked = false;
-  for (let index = 0; index < pixels.data.length; index += 4) {
-    const value = pixels.data[index + 3] > 127 ? 255 : 0;
-    marked ||= value > 0;
-    pixels.data.set([value, value, value, 255], index);
-  }
-  if (!marked) return "";
+  const opacities = new Uint8Array(width * height).map((_, index) => pixels.data[4 * index + 3]);
+  if (!opacities.some((each) => each > 127)) return "";
+  const values = new Uint32Array(pixels.data.buffer);
+  opacities.forEach((each, index) => (values[index] = each > 127 ? 0xffffffff : 0xff000000));
   const copy = document.createElement("canvas");
   [copy.width, copy.height] = [width, height];
   copy.getContext("2d").putImageData(pixels, 0, 0);

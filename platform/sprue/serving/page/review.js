@@ -15,6 +15,8 @@ export function setUpReview(served, fail) {
   let queue = [];
   let shown = -1;
   let busy = false;
+  /** The decision whose images are seen: only that one can be judged. @type {api.PastDecision | null} */
+  let seen = null;
 
   /** Loads the queue, with a decision to show at its head if there is one. @param {api.PastDecision} [first] */
   async function load(first) {
@@ -33,6 +35,7 @@ export function setUpReview(served, fail) {
 
   async function show(index) {
     shown = index;
+    seen = null;
     byId("review-work").hidden = index < 0;
     describeQueue();
     if (index < 0) return;
@@ -59,6 +62,7 @@ export function setUpReview(served, fail) {
       ];
       byId("review-facts").replaceChildren(...facts({ ...score, ...recorded(decision) }, calibration, more));
       viewer.show(views, calibration);
+      seen = decision;
     } catch (error) {
       if (queue[shown] === decision) fail(error);
     }
@@ -80,7 +84,7 @@ export function setUpReview(served, fail) {
 
   async function judge(verdict) {
     const decision = queue[shown];
-    if (!decision || busy) return;
+    if (!decision || busy || seen !== decision) return;
     busy = true;
     try {
       const masks = viewer.markedMasks();
