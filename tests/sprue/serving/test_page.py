@@ -173,7 +173,7 @@ def test_a_camera_s_rotation_is_ignored_as_by_the_service(
 @pytest.mark.parametrize("guarantee", ["marginal", "conditional"])
 def test_another_alpha_decides_as_the_service_would(open_page: Callable[..., Page], guarantee: Any) -> None:
     scores = np.sort(np.random.default_rng(0).normal(size=150)).tolist()
-    alphas, score = [0.001, 0.004, 1 / 151, 0.01, 0.05, 0.2, 0.5], scores[-8]
+    alphas, score = [0.001, 0.004, 1 / 151, 0.01, 0.05, 8 / 151, 0.06, 0.11, 0.2, 0.5], scores[-8]
     found = open_page().evaluate(
         "async ([calibration, score, alphas]) => { const { decide } = await import('/page/calibration.js');"
         " return alphas.map((alpha) => { const { threshold, isAnomalous } = decide(calibration, score, alpha);"
