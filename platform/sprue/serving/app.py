@@ -111,9 +111,14 @@ class ScoringService:
             self.decisions.close(CLOSE_S)
 
     async def _report_state(self) -> None:
-        reporter = metrics.StateReporter()
+        failure = ""
         while True:
-            reporter.report(self.admission, self.models, self.decisions)
+            try:
+                metrics.report_state(self.admission, self.models, self.decisions)
+            except Exception as error:  # a defect; the gauges go on with the next look
+                if str(error) != failure:
+                    logger.exception("the service's state could not be reported")
+                failure = str(error)
             await asyncio.sleep(metrics.STATE_S)
 
     async def _follow_registry(self) -> None:

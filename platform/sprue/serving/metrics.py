@@ -116,26 +116,19 @@ def measured(score_batch: Callable[[Sequence[Task]], list[Result]]) -> Callable[
     return score
 
 
-class StateReporter:
-    """Sets the metrics that are states rather than events."""
-
-    def __init__(self) -> None:
-        self._versions: dict[str, int] = {}
-
-    def report(self, admission: Admission, models: Champions, log: DecisionLog | None) -> None:
-        """Reports the states of a replica."""
-        QUEUED.set(admission.queued)
-        READING.set(admission.reading)
-        if log:
-            WAITING.set(log.waiting)
-            DROPPED.set(log.dropped_rows, {"what": "rows"})
-            DROPPED.set(log.dropped_images, {"what": "images"})
-        versions = {champion.model_name: champion.version for champion in models.available}
-        CLASSES.set(len(versions))
-        FAILURES.set(len(models.failures))
-        for name, version in versions.items() - self._versions.items():
-            VERSIONS.set(version, {"model": label(name)})
-        self._versions = versions
+def report_state(admission: Admission, models: Champions, log: DecisionLog | None) -> None:
+    """Sets the metrics that are states of a replica rather than events; all of them, since Ray may miss a value."""
+    QUEUED.set(admission.queued)
+    READING.set(admission.reading)
+    if log:
+        WAITING.set(log.waiting)
+        DROPPED.set(log.dropped_rows, {"what": "rows"})
+        DROPPED.set(log.dropped_images, {"what": "images"})
+    available = models.available
+    CLASSES.set(len(available))
+    FAILURES.set(len(models.failures))
+    for champion in available:
+        VERSIONS.set(champion.version, {"model": label(champion.model_name)})
 
 
 class CountRequests:
@@ -159,6 +152,9 @@ class CountRequests:
 
         try:
             await self._app(scope, receive, send_and_see)
+        except Exception:  # Starlette answers outside of this
+            status = 500
+            raise
         finally:
             route = "score" if scope["path"].endswith("/score") else "other"
             REQUESTS.inc(1, {"route": route, "status": str(status)})
