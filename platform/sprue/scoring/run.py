@@ -23,7 +23,6 @@ from sprue.scoring.pipeline import score_parts
 from sprue.scoring.rows import Row, Rows, as_table
 from sprue.scoring.samples import list_samples
 from sprue.store import read_json, write_json
-from sprue.tracking.digests import combined_digest
 from sprue.tracking.registry import RegisteredDetector, load_detector
 
 logger = logging.getLogger(__name__)
@@ -85,7 +84,7 @@ def score_folder(registered: RegisteredDetector, root: UPath, output: UPath, hea
         SprueError: If the folder holds no samples, the output belongs to other images or another class or is among the
             images, or the detector can't be loaded.
     """
-    detector, digest = load_detector(registered), combined_digest(registered.tags)
+    detector, digest = load_detector(registered), registered.digest
     samples, skipped = list_samples(root, detector.views)
     _claim(output, root, registered)
     folder = output / f"version-{registered.version}"

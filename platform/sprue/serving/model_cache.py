@@ -41,9 +41,9 @@ class SharedEngine:
         return [map_1CHW.copy() for map_1CHW in self(np.zeros((1, self._side, self._side, 3), np.uint8))]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ServedModel:
-    """A champion that is ready to score."""
+    """A champion that is ready to score; equal to itself alone."""
 
     champion: RegisteredDetector
     detector: Detector
@@ -113,11 +113,10 @@ def score_together(tasks: Sequence[tuple[ServedModel, NDArray[np.uint8]]]) -> li
         counts = [len(tasks[index][1]) for index in indices]
         maps = _run(engine, np.concatenate([tasks[index][1] for index in indices]))
         starts = np.cumsum([0, *counts])
-        by_champion = _groups((tasks[index][0].champion, position) for position, index in enumerate(indices))
-        for positions in by_champion.values():
+        by_model = _groups((tasks[index][0], position) for position, index in enumerate(indices))
+        for served, positions in by_model.items():
             rows = np.concatenate([np.arange(starts[position], starts[position + 1]) for position in positions])
-            detector = tasks[indices[positions[0]]][0].detector
-            predictions = detector.predict_maps([map_NCHW[rows] for map_NCHW in maps])
+            predictions = served.detector.predict_maps([map_NCHW[rows] for map_NCHW in maps])
             results |= {indices[position]: predictions[row : row + 1] for row, position in enumerate(positions)}
     return [results[index] for index in range(len(tasks))]
 

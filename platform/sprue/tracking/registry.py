@@ -18,9 +18,9 @@ from mlflow.protos.databricks_pb2 import (
 )
 
 from sprue.errors import SprueError
-from sprue.inference.cache import cached
+from sprue.inference.cache import cache_folder, cached
 from sprue.inference.detector import Detector
-from sprue.tracking.digests import altered_files, require_digests, require_tags
+from sprue.tracking.digests import altered_files, combined_digest, require_digests, require_tags
 from sprue.tracking.lock import alias_lock
 from sprue.tracking.names import resolve_name
 
@@ -40,13 +40,24 @@ NOT_FOUND = {ErrorCode.Name(RESOURCE_DOES_NOT_EXIST), ErrorCode.Name(INVALID_PAR
 
 @dataclass(frozen=True)
 class RegisteredDetector:
-    """A version of a registered model; its tags hold, among others, the digests of its files."""
+    """A version of a registered model; its tags hold, among others, the digests of its files.
+
+    In a backup that is restored, a version's number may stand for another calibration of the same run; the two are not
+    equal.
+
+    Attributes:
+        digest: Of its files' digests.
+    """
 
     dataset: str
     class_name: str
     version: int
     run_id: str
     tags: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    digest: str = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "digest", combined_digest(self.tags))
 
     @property
     def model_name(self) -> str:
@@ -143,8 +154,8 @@ def find_model(name: str) -> str:
 def champions() -> list[RegisteredDetector]:
     """The champions of all models on the tracking server, by name.
 
-    The number of questions does not grow with that of the models, but for their pages: a page comes with each model's
-    newest version, and champions that are older are asked for together, by their versions' numbers.
+    One question for each `PAGE` of them, which comes with each model's newest version, and one more for each distinct
+    number of champions that are older.
     """
     models = {model.name: model for model in registered_models() if CHAMPION in model.aliases}
     numbers = {name: int(model.aliases[CHAMPION]) for name, model in models.items()}
@@ -206,15 +217,24 @@ def load_detector(registered: RegisteredDetector) -> Detector:
     Raises:
         SprueError: If its files can't be had, or are others than those that were registered.
     """
-    key = f"{mlflow.get_registry_uri()} {registered.model_name} {registered.version} {registered.run_id}"
     require_tags(registered.tags, registered)
     return Detector.load(
         cached(
-            f"models/{hashlib.sha256(key.encode()).hexdigest()[:16]}",
+            _cache_name(registered),
             lambda folder: _download(registered, folder),
             lambda folder: not altered_files(folder, registered.tags),
         )
     )
+
+
+def is_downloaded(registered: RegisteredDetector) -> bool:
+    """Whether the user's cache folder has a registered detector; its files may be damaged."""
+    return (cache_folder() / _cache_name(registered)).exists()
+
+
+def _cache_name(registered: RegisteredDetector) -> str:
+    key = f"{mlflow.get_registry_uri()} {registered} {registered.run_id} {registered.digest}"
+    return f"models/{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
 
 def _download(registered: RegisteredDetector, folder: Path) -> None:

@@ -214,7 +214,7 @@ def test_a_class_of_which_nothing_can_be_loaded_is_unavailable(plant):
 
 
 def test_a_registry_that_was_replaced_is_noticed(plant):
-    """A backup's version may have the same number, and come from another run."""
+    """A backup's version may have the same number, and come from another run or be calibrated otherwise."""
     plant.release("textures.a", run_id="1" * 32)
 
     async def run():
@@ -227,9 +227,15 @@ def test_a_registry_that_was_replaced_is_noticed(plant):
         await champions.refresh()
         assert (await champions.load(champions.find("a"))).champion.run_id == "2" * 32
         mlflow.MlflowClient().delete_registered_model("textures.a")
+        assert plant.release("textures.a", seed=2, run_id="2" * 32) == 1
+        await champions.refresh()
+        latest = await champions.load(champions.find("a"))
+        (registered,) = registry.champions()
+        assert dict(latest.champion.tags) == dict(registered.tags)
+        mlflow.MlflowClient().delete_registered_model("textures.a")
         with pytest.raises(SprueError, match="no champion to serve: run the pipeline first"):
             await champions.refresh()
-        assert (await champions.load(champions.find("a"))).champion.run_id == "2" * 32
+        assert await champions.load(champions.find("a")) is latest
 
     asyncio.run(run())
 

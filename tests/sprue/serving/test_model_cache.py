@@ -82,3 +82,15 @@ def test_samples_of_several_classes_are_scored_as_alone(served):
         np.testing.assert_allclose(found.image_score_BV, alone.image_score_BV, rtol=1e-4)
         assert found.score_B.shape == (1,) and found.is_anomalous_B.tolist() == alone.is_anomalous_B.tolist()
     assert len({float(found.score_B[0]) for found in together}) == len(tasks)
+
+
+def test_two_models_of_the_same_version_keep_apart(served, tiny_detector):
+    """As while a version is replaced by that of a restored backup."""
+    old = served["textures.a"]
+    new = ServedModel(old.champion, tiny_detector(seed=9), old.engine)
+    inputs_VSS3 = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
+    together = score_together([(old, inputs_VSS3), (new, inputs_VSS3)])
+    for each, found in zip((old, new), together, strict=True):
+        alone = each.detector.predict_inputs(inputs_VSS3, each.engine)
+        np.testing.assert_allclose(found.image_score_BV, alone.image_score_BV, rtol=1e-4)
+    assert together[0].score_B[0] != together[1].score_B[0]

@@ -226,7 +226,8 @@ def test_a_registered_detector_is_found_and_comes_back_as_it_was(store, detector
     assert champions() == []
     assert assign_alias("textures.brick", version) == "champion"
     (champion,) = champions()
-    assert champion == find_registered("brick", "1") == RegisteredDetector("textures", "brick", 1, run_id)
+    assert champion == find_registered("brick", "1") == RegisteredDetector("textures", "brick", 1, run_id, digests)
+    assert champion != RegisteredDetector("textures", "brick", 1, run_id, digests | {"sprue.sha256.detector.json": "0"})
     assert champion == find_registered("textures.brick", "champion")
     with pytest.raises(SprueError, match=r"textures\.brick has no version '7'; `sprue audit textures\.brick` lists"):
         find_registered("brick", "7")
