@@ -4,6 +4,7 @@ import asyncio
 import base64
 import logging
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -38,6 +39,11 @@ MAX_CONNECTIONS = 4096
 
 CLOSE_S = 10.0
 """Time for the last decisions to be written when a replica ends; Ray Serve gives it 20 s for everything."""
+
+MLFLOW_TIMEOUT_S, MLFLOW_RETRIES = 30, 2
+"""Of each of MLflow's requests. By default it tries a server that is down for 4 minutes, and one that never answers for
+about 20; as long, the thread that loads a champion is lost to others. Less would be too short for a server that
+fetches a large file before it sends the first byte."""
 
 # The service itself holds the files of /docs: plants are seldom online.
 app = FastAPIOffline(**openapi.APPLICATION)
@@ -95,6 +101,8 @@ class ScoringService:
         # Not asyncio's own pool: its size would not bound the memory of the images that are decoded at once.
         self.decoders = ThreadPoolExecutor(self.threads, "image")
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(MLFLOW_TIMEOUT_S))
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(MLFLOW_RETRIES))
         mlflow.set_tracking_uri(config.tracking_uri)
         mlflow.set_registry_uri(config.tracking_uri)
         self.batcher = Batcher(metrics.measured(score_together), BATCH)
@@ -102,6 +110,7 @@ class ScoringService:
         self.registry_error: str | None = None
         self.models = Champions(config.cache, self.threads)
         await self.models.start()
+        self.registry_read = time.monotonic()
         self.refresher = asyncio.create_task(self._follow_registry())
         self.reporter = asyncio.create_task(self._report_state())
 
@@ -127,7 +136,7 @@ class ScoringService:
             await asyncio.sleep(self.config.refresh_s)
             try:
                 await self.models.refresh()
-                self.registry_error = None
+                self.registry_error, self.registry_read = None, time.monotonic()
             except Exception as error:
                 if str(error) != self.registry_error:
                     logger.error("keeping the present champions, since the registry fails: %s", error)
@@ -249,6 +258,7 @@ class ScoringService:
             engines=models.engines,
             failures=models.failures,
             registry_error=self.registry_error,
+            registry_age_s=time.monotonic() - self.registry_read,
             keys_error=self.keys.error,
         )
 

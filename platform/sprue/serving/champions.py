@@ -1,7 +1,8 @@
 """Which champions are served: follows the registry, and loads champions when they are asked for.
 
 Everything here runs on one event loop, but for the loading itself, which has threads of its own: a request waits for
-its own class alone.
+its own class alone. What has to be downloaded has other threads than what has not: while the tracking server is down,
+the classes on the disk are served.
 """
 
 import asyncio
@@ -32,7 +33,9 @@ from sprue.tracking.registry import RegisteredDetector
 logger = logging.getLogger(__name__)
 
 LOADERS = 4
-"""Champions that are loaded at once: most of the time they wait for downloads."""
+"""Champions that are downloaded and loaded at once: most of the time they wait. As many are loaded from the disk."""
+NEW_LOADERS = 2
+"""Those among them that no request waits for."""
 WARM_UP_S = 3.0
 """How long champions are loaded at the start, before there are requests; a few are all loaded by then."""
 FIRST_LOAD_S = 60.0
@@ -81,12 +84,15 @@ class Champions:
         """Starts empty; engines run `threads` CPU threads."""
         self._settings = settings
         self._loader = Loader(threads)
+        self._downloaders = ThreadPoolExecutor(LOADERS, "download")
         self._loaders = ThreadPoolExecutor(LOADERS, "load")
         self._cache = ModelCache(settings.max_bytes)
         self._served: dict[str, RegisteredDetector] = {}  # by the models' names
         self._newest: dict[str, RegisteredDetector] = {}  # the registry's; the same, unless they fail to load
         self._failures: dict[RegisteredDetector, Failure] = {}
         self._loading: dict[RegisteredDetector, asyncio.Task[ServedModel | Failure]] = {}
+        self._new: dict[RegisteredDetector, asyncio.Task[None]] = {}  # on their way to be loaded
+        self._new_loaders = asyncio.Semaphore(NEW_LOADERS)
         self._recent: dict[str, None] = {}  # names of models, the most recently used last
         self._written: list[str] = []
 
@@ -128,6 +134,8 @@ class Champions:
     async def refresh(self) -> None:
         """Reads the registry. A new champion is served when it is loaded, and the old one goes on if it can't be.
 
+        It does not wait for what it begins to load.
+
         Raises:
             SprueError: If the registry has no champions; those of before are served on.
         """
@@ -136,13 +144,24 @@ class Champions:
             del self._served[name]
             self._cache.drop(name)
         unknown = {name: champion for name, champion in self._newest.items() if name not in self._served}
+        for champion in unknown.values():
+            self._check(champion)
         self._served |= unknown
         self._forget_failures()
         for name, champion in self._newest.items():
             failure, is_new = self._failures.get(champion), name in unknown or self._served[name] != champion
-            if failure.retry_at <= time.monotonic() if failure else is_new:
-                await self._load(champion, is_used=False)
+            if (failure.retry_at <= time.monotonic() if failure else is_new) and champion not in self._new:
+                self._new[champion] = asyncio.create_task(self._load_new(champion))
         await self._remember_recent()
+
+    async def _load_new(self, champion: RegisteredDetector) -> None:
+        """Loads a champion that nobody has asked for, unless it is replaced before its turn."""
+        try:
+            async with self._new_loaders:
+                if self._newest.get(champion.model_name) == champion:
+                    await self._load(champion, is_used=False)
+        finally:
+            del self._new[champion]
 
     def find(self, name: str) -> RegisteredDetector:
         """The champion of a class, by its model's name or, where that is unambiguous, by the class's.
@@ -216,12 +235,12 @@ class Champions:
 
     async def _load_once(self, champion: RegisteredDetector, is_used: bool) -> ServedModel | Failure:
         try:
-            served = await asyncio.get_running_loop().run_in_executor(self._loaders, self._loader, champion)
+            threads = self._loaders if self._loader.is_local(champion) else self._downloaders
+            served = await asyncio.get_running_loop().run_in_executor(threads, self._loader, champion)
         except Exception as error:  # one class's failure must not stop the others
             return self._fail(champion, error)
         finally:
             del self._loading[champion]
-        self._failures.pop(champion, None)
         self._failures.pop(champion, None)
         name = champion.model_name
         if self._newest.get(name) == champion:

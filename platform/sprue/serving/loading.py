@@ -18,10 +18,10 @@ from sprue.tracking.summary import Summary
 logger = logging.getLogger(__name__)
 
 
-def require_complete(champion: RegisteredDetector) -> None:
+def require_complete(champion: RegisteredDetector) -> Summary:
     """Checks what can be checked without a champion's files; raises SprueError if its tags lack something."""
     require_tags(champion.tags, champion)
-    Summary.read(champion.tags, champion)
+    return Summary.read(champion.tags, champion)
 
 
 class Loader:
@@ -49,6 +49,13 @@ class Loader:
         detector.predict_maps([np.repeat(map_1CHW, len(detector.views), axis=0) for map_1CHW in engine.blank_maps])
         logger.info("loaded %s", champion)
         return ServedModel(champion, detector, engine)
+
+    def is_local(self, champion: RegisteredDetector) -> bool:
+        """Whether nothing has to be downloaded: a champion's files are on the disk, and its engine is loaded.
+
+        Raises as `require_complete`.
+        """
+        return require_complete(champion).fingerprint in self.engines and registry.is_downloaded(champion)
 
     def _build(self, detector: Detector) -> SharedEngine:
         return SharedEngine(registered_engine(detector, threads=self._threads), detector.spec.input_size)

@@ -186,6 +186,7 @@ class Readiness(BaseModel):
         default=None, description="Why a champion could not be loaded, by its model's name"
     )
     registry_error: str | None = Field(default=None, description="Why the registry could not be read the last time")
+    registry_age_s: float | None = Field(default=None, description="Seconds since the registry was read the last time")
     keys_error: str | None = Field(default=None, description="Why the file of keys could not be read the last time")
 
 

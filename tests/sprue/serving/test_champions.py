@@ -10,10 +10,11 @@ import pytest
 
 from sprue.errors import SprueError
 from sprue.serving import champions as module
-from sprue.serving import loading
+from sprue.serving import loading, responses
 from sprue.serving.champions import CacheSettings, Champions
 from sprue.serving.errors import ApiError
 from sprue.tracking import registry
+from sprue.tracking.summary import SUMMARY_TAG
 
 NAMES = ("a", "b", "c", "d")
 
@@ -56,6 +57,13 @@ def plant(store, release, tmp_path, tiny_detector, tiny_engine, monkeypatch):
 
 def hide_flow(folder):
     (folder / "flow.safetensors").rename(folder.parent / "hidden")
+
+
+async def refreshed(champions):
+    """Reads the registry, and waits for what begins to be loaded."""
+    await champions.refresh()
+    while champions._new:
+        await asyncio.sleep(0.01)
 
 
 async def started(max_bytes=2**30, pinned=()):
@@ -133,6 +141,68 @@ def test_a_request_waits_for_its_own_class_alone(plant):
     asyncio.run(run())
 
 
+def test_downloads_that_hang_hold_up_no_class_that_is_on_the_disk(plant):
+    cold = [f"textures.cold{number}" for number in range(module.LOADERS + 1)]
+    for seed, name in enumerate(["textures.a", "textures.b", *cold]):
+        plant.release(name, seed)
+
+    async def run():
+        champions = await started(max_bytes=(await started()).bytes)  # of one class
+        for name in ("a", "b"):
+            await champions.load(champions.find(name))
+        plant.loads.clear()
+        holds = [plant.hold(name) for name in cold]
+        waiting = [asyncio.create_task(champions.load(champions.find(name))) for name in cold]
+        for name in ("a", "b", "a"):
+            await asyncio.wait_for(champions.load(champions.find(name)), 20)
+        assert {"textures.a version 1", "textures.b version 1"} < set(plant.loads)
+        assert not any(each.done() for each in waiting)
+        for hold in holds:
+            hold.set()
+        await asyncio.gather(*waiting)
+
+    asyncio.run(run())
+
+
+def test_a_download_that_hangs_holds_up_no_other_change(plant):
+    for name in NAMES:
+        plant.release(f"textures.{name}")
+
+    async def run():
+        champions = await started()
+        plant.release("textures.a", seed=1)
+        plant.release("textures.b", seed=1)
+        mlflow.MlflowClient().delete_registered_model("textures.d")
+        hold = plant.hold("textures.a")
+        await asyncio.wait_for(champions.refresh(), 20)
+        while champions.find("b").version == 1:
+            await asyncio.sleep(0.01)
+        plant.release("textures.c", seed=1)
+        await champions.refresh()
+        while champions.find("c").version == 1:
+            await asyncio.sleep(0.01)
+        assert [(each.class_name, each.version) for each in champions.available] == [("a", 1), ("b", 2), ("c", 2)]
+        hold.set()
+        await refreshed(champions)
+        assert champions.find("a").version == 2 and plant.loads.count("textures.a version 2") == 1
+
+    asyncio.run(run())
+
+
+def test_a_new_class_that_can_not_be_listed_is_not_available(plant):
+    plant.release("textures.a")
+
+    async def run():
+        champions = await started()
+        version = plant.release("textures.b")
+        mlflow.MlflowClient().delete_model_version_tag("textures.b", str(version), SUMMARY_TAG)
+        await champions.refresh()
+        assert [responses.summary(each).class_name for each in champions.available] == ["a"]
+        assert "textures.b version 1 has no summary" in champions.failures["textures.b"]
+
+    asyncio.run(run())
+
+
 def test_a_new_champion_is_loaded_before_it_replaces_the_old_one(plant):
     plant.release("textures.a")
     plant.release("textures.b")
@@ -142,7 +212,7 @@ def test_a_new_champion_is_loaded_before_it_replaces_the_old_one(plant):
         old = await champions.load(champions.find("a"))
         plant.release("textures.a", seed=1)
         hold = plant.hold("textures.a")
-        refresh = asyncio.create_task(champions.refresh())
+        refresh = asyncio.create_task(refreshed(champions))
         while "textures.a version 2" not in plant.loads:
             await asyncio.sleep(0.01)
         assert await champions.load(champions.find("a")) is old
@@ -164,7 +234,7 @@ def test_the_old_champion_goes_on_even_if_it_has_to_be_loaded_again(plant, monke
         champions = await started(max_bytes=size)
         sources = []
         plant.release("textures.b", damage=lambda folder: sources.append(folder) or hide_flow(folder))  # not loaded
-        await champions.refresh()
+        await refreshed(champions)
         reason = champions.failures["textures.b"]
         assert "the files of textures.b version 2 are not those that were registered" in reason
         for name in ("b", "c", "b"):
@@ -173,15 +243,15 @@ def test_the_old_champion_goes_on_even_if_it_has_to_be_loaded_again(plant, monke
 
         # It is not downloaded at each refresh, but it is tried again after a while.
         plant.loads.clear()
-        await champions.refresh()
+        await refreshed(champions)
         assert plant.loads == []
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + module.FIRST_RETRY_S))
         for _ in range(2):
-            await champions.refresh()
+            await refreshed(champions)
         assert plant.loads == ["textures.b version 2"]
         (sources[0].parent / "hidden").rename(sources[0] / "flow.safetensors")
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: float("inf")))
-        await champions.refresh()
+        await refreshed(champions)
         assert champions.failures == {}
         assert (await champions.load(champions.find("b"))).champion.version == 2
 
@@ -201,13 +271,13 @@ def test_a_class_of_which_nothing_can_be_loaded_is_unavailable(plant):
         assert plant.loads.count("textures.b version 1") == 1
         assert [each.class_name for each in champions.available] == ["a"]
         plant.release("textures.b")
-        await champions.refresh()
+        await refreshed(champions)
         assert (await champions.load(champions.find("b"))).champion.version == 2
         assert champions.failures == {}
 
         # A class that is new and damaged is reported before anybody asks for it.
         plant.release("textures.c", damage=without_flow)
-        await champions.refresh()
+        await refreshed(champions)
         assert list(champions.failures) == ["textures.c"]
 
     asyncio.run(run())
@@ -220,21 +290,21 @@ def test_a_registry_that_was_replaced_is_noticed(plant):
     async def run():
         champions = await started()
         old = await champions.load(champions.find("a"))
-        await champions.refresh()
+        await refreshed(champions)
         assert await champions.load(champions.find("a")) is old
         mlflow.MlflowClient().delete_registered_model("textures.a")
         assert plant.release("textures.a", seed=1, run_id="2" * 32) == 1
-        await champions.refresh()
+        await refreshed(champions)
         assert (await champions.load(champions.find("a"))).champion.run_id == "2" * 32
         mlflow.MlflowClient().delete_registered_model("textures.a")
         assert plant.release("textures.a", seed=2, run_id="2" * 32) == 1
-        await champions.refresh()
+        await refreshed(champions)
         latest = await champions.load(champions.find("a"))
         (registered,) = registry.champions()
         assert dict(latest.champion.tags) == dict(registered.tags)
         mlflow.MlflowClient().delete_registered_model("textures.a")
         with pytest.raises(SprueError, match="no champion to serve: run the pipeline first"):
-            await champions.refresh()
+            await refreshed(champions)
         assert await champions.load(champions.find("a")) is latest
 
     asyncio.run(run())
@@ -248,7 +318,7 @@ def test_the_classes_that_were_used_last_are_loaded_first(plant):
         champions = await started()
         for name in ("a", "d", "c"):
             await champions.load(champions.find(name))
-        await champions.refresh()
+        await refreshed(champions)
         plant.loads.clear()
         await started()
         assert plant.loads == ["textures.c version 1"]
