@@ -4,12 +4,15 @@ Entries are folders that appear complete or not at all. Downloads are removed, t
 ago, when they take more than `limit` bytes.
 """
 
+import contextlib
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from filelock import FileLock
 
 from sprue.errors import SprueError
 
@@ -51,22 +54,30 @@ def cached(name: str, fill: Callable[[Path], None], is_sound: Callable[[Path], b
         is_sound: Whether a folder has the files that it should have.
     """
     folder = cache_folder() / name
-    try:
-        os.utime(folder)
-        if is_sound(folder):
-            return folder
-        shutil.rmtree(folder, ignore_errors=True)
-    except FileNotFoundError:
-        pass
+    if _is_usable(folder, is_sound):
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
     try:
         fill(temporary)
-        keep(temporary, folder)
+        os.utime(temporary)  # it may have taken long
+        with FileLock(cache_folder() / "lock"):
+            if not _is_usable(folder, is_sound):  # another process may have filled it meanwhile
+                _remove(folder)
+                temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     evict(limit())
     return folder
+
+
+def _is_usable(folder: Path, is_sound: Callable[[Path], bool]) -> bool:
+    """Whether an entry is there and sound; it counts as used now."""
+    try:
+        os.utime(folder)
+        return is_sound(folder)
+    except FileNotFoundError:
+        return False
 
 
 def keep(temporary: Path, folder: Path) -> None:
@@ -85,21 +96,27 @@ def keep(temporary: Path, folder: Path) -> None:
 
 def evict(max_bytes: int) -> None:
     """Removes downloads, the least recently used first, until they take at most `max_bytes`."""
+    now = time.time()
     folders = [folder for kind in DOWNLOADS for folder in (cache_folder() / kind).glob("*")]
     entries = sorted((_last_use(folder), _size(folder), folder) for folder in folders)
-    total, now = sum(size for _, size, _ in entries), time.time()
+    total = sum(size for _, size, _ in entries)
     for used, size, folder in entries:
         grace_s = UNFINISHED_S if folder.name.startswith(".") else GRACE_S
         # Used meanwhile by another process, or removed by it, the time is another.
         if total > max_bytes and now - used > grace_s and used == _last_use(folder):
-            doomed = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
-            try:
-                folder.rename(doomed / folder.name)  # at once: nobody sees half an entry
-            except OSError:
-                continue
-            finally:
-                shutil.rmtree(doomed, ignore_errors=True)
-            total -= size
+            with contextlib.suppress(OSError):
+                _remove(folder)
+                total -= size
+
+
+def _remove(folder: Path) -> None:
+    """Removes an entry, if it is there, at once: nobody sees half of it."""
+    doomed = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(doomed / folder.name)
+    finally:
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _last_use(folder: Path) -> float:

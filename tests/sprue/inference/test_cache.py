@@ -1,6 +1,7 @@
 """The cache is filled once, heals, and forgets what was used longest ago."""
 
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -57,6 +58,32 @@ def test_what_could_not_be_filled_leaves_nothing() -> None:
     with pytest.raises(SprueError, match="gone"):
         cached("weights/a", fail, is_sound)
     assert names("weights") == set()
+
+
+def test_what_took_long_to_fill_is_not_removed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPRUE_CACHE_GB", str(1 / 2**30))
+
+    def fill_slowly(folder: Path) -> None:
+        fill(folder)
+        aged(folder, 2 * cache.GRACE_S)
+
+    assert is_sound(cached("models/a", fill_slowly, is_sound))
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_what_another_process_has_filled_meanwhile_stays_if_it_is_sound(is_damaged: bool) -> None:
+    def fill_beside_another(folder: Path) -> None:
+        fill(folder)
+        (folder / "ours").touch()
+        other = cache_folder() / "models" / "a"
+        shutil.rmtree(other, ignore_errors=True)
+        other.mkdir()
+        (other / "file").write_bytes(bytes(10 if is_damaged else 1000))
+
+    (cache_folder() / "models" / "a").mkdir(parents=True)  # a damaged one
+    found = cached("models/a", fill_beside_another, is_sound)
+    assert is_sound(found) and (found / "ours").exists() == is_damaged
+    assert names("models") == {"a"}
 
 
 def test_the_least_recently_used_entries_are_removed_first(monkeypatch: pytest.MonkeyPatch) -> None:
