@@ -1,8 +1,8 @@
 """What the service decided, kept: a row for each decision in Parquet, and some of the images as they came.
 
 ``rows/date=<day>/<part>.parquet`` holds the rows of a day (UTC), partitioned as pandas, DuckDB and Spark read it;
-``images/date=<day>/hour=<hour>/<sha256>`` the images' bytes. Days and hours are deleted as a whole, so that nobody has
-to count which rows an image belongs to.
+``images/date=<day>/hour=<hour>/<sha256>`` the images' bytes. Days are deleted as a whole, and images by their age:
+nobody counts which rows of its hour an image belongs to.
 """
 
 import contextlib
@@ -10,8 +10,7 @@ import hashlib
 import io
 import json
 import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, date, datetime, timedelta
 from itertools import accumulate
@@ -40,7 +39,6 @@ RECENT_DAYS = 7
 
 _DAY = re.compile(r"date=(\d{4}-\d\d-\d\d)")
 
-# Values that repeat are stored once for each part; random ones gain nothing from a dictionary.
 _TYPES: dict[str, pa.DataType] = {
     "at": pa.timestamp("us", tz="UTC"),
     "files": pa.list_(pa.string()),
@@ -211,32 +209,37 @@ class DecisionStore:
         raise SprueError(f"{self.folder} has no decision {key} of {at}")
 
     def delete_old(self, today: date, keep_days: int, image_bytes: int) -> list[str]:
-        """Deletes days that are more than `keep_days` old, and the oldest hours' images that exceed `image_bytes`.
+        """Deletes days that are more than `keep_days` old, and the oldest images that exceed `image_bytes`.
 
-        Returns the folders that it deleted.
+        Returns the folders and files that it deleted.
         """
         first = today - timedelta(days=keep_days)
-        old = [folder.path for kind in ("rows", "images") for day, folder in _days(self.folder / kind) if day < first]
-        old += self._beyond(image_bytes)
-        for folder in old:
+        days = [folder.path for kind in ("rows", "images") for day, folder in _days(self.folder / kind) if day < first]
+        for folder in days:
             with contextlib.suppress(FileNotFoundError):  # another replica deletes it, too
                 self.folder.fs.rm(folder, recursive=True)
-        return old
+        images = self._beyond(image_bytes)
+        with contextlib.suppress(FileNotFoundError):  # there is none, or another replica is ahead
+            self.folder.fs.rm(images)
+        return days + images
 
     def _beyond(self, image_bytes: int) -> list[str]:
-        """The folders of the oldest hours' images, without which the others have at most a size."""
-        sizes: Counter[str] = Counter()
-        for file, facts in self.folder.fs.find((self.folder / "images").path, detail=True).items():
-            sizes[file.rpartition("/")[0]] += facts["size"]
-        newest_first = sorted(sizes, reverse=True)
-        totals = accumulate(sizes[folder] for folder in newest_first)
-        return [folder for folder, total in zip(newest_first, totals, strict=True) if total > image_bytes]
+        """The oldest images, without which the others have at most a size."""
+        found = self.folder.fs.find((self.folder / "images").path, detail=True)
+        newest_first = sorted(found, key=lambda file: (file.rpartition("/")[0], _written(found[file])), reverse=True)
+        totals = accumulate(found[file]["size"] for file in newest_first)
+        return [file for file, total in zip(newest_first, totals, strict=True) if total > image_bytes][::-1]
 
     def _rows(self, day: date) -> UPath:
         return self.folder / "rows" / f"date={day}"
 
     def _images(self, at: datetime) -> UPath:
         return self.folder / "images" / f"date={at:%Y-%m-%d}" / f"hour={at:%H}"
+
+
+def _written(facts: Mapping[str, Any]) -> float:
+    """When a file of a disk or an object store was written."""
+    return facts["mtime"] if "mtime" in facts else facts["LastModified"].timestamp()
 
 
 def _days(folder: UPath) -> list[tuple[date, UPath]]:

@@ -57,7 +57,7 @@ class DecisionLogSettings:
     Attributes:
         folder: Folder or s3 URL.
         keep_days: Age in days at which rows and images are deleted.
-        image_bytes: Size of all images, beyond which those of the oldest hours are deleted.
+        image_bytes: Size of all images, beyond which the oldest are deleted.
         sample: Fraction of the samples that are neither alarms nor near the threshold whose images are kept.
     """
 
@@ -223,8 +223,8 @@ class DecisionLog:
             return
         self._next_sweep, self._written = time.monotonic() + SWEEP_S, 0
         today = datetime.now(UTC).date()
-        for folder in self._store.delete_old(today, self._settings.keep_days, self._settings.image_bytes):
-            logger.info("deleted %s", folder)
+        if deleted := self._store.delete_old(today, self._settings.keep_days, self._settings.image_bytes):
+            logger.info("deleted %d days and images, from %s on", len(deleted), deleted[0])
 
     def _report(self) -> None:
         dropped = self.dropped_rows, self.dropped_images

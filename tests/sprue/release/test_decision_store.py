@@ -1,7 +1,9 @@
 """Decisions and images are found again, on a disk and in an object store, and deleted by the day."""
 
 import hashlib
+import os
 import re
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, date, datetime
@@ -69,7 +71,7 @@ def test_the_last_day_is_searched_first(store: DecisionStore) -> None:
     assert store.find("line-7:0001") == [later]
 
 
-def test_days_are_deleted_when_they_are_old_and_hours_when_space_is_short(store: DecisionStore) -> None:
+def test_days_are_deleted_when_they_are_old_and_images_when_space_is_short(store: DecisionStore) -> None:
     times = [datetime(2026, 3, day, hour, tzinfo=UTC) for day in range(1, 6) for hour in (9, 17)]
     for at in times:
         store.write_part(at.date(), f"{at:%H}", rows_of([DECISION]))
@@ -89,6 +91,19 @@ def test_days_are_deleted_when_they_are_old_and_hours_when_space_is_short(store:
     assert left("rows") == ["3", "4", "5"] and left("images") == []
     with pytest.raises(SprueError, match="is gone: images are deleted after some days"):
         store.read_images(DECISION)
+
+
+def test_of_an_hour_that_takes_more_than_all_may_the_newest_images_stay(store: DecisionStore) -> None:
+    names = [f"{9 - number}" * 64 for number in range(5)]  # their order is not that of their age
+    for number, name in enumerate(names):
+        store.write_image(DECISION.at, name, bytes(1000))
+        path = store.folder / "images" / "date=2026-03-09" / "hour=08" / name
+        if path.protocol in ("", "file"):
+            os.utime(path.path, (number, number))
+        else:
+            time.sleep(1.1)  # an object store counts seconds
+    store.delete_old(DAY, keep_days=2, image_bytes=2500)
+    assert {path.name for path in (store.folder / "images").rglob("*") if path.is_file()} == set(names[-2:])
 
 
 def test_other_tools_read_the_rows(tmp_path: Path) -> None:
