@@ -7,6 +7,7 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path as FilePath
 from typing import Annotated, Any
 
@@ -25,12 +26,13 @@ from sprue.serving.admission import Admission, AdmissionLimits
 from sprue.serving.batching import Batcher
 from sprue.serving.champions import CacheSettings, Champions
 from sprue.serving.decision_log import DecisionLog, DecisionLogSettings, decision_of
-from sprue.serving.errors import add_error_handlers
+from sprue.serving.errors import ApiError, add_error_handlers
 from sprue.serving.hosts import AllowedHosts, HeaderGuard
 from sprue.serving.keys import Credentials, KeyFile
 from sprue.serving.model_cache import ServedModel, score_together
 from sprue.serving.parsing import ServiceLimits, decode_inputs, read_uploads
 from sprue.serving.schemas import Liveness, Readiness, Score, ServedClasses
+from sprue.tracking.registry import RegisteredDetector
 
 logger = logging.getLogger(__name__)
 
@@ -171,11 +173,13 @@ class ScoringService:
             self.keys.require(credentials, "review")
         champion = self.models.find(name)
         async with self.admission.admit(request.headers) as admitted:
-            served = await self.models.load(champion)
-            responses.require_view(served, view)
+            views = (await self.models.load(champion)).detector.views
+            timer.end("load")
+            responses.require_view(champion, views, view)
             body = admitted.read(request.stream())
-            uploads = await read_uploads(request.headers, body, served.detector.views, self.config.limits.max_bytes)
+            uploads = await read_uploads(request.headers, body, views, self.config.limits.max_bytes)
             admitted.enqueue()
+            served = await self._load_again(champion, views)
             timer.end("receive")
             predictions, batch, digests = await self._predict(served, uploads, timer)
             score, headers = responses.score(served, predictions), responses.timing_headers(timer.seconds, batch)
@@ -187,9 +191,9 @@ class ScoringService:
         try:
             if record:
                 decision = decision_of(served, score, request.headers, timer.total, batch, digests)
-                metrics.observe(decision, timer.seconds, served.detector.calibration)
                 if self.decisions:
                     self.decisions.add(decision, uploads)
+                metrics.observe(decision, timer.seconds, served.detector.calibration)
         except Exception:  # a defect; the client gets its answer all the same
             logger.exception("a decision could not be recorded")
         if png and responses.wants_png(request.headers.get("accept", "")):
@@ -198,6 +202,18 @@ class ScoringService:
         score.maps = responses.anomaly_maps(served, predictions) if maps else None
         response.headers.update(headers)
         return score
+
+    async def _load_again(self, champion: RegisteredDetector, views: tuple[str, ...]) -> ServedModel:
+        """The loaded champion when the body is read: requests that are being read keep none in memory.
+
+        Raises:
+            ApiError: 503 if it can't be loaded, or has been replaced by one of other views.
+        """
+        served = await self.models.load(champion)
+        if served.detector.views != views:
+            message = f"class {champion.class_name!r} has just got other views: {', '.join(served.detector.views)}"
+            raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "class_unavailable", message, {"Retry-After": "1"})
+        return served
 
     async def _predict(
         self, served: ServedModel, uploads: list[bytes], timer: metrics.PhaseTimer

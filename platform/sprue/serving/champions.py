@@ -111,6 +111,8 @@ class Champions:
         self._cache = ModelCache(self._settings.max_bytes, pinned)
         for name in pinned:
             await self._load(self._served[name], is_used=True)
+        if self._cache.bytes > self._settings.max_bytes:
+            logger.warning("pinned classes take more than the memory for all: others are loaded for each request")
         recent = [name for name in await asyncio.to_thread(_read_recent) if name in self._served]
         self._recent = dict.fromkeys(reversed(recent))
         await self._warm_up(name for name in dict.fromkeys([*recent, *self._served]) if name not in pinned)

@@ -4,6 +4,7 @@ Shapes: B images of a batch, V views of a sample, N images of several samples, S
 C channels, H rows, W columns of a map.
 """
 
+import logging
 import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Hashable, Iterable, Sequence
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 from sprue.inference.detector import BATCH, Detector, Predictions
 from sprue.inference.engines import Engine
 from sprue.tracking.registry import RegisteredDetector
+
+logger = logging.getLogger(__name__)
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -85,9 +88,17 @@ class ModelCache:
     def put(self, served: ServedModel, is_used: bool) -> None:
         """Adds a champion, or replaces the model's former one in its place.
 
-        One that is not used yet does not drive out others.
+        One that is not used yet does not drive out others. One that does not fit beside the pinned ones is not kept.
         """
         name, is_new = served.champion.model_name, served.champion.model_name not in self._models
+        room = self._max_bytes - sum(each.bytes for pinned, each in self._models.items() if pinned in self._pinned)
+        if name not in self._pinned and served.bytes > room:
+            self.drop(name)
+            logger.warning(
+                "%s is loaded for each request: its flow takes %.1f MiB of the %.1f MiB that pinned classes leave",
+                served.champion, served.bytes / 2**20, max(room, 0) / 2**20,
+            )  # fmt: skip
+            return
         self.bytes += served.bytes - (0 if is_new else self._models[name].bytes)
         self._models[name] = served
         if is_new and not is_used:

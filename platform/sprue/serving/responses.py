@@ -4,7 +4,7 @@ Shapes: H rows, W columns of the image.
 """
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from urllib.parse import quote
 
@@ -108,11 +108,10 @@ def past_decision(decision: Decision, review: Review | None) -> PastDecision:
     )
 
 
-def require_view(served: ServedModel, view: str | None) -> None:
+def require_view(champion: RegisteredDetector, views: Sequence[str], view: str | None) -> None:
     """Checks a requested view; raises ApiError 422 if the class's samples have none of that name."""
-    views = served.detector.views
     if view is not None and view not in views:
-        message = f"class {served.champion.class_name!r} has no view {view!r}; it has: {', '.join(views)}"
+        message = f"class {champion.class_name!r} has no view {view!r}; it has: {', '.join(views)}"
         raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "unknown_view", message)
 
 

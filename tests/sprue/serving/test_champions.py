@@ -341,6 +341,20 @@ def test_the_service_does_not_start_without_a_champion_or_a_pinned_class(plant):
         asyncio.run(started(pinned=("x",)))
 
 
+def test_pinned_classes_that_fail_or_take_too_much_are_reported(plant, caplog):
+    for seed, name in enumerate(NAMES):
+        plant.release(f"textures.{name}", seed, damage=without_flow if name == "b" else None)
+
+    async def run():
+        champions = await started(max_bytes=1, pinned=("a", "b"))
+        assert champions.loaded == 1 and "textures.b version 1" in champions.failures["textures.b"]
+        assert "pinned classes take more than the memory for all" in caplog.text
+        assert (await champions.load(champions.find("c"))).champion.class_name == "c"
+        assert champions.loaded == 1 and "textures.c version 1 is loaded for each request" in caplog.text
+
+    asyncio.run(run())
+
+
 def test_a_class_is_found_by_name(plant):
     for name in ("textures.a", "walls.a", "walls.b"):
         plant.release(name)

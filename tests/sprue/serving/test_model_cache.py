@@ -69,6 +69,16 @@ def test_pinned_models_stay_and_one_that_is_too_large_does_not(served):
     assert (len(empty), empty.bytes) == (0, 0)
 
 
+def test_one_that_does_not_fit_drives_out_nobody(served, caplog):
+    small, large = sorted((served["textures.a"], served["parcels.box"]), key=lambda each: each.bytes)
+    assert small.bytes < large.bytes
+    cache = ModelCache(large.bytes - 1)
+    cache.put(small, is_used=True)
+    cache.put(large, is_used=True)
+    assert names(cache, served) == [small.champion.model_name] and cache.bytes == small.bytes
+    assert f"{large.champion} is loaded for each request" in caplog.text
+
+
 def test_samples_of_several_classes_are_scored_as_alone(served):
     rng = np.random.default_rng(0)
     order = ["parcels.box", "textures.a", "textures.b", "textures.a", "parcels.box"] * 4
