@@ -18,7 +18,7 @@ from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from sprue.errors import SprueError
 from sprue.serving.admission import AdmissionLimits
-from sprue.serving.app import ScoringService, ServiceConfig
+from sprue.serving.app import CLOSE_S, ScoringService, ServiceConfig
 from sprue.serving.champions import CacheSettings, require_champions
 from sprue.serving.decision_log import DecisionLogSettings
 from sprue.serving.hosts import AllowedHosts, is_loopback
@@ -34,8 +34,8 @@ STARTUP_S = 180.0
 PROXY_GRACE_S = 5.0
 """Time for Ray Serve's proxy beyond the longest deadline."""
 
-SHUTDOWN_S = 30.0
-"""Time for Ray Serve to stop its replicas."""
+SHUTDOWN_S = 90.0
+"""Time for Ray Serve to stop its replicas: it waits for their requests and last decisions."""
 
 
 def serve_champions(
@@ -101,7 +101,12 @@ def serve_champions(
         http = HTTPOptions(host=host, port=port, request_timeout_s=admission.max_timeout_s + PROXY_GRACE_S)
         serve.start(http_options=http, logging_config=quiet)
         gpus = gpu_fraction(replicas, int(ray.cluster_resources().get("GPU", 0)))
-        options = {"num_replicas": replicas, "ray_actor_options": {"num_cpus": 1, "num_gpus": gpus}}
+        options = {
+            "num_replicas": replicas,
+            "ray_actor_options": {"num_cpus": 1, "num_gpus": gpus},
+            # A replica that has answered its requests writes its last decisions.
+            "graceful_shutdown_timeout_s": admission.max_timeout_s + CLOSE_S + PROXY_GRACE_S,
+        }
         service = ScoringService.options(**options).bind(config)  # type: ignore[attr-defined]
         target = serve.RunTarget(service, name=APPLICATION, route_prefix="/", logging_config=quiet)
         serve.run_many([target], wait_for_applications_running=False)
