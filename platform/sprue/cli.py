@@ -162,7 +162,9 @@ def search(dataset: str, trials: int) -> None:
 @click.option("--without-keys", is_flag=True, help="Serve everybody who reaches an address other than the loopback's.")
 @click.option("--allowed-host", "allowed_hosts", multiple=True, metavar="NAME", help="Another name of the service.")
 @click.option("--no-decisions", is_flag=True, help="Keep no decisions in the store.")
-@click.option("--keep-days", type=click.IntRange(1), default=90, show_default=True, help="Of decisions and images.")
+@click.option(
+    "--keep-days", type=click.IntRange(1, 36_500), default=90, show_default=True, help="Of decisions and images."
+)
 @click.option(
     "--keep-images", type=click.FloatRange(0), default=20.0, show_default=True, metavar="GB", help="Size of all images."
 )

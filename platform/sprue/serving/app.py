@@ -40,7 +40,7 @@ MAX_CONNECTIONS = 4096
 """Connections that a replica accepts; idle ones cost a socket each."""
 
 CLOSE_S = 10.0
-"""Time for the last decisions to be written when a replica ends; Ray Serve gives it 20 s for everything."""
+"""Time for the last decisions to be written when a replica ends."""
 
 MLFLOW_TIMEOUT_S, MLFLOW_RETRIES = 30, 2
 """Of each of MLflow's requests. By default it tries a server that is down for 4 minutes, and one that never answers for
@@ -258,7 +258,7 @@ class ScoringService:
 
     @app.get("/readyz", response_model=Readiness, response_model_exclude_none=True, tags=["service"])
     async def readyz(self, credentials: Credentials) -> Any:
-        """Reports whether every champion of the registry is served, as far as they have been loaded, and why not.
+        """Reports whether every champion is served, as far as they have been loaded, and decisions are kept; why not.
 
         A degraded service still scores, with the champions that it has. Where the service has keys, only those with the
         scope `admin` learn more than that it is ready.
@@ -266,8 +266,10 @@ class ScoringService:
         if not self.keys.allows(credentials, "admin"):
             return Readiness(status="ready")
         models = self.models
+        decisions_error = self.decisions.error or self.decisions.sweep_error if self.decisions else None
+        errors = models.failures, self.registry_error, self.keys.error, decisions_error
         return Readiness(
-            status="degraded" if models.failures or self.registry_error or self.keys.error else "ready",
+            status="degraded" if any(errors) else "ready",
             classes=len(models.available),
             loaded=models.loaded,
             loaded_bytes=models.bytes,
@@ -276,6 +278,7 @@ class ScoringService:
             registry_error=self.registry_error,
             registry_age_s=time.monotonic() - self.registry_read,
             keys_error=self.keys.error,
+            decisions_error=decisions_error,
         )
 
     async def _in_pool(self, function: Any, *arguments: Any) -> Any:

@@ -43,6 +43,9 @@ them recent."""
 SWEEP_S = 3600.0
 """Seconds between two looks for what is too old or too much; fewer when a tenth of all images has been written."""
 
+RETRY_SWEEP_S = 60.0
+"""Seconds until the next look after one that has failed."""
+
 REPORT_S = 60.0
 """Seconds between two lines in the log about what was dropped."""
 
@@ -117,12 +120,14 @@ class DecisionLog:
         dropped_rows: Decisions that were dropped, since the store did not take them in time.
         dropped_images: Samples whose images were not kept, since those that wait filled the memory for them.
         error: Why the store could not be written to the last time.
+        sweep_error: Why what is too old or too much could not be deleted the last time.
     """
 
     def __init__(self, settings: DecisionLogSettings) -> None:
         """Starts the thread; raises SprueError for a URL of another scheme than s3."""
         self.dropped_rows = self.dropped_images = 0
         self.error: str | None = None
+        self.sweep_error: str | None = None
         self._settings, self._store = settings, DecisionStore(location(settings.folder))
         self._waiting: deque[tuple[Decision, Sequence[bytes]]] = deque()
         self._image_bytes = self._written = 0
@@ -174,13 +179,13 @@ class DecisionLog:
             try:
                 while self._write_batch():
                     pass
-                if not last:
-                    self._sweep()
                 self.error = None
             except Exception as error:  # whatever a store's library raises; the rows are still there
                 if self.error is None:
                     logger.error("decisions wait, since %s can't be written to: %s", self._settings.folder, error)
                 self.error = str(error) or type(error).__name__
+            if not (last or self.error):
+                self._sweep()
             self._report()
             if last:
                 return
@@ -223,8 +228,17 @@ class DecisionLog:
             return
         self._next_sweep, self._written = time.monotonic() + SWEEP_S, 0
         today = datetime.now(UTC).date()
-        if deleted := self._store.delete_old(today, self._settings.keep_days, self._settings.image_bytes):
-            logger.info("deleted %d days and images, from %s on", len(deleted), deleted[0])
+        try:
+            deleted = self._store.delete_old(today, self._settings.keep_days, self._settings.image_bytes)
+            self.sweep_error = None
+        except Exception as error:  # whatever a store's library raises
+            if self.sweep_error is None:
+                logger.error("old decisions can't be deleted from %s: %s", self._settings.folder, error)
+            self.sweep_error = str(error) or type(error).__name__
+            self._next_sweep = time.monotonic() + RETRY_SWEEP_S
+        else:
+            if deleted:
+                logger.info("deleted %d days and images, from %s on", len(deleted), deleted[0])
 
     def _report(self) -> None:
         dropped = self.dropped_rows, self.dropped_images

@@ -188,6 +188,9 @@ class Readiness(BaseModel):
     registry_error: str | None = Field(default=None, description="Why the registry could not be read the last time")
     registry_age_s: float | None = Field(default=None, description="Seconds since the registry was read the last time")
     keys_error: str | None = Field(default=None, description="Why the file of keys could not be read the last time")
+    decisions_error: str | None = Field(
+        default=None, description="Why decisions could not be kept, or old ones not be deleted, the last time"
+    )
 
 
 class ErrorDetail(BaseModel):

@@ -132,6 +132,24 @@ def test_while_the_store_is_down_rows_wait_and_the_oldest_are_dropped(
     assert "dropped 11 decisions" in caplog.text
 
 
+def test_what_can_not_be_deleted_is_no_failure_to_write(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> list[str]:
+        raise PermissionError("deleting is not allowed")
+
+    delete_old = DecisionStore.delete_old
+    monkeypatch.setattr(DecisionStore, "delete_old", refuse)
+    monkeypatch.setattr(decision_log, "RETRY_SWEEP_S", 0.0)
+    log = DecisionLog(DecisionLogSettings(str(folder), sample=0))
+    wait_for(lambda: log.sweep_error == "deleting is not allowed")
+    log.add(DECISION, [IMAGE])
+    wait_for(lambda: not log.waiting)
+    assert log.error is None
+    monkeypatch.setattr(DecisionStore, "delete_old", delete_old)
+    wait_for(lambda: log.sweep_error is None)
+    log.close(10)
+    assert len(rows(folder)) == 1
+
+
 def test_a_service_that_stops_while_the_store_is_down_says_so(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder.write_text("a file where a folder has to be")
     log = DecisionLog(DecisionLogSettings(str(folder)))

@@ -33,7 +33,7 @@ from PIL import Image, ImageColor
 from sprue.cli import main
 from sprue.errors import SprueError
 from sprue.inference.heatmap import OUTLINE, heat, overlay
-from sprue.release.decision_store import rows_of
+from sprue.release.decision_store import FOLDER, rows_of
 from sprue.release.replay import replay
 from sprue.serving.decision_log import why_kept
 from sprue.serving.keys import add_key, remove_key
@@ -286,7 +286,7 @@ def test_classes_health_and_description(plant: Any) -> None:
     }
     assert grass["class_name"] == "gräs 2" and grass["features"] == brick["features"]
     health = plant.client.get("/readyz").json()
-    assert health.pop("loaded_bytes") > 0
+    assert health.pop("loaded_bytes") > 0 and 0 <= health.pop("registry_age_s") < 20
     assert health == {"status": "ready", "classes": 2, "loaded": 2, "engines": 1, "failures": {}}
 
     description = plant.client.get("/openapi.json").json()
@@ -599,6 +599,22 @@ def test_an_alarm_is_replayed(plant: Any) -> None:
     for each, words in others:
         done = run(each.request_id)
         assert done.exit_code == 1 and words in done.output
+
+
+def test_a_store_that_takes_no_decisions_is_named(plant: Any) -> None:
+    rows = plant.folder / "store" / FOLDER / "rows"
+    plant.decision(plant.post("brick", plant.image("brick")))
+    aside = rows.rename(rows.with_name("aside"))
+    try:
+        rows.write_text("a file where a folder has to be")
+        answer = plant.post("brick", plant.image("brick"))
+        assert answer.status_code == 200
+        assert plant.wait(lambda health: "decisions_error" in health)["status"] == "degraded"
+    finally:
+        rows.unlink()
+        aside.rename(rows)
+    plant.wait(lambda health: health["status"] == "ready")
+    assert plant.decision(answer).score == answer.json()["score"]
 
 
 def test_a_request_that_is_refused_is_no_decision(plant: Any) -> None:
