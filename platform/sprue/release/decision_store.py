@@ -225,7 +225,9 @@ class DecisionStore:
 
     def _beyond(self, image_bytes: int) -> list[str]:
         """The oldest images, without which the others have at most a size."""
-        found = self.folder.fs.find((self.folder / "images").path, detail=True)
+        listed = self.folder.fs.find((self.folder / "images").path, detail=True)
+        # An object store may list the folder itself, where all in it was deleted.
+        found = {file: facts for file, facts in listed.items() if facts["type"] == "file"}
         newest_first = sorted(found, key=lambda file: (file.rpartition("/")[0], _written(found[file])), reverse=True)
         totals = accumulate(found[file]["size"] for file in newest_first)
         return [file for file, total in zip(newest_first, totals, strict=True) if total > image_bytes][::-1]
