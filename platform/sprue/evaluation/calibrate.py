@@ -1,7 +1,7 @@
 """Makes a detector of fitted flows, calibrated on good samples that each was fitted without.
 
 One flow and a held-out calibration set give split-conformal calibration. Several flows, each with the fold that its fit
-left out, give cross-conformal calibration.
+did not see, give cross-conformal calibration.
 
 Shapes: N samples, V views of a sample, H rows, W columns of a map.
 """

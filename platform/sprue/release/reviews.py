@@ -135,7 +135,7 @@ def export(store: ReviewStore, model_name: str, folder: Path, kind: ExportKind) 
 
     ``promotion``: ``good`` and ``defective``, as `sprue.data.labelled.read_labelled` reads them, masks in
     ``.masks/defective`` and who said what when in ``reviews.csv``; the folder has to be new. ``training``: the good
-    ones alone, into the folder itself, which may be a dataset's ``<class>/train/good``. Unsure ones are left out.
+    ones alone, into the folder itself, which may be a dataset's ``<class>/train/good``. Unsure ones are skipped.
 
     Raises:
         SprueError: If there is nothing to export, a file is gone, or a promotion set's folder is not empty.

@@ -1,4 +1,4 @@
-"""Several flows calibrate a detector, each on the fold that its fit left out."""
+"""Several flows calibrate a detector, each on the fold that its fit did not see."""
 
 import numpy as np
 import pytest

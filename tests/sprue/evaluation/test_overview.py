@@ -127,6 +127,8 @@ def test_the_promise_is_that_of_the_settings(read_page):
     settings = CalibrationSettings(alpha=0.1, guarantee="conditional", confidence=0.9)
     words = read_page(overview("plant", {"tile": result()}, settings)).words
     assert "With 90 % confidence in each class's calibration, at most 10 % of good parts" in words
+    words = read_page(overview("plant", {"tile": result()}, CalibrationSettings(folds=5))).words
+    assert "With cross-conformal calibration, about 5 % of good parts" in words and "at most 5 %" not in words
 
 
 def test_hundreds_of_classes_stay_a_small_page(read_page):

@@ -94,6 +94,7 @@ def test_what_is_too_old_is_deleted(folder: Path) -> None:
     old = NOW - timedelta(days=9)
     store = DecisionStore(location(str(folder)))
     store.write_part(old.date(), "a", rows_of([replace(DECISION, at=old)]))
+    assert list(folder.rglob("*.parquet"))
     log = DecisionLog(DecisionLogSettings(str(folder), keep_days=8))
     wait_for(lambda: not list(folder.rglob("*.parquet")))
     log.close(10)

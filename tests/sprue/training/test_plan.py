@@ -45,7 +45,7 @@ def test_folds_are_fitted_one_by_one_and_every_good_image_trains(make_plan, tmp_
         used = {*fit.train, *fit.validation}
         assert len(used) == len(fit.train) + len(fit.validation) < len(good)
         calibrating += good - used
-    # Each good image is left out of exactly one fit.
+    # Each good image is unseen by exactly one fit.
     assert sorted(calibrating) == sorted(good)
     assert len(good) == plan.images == 14
     assert len({fit.key for fit in plan.fits} | {plan.key}) == 4
