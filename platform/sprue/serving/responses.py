@@ -83,6 +83,7 @@ def calibration(served: ServedModel) -> ClassCalibration:
         threshold=found.threshold,
         guarantee=found.guarantee,
         confidence=found.confidence,
+        folds=found.folds,
         low=found.low,
         high=found.high,
         pixel_threshold=found.pixel_threshold,

@@ -113,6 +113,7 @@ class ClassCalibration(BaseModel):
     threshold: float
     guarantee: Guarantee = Field(description="What alpha promises of the decisions")
     confidence: float = Field(description="Of the conditional guarantee")
+    folds: int = Field(description="Flows whose folds gave the scores; 1 where a calibration set was held out")
     low: float = Field(description="Median of good position scores; the heat map begins there")
     high: float = Field(description="99.9 % quantile of good position scores; half of the heat map's scale")
     pixel_threshold: float = Field(description="The predicted mask is where the anomaly map is above it")

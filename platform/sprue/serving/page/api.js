@@ -84,7 +84,7 @@ export const sendReview = async (model, review) =>
  * @typedef {{name: string, version: number}} Model
  * @typedef {{dataset: string, class_name: string, model: Model, views?: string[]}} Class
  * @typedef {{model: Model, scores: number[], alpha: number, threshold: number, guarantee: "marginal" | "conditional",
- *   confidence: number, low: number, high: number, pixel_threshold: number}} Calibration
+ *   confidence: number, folds: number, low: number, high: number, pixel_threshold: number}} Calibration
  * @typedef {{view: string, rows: number, columns: number, scores: string}} AnomalyMap
  * @typedef {{score: number, p_value: number, alpha: number, threshold: number, is_anomalous: boolean, model: Model,
  *   images?: {view: string, score: number}[], maps: AnomalyMap[]}} Score

@@ -23,7 +23,7 @@ export const list = (pairs) =>
  * @param {[string, string][]} more Further numbers.
  */
 export function facts(score, calibration, more = []) {
-  const guarantee = t(`fact.guarantee.${calibration.guarantee}`, {
+  const guarantee = t(`fact.guarantee.${calibration.folds > 1 ? "folds" : calibration.guarantee}`, {
     alpha: percent(score.alpha),
     confidence: percent(calibration.confidence),
   });
