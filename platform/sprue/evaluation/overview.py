@@ -60,7 +60,7 @@ class Bar(NamedTuple):
         estimate: Value and interval; the value may be missing.
         low: Value at the bar's left end.
         high: Value at its right end.
-        mark: A value that is marked: the promised rate, or no difference.
+        mark: A value that is marked: alpha, or no difference.
         kind: ``good`` where more is better, ``bad`` where less is, ``difference`` to the Gaussian.
     """
 
@@ -83,9 +83,9 @@ class Bar(NamedTuple):
 
     @property
     def value(self) -> str:
-        """The value in words; for an interval alone, the rate that is promised."""
+        """The value in words; for an interval alone, the alpha that was set."""
         if not self.has_value:
-            return f"{100 * (self.mark or 0):.3g} % promised"
+            return f"alpha {100 * (self.mark or 0):.3g} %"
         value = 100 * self.estimate.value
         return f"{value:+.1f} points" if self.kind == "difference" else f"{value:.1f} %"
 

@@ -56,7 +56,7 @@ def test_intervals_are_bars_with_their_values_beside_them(read_page):
     words = " ".join(read_page(html).words.split())
     assert "AUROC of parts 90.0 % 80.0 to 95.0" in words
     assert "AUROC of images" not in words  # as that of parts
-    assert "true false-alarm rate (90 %) 5 % promised 0.171 to 9.51 %" in words
+    assert "true false-alarm rate (90 %) alpha 5 % 0.171 to 9.51 %" in words
     assert "AUROC over the Gaussian's +5.0 points +0.0 to +10.0" in words
     assert 'aria-label="AUROC of parts: 90.0 %, 80.0 to 95.0"' in html
     assert 'class="interval" d="M128.0 8H152.0"' in html and 'cx="144.0"' in html
