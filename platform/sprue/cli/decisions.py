@@ -1,0 +1,57 @@
+"""Commands on what the service has decided, and what people say of it."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sprue.cli.group import FOLDER, as_json, connect, main, model, show
+from sprue.errors import SprueError
+
+
+@main.command()
+@click.argument("request_id", metavar="ID")
+@as_json
+@click.pass_obj
+def replay(store: str, request_id: str, as_json: bool) -> None:
+    """Score a kept image again with the version that decided, and compare.
+
+    ID is an answer's X-Request-Id.
+    """
+    connect(store)
+    from sprue.release.decision_store import FOLDER as DECISIONS
+    from sprue.release.decision_store import DecisionStore
+    from sprue.release.replay import replay as repeat
+    from sprue.store import location
+
+    found = repeat(DecisionStore(location(store) / DECISIONS), request_id)
+    show(found.as_json(), str(found), as_json)
+    if not found.equal:
+        raise SprueError(f"{request_id}: the result differs from the recorded one")
+
+
+@main.group()
+def reviews() -> None:
+    """Use the verdicts that people gave on the inspection page."""
+
+
+@reviews.command("export")
+@model
+@click.argument("folder", type=FOLDER)
+@click.option(
+    "--as", "kind", type=click.Choice(["promotion", "training"]), default="promotion", show_default=True,
+    help="good/ and defective/ for `sprue promote --images`, or images for CLASS/train/good.",
+)  # fmt: skip
+@as_json
+@click.pass_obj
+def export_reviews(store: str, name: str, folder: Path, kind: Any, as_json: bool) -> None:
+    """Write the reviewed images of a CLASS into a FOLDER, which is then put under DVC or given to `sprue promote`."""
+    connect(store)
+    from sprue.release.decision_store import FOLDER as DECISIONS
+    from sprue.release.reviews import ReviewStore, export
+    from sprue.store import location
+    from sprue.tracking.registry import find_model
+
+    found = export(ReviewStore(location(store) / DECISIONS), find_model(name), folder, kind)
+    text = f"{folder}: {', '.join(f'{count} {label}' for label, count in found.items())}"
+    show({"folder": str(folder), "samples": found}, text, as_json)

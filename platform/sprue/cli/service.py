@@ -1,0 +1,118 @@
+"""Commands of the scoring service and its keys."""
+
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sprue.cli.group import EXISTING_FILE, FOLDER, connect, main
+
+keys_file = click.option(
+    "--keys", "file", type=FOLDER, default="keys.json", show_default=True, help="The file; made if it is missing."
+)
+SCOPE = (
+    "What it may do: score images and list classes; see past decisions and review them; see what is wrong with the "
+    "service. May be repeated."
+)
+
+
+@main.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=8000, show_default=True, help="Port to listen on.")
+@click.option("--keys", type=EXISTING_FILE, help="File of the keys that requests need; see `sprue keys`.")
+@click.option("--without-keys", is_flag=True, help="Serve everybody who reaches an address other than the loopback's.")
+@click.option("--allowed-host", "allowed_hosts", multiple=True, metavar="NAME", help="Another name of the service.")
+@click.option("--no-decisions", is_flag=True, help="Keep no decisions in the store.")
+@click.option(
+    "--keep-days", type=click.IntRange(1, 36_500), default=90, show_default=True, help="Of decisions and images."
+)
+@click.option(
+    "--keep-images", type=click.FloatRange(0), default=20.0, show_default=True, metavar="GB", help="Size of all images."
+)
+@click.option(
+    "--keep-sample", type=click.FloatRange(0, 1), default=0.01, show_default=True, metavar="FRACTION",
+    help="Of the images that are neither alarms nor near the threshold.",
+)  # fmt: skip
+@click.option(
+    "--cache-gb",
+    type=click.FloatRange(0, min_open=True),
+    default=2.0,
+    show_default=True,
+    help="Memory of the classes that a replica has loaded, in GiB.",
+)
+@click.option("--pin", "pinned", multiple=True, metavar="CLASS", help="Load this class at the start, and keep it.")
+@click.pass_obj
+def serve(
+    store: str,
+    host: str,
+    port: int,
+    keys: Path | None,
+    without_keys: bool,
+    allowed_hosts: tuple[str, ...],
+    no_decisions: bool,
+    keep_days: int,
+    keep_images: float,
+    keep_sample: float,
+    cache_gb: float,
+    pinned: tuple[str, ...],
+) -> None:
+    """Serve the champions over HTTP until interrupted."""
+    if keys and without_keys:
+        raise click.UsageError("give --keys FILE or --without-keys, not both")
+    from sprue.release.decision_store import FOLDER as DECISIONS
+    from sprue.serving.champions import CacheSettings
+    from sprue.serving.decision_log import DecisionLogSettings
+    from sprue.serving.launch import require_free_port, require_keys, serve_champions, stop_serving
+    from sprue.stages.runtime import connect_ray
+    from sprue.store import location
+
+    folder = str(location(store) / DECISIONS)
+    decisions = None if no_decisions else DecisionLogSettings(folder, keep_days, round(1e9 * keep_images), keep_sample)
+    require_keys(host, keys, without_keys)
+    require_free_port(host, port)
+    connect(store)
+    connect_ray()
+    cache = CacheSettings(int(cache_gb * 2**30), pinned)
+    url = serve_champions(
+        host,
+        port,
+        cache=cache,
+        keys=keys,
+        without_keys=without_keys,
+        allowed_hosts=allowed_hosts,
+        decisions=decisions,
+    )
+    click.echo(f"scoring at {url}  (its interface: {url}/docs; stop it with Ctrl-C)")
+    sys.stdout.flush()
+    signal.sigwait({signal.SIGINT, signal.SIGTERM})
+    stop_serving()
+
+
+@main.group()
+def keys() -> None:
+    """Make and revoke the keys of the service; a service that runs follows the file."""
+
+
+@keys.command("add")
+@click.argument("name")
+@click.option(
+    "--scope", "scopes", type=click.Choice(["score", "review", "admin"]), multiple=True, required=True, help=SCOPE
+)
+@keys_file
+def add_key(name: str, scopes: tuple[Any, ...], file: Path) -> None:
+    """Make a key and print it, this once; the file keeps its hash."""
+    from sprue.serving.keys import add_key as add
+
+    click.echo(add(file, name, scopes))
+
+
+@keys.command("remove")
+@click.argument("name")
+@keys_file
+def remove_key(name: str, file: Path) -> None:
+    """Revoke a key."""
+    from sprue.serving.keys import remove_key as remove
+
+    remove(file, name)
