@@ -133,10 +133,19 @@ class FitSettings(Settings):
     """Save memory by recomputing the couplings' inputs in the backward pass."""
     workers: Annotated[int, Ge(1)] = 1
     """Processes that share a class's steps, each on its own GPU where there are any."""
+    gpus: Annotated[float, Gt(0), Le(1)] = 1.0
+    """Of a GPU that a worker takes, where there are any: with 0.25, four fits share one, which a small fit leaves idle
+    most of the time. Several workers need 1."""
     memory: Annotated[float, Gt(0)] = 8.0
     """GiB of training features that a worker holds; larger ones are streamed. Validation features may take as many."""
     seed: int = 0
     """Of the initial weights, the permutations, the order of the images and the noise."""
+
+    @model_validator(mode="after")
+    def _workers_have_gpus(self) -> "FitSettings":
+        if self.workers > 1 and self.gpus < 1:
+            raise ValueError("gpus: workers that share a fit need a GPU each; set gpus to 1 or workers to 1")
+        return self
 
 
 class ScoringSettings(Settings):

@@ -146,7 +146,7 @@ def search_class(
     # The callbacks print; Ray Tune and Optuna stay silent.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    placement = fit_placement(settings.trials, spec.fit.workers)
+    placement = fit_placement(settings.trials, spec.fit.workers, spec.fit.gpus)
     # Read in this process: another would first spend seconds on imports.
     data = ray.put(read_trial_data(spec, features))
     trial = Trial(spec, settings.epochs, data, features, placement, runs / "workers")

@@ -14,7 +14,7 @@ from sprue.tracking.server import connect, experiment_id
 from sprue.training.loop import Epoch
 from sprue.training.plan import ClassPlan, read_plans
 from sprue.training.record import FitRecord
-from sprue.training.run import FitOutcome, fit_classes, fit_placement
+from sprue.training.run import FitOutcome, fit_classes, placement_of
 from sprue.training.spec import FitSpec
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def _take_searched_fit(context: Context, spec: FitSpec) -> None:
 def fit(context: Context, plans: list[ClassPlan], specs: list[FitSpec]) -> dict[str, str]:
     """Does some of the plans' fits, and stores each as soon as it is done; returns why the classes that failed did."""
     connect_ray()
-    placement = fit_placement(len(specs), max(spec.fit.workers for spec in specs))
+    placement = placement_of(specs)
     runs = _open_runs(context, plans, specs)
     history: dict[str, list[dict[str, object]]] = {name: [] for name in runs}
     failures: dict[str, str] = {}

@@ -83,7 +83,8 @@ def _search_class(context: Context, spec: FitSpec) -> None:
         if trial is not outcome.best or spec.fold:
             run.end("FAILED" if trial.failure else "FINISHED" if trial.completed else "KILLED")
     record = _report(context, spec, outcome, parent)
-    best, cpus = outcome.checkpoint(outcome.best.number), fit_placement(settings.trials, spec.fit.workers).cpus
+    best = outcome.checkpoint(outcome.best.number)
+    cpus = fit_placement(settings.trials, spec.fit.workers, spec.fit.gpus).cpus
     fit = record.plan(spec, settings)
     record.write(folder, FitRecord(fit, best.epoch, outcome.best.history, commit(), cpus, best.flow))
     remove_folder(runs / search_name(spec, settings))

@@ -56,40 +56,48 @@ class FitOutcome:
 
 @dataclass(frozen=True)
 class FitPlacement:
-    """How many fits run side by side, and what each worker of a fit gets."""
+    """How many fits run side by side, and what each worker of a fit gets; a GPU may be shared."""
 
     groups: int
     workers: int
     cpus: int
-    gpus: int
+    gpus: float
 
 
-def fit_placement(fits: int, workers: int = 1) -> FitPlacement:
-    """Divides the cluster among fits: a GPU for each worker where there are any, else equal numbers of cores.
+def fit_placement(fits: int, workers: int = 1, gpus_per_worker: float = 1.0) -> FitPlacement:
+    """Divides the cluster among fits: its GPUs where there are any, else equal numbers of cores.
 
     Args:
         fits: How many fits there are.
         workers: Of each fit.
+        gpus_per_worker: What each takes of a GPU, up to 1.
 
     Raises:
         SprueError: If the cluster has no CPU, or not enough for the workers of one fit.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus = int(sum(node.get("GPU", 0) for node in nodes))
-    cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
-    if not cores:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    if not nodes:
         raise SprueError("the Ray cluster offers no CPU; start a node with at least one")
-    if (gpus or sum(cores)) < workers:
+    cores, gpus = [int(node["CPU"]) for node in nodes], [int(node.get("GPU", 0)) for node in nodes]
+    # Each worker on a GPU has a core beside it.
+    on_gpus = sum(min(node, int(count / gpus_per_worker)) for node, count in zip(cores, gpus, strict=True))
+    if (room := on_gpus or sum(cores)) < workers:
         raise SprueError(
-            f"fit.workers: {workers} workers of a fit need a {'GPU' if gpus else 'CPU'} each; the Ray cluster has "
-            f"{gpus or sum(cores)}"
+            f"fit.workers: {workers} workers of a fit need a {'GPU' if on_gpus else 'CPU'} each; the Ray cluster has "
+            f"{room}"
         )
-    if gpus:
-        return FitPlacement(groups=min(fits, gpus // workers), workers=workers, cpus=1, gpus=1)
+    if on_gpus:
+        return FitPlacement(min(fits, on_gpus // workers), workers, cpus=1, gpus=gpus_per_worker)
     cpus = max(1, min(min(cores), sum(cores) // (fits * workers)))
     while sum(node // cpus for node in cores) < workers:
         cpus -= 1
     return FitPlacement(min(fits, sum(node // cpus for node in cores) // workers), workers, cpus, gpus=0)
+
+
+def placement_of(specs: Sequence[FitSpec]) -> FitPlacement:
+    """The placement of fits, all of which have the room of the largest; see `fit_placement`."""
+    fits = [spec.fit for spec in specs]
+    return fit_placement(len(fits), max(fit.workers for fit in fits), max(fit.gpus for fit in fits))
 
 
 def fit_classes(
@@ -118,9 +126,9 @@ def fit_classes(
     Returns:
         An outcome for each spec, in their order.
     """
-    placement = placement or fit_placement(len(specs), max(spec.fit.workers for spec in specs))
+    placement = placement or placement_of(specs)
     logger.info(
-        "%d fits, %d at a time, each on %d workers with %d CPUs and %d GPUs",
+        "%d fits, %d at a time, each on %d workers with %d CPUs and %g GPUs",
         len(specs), placement.groups, placement.workers, placement.cpus, placement.gpus,
     )  # fmt: skip
     by_name = {spec.name: spec for spec in specs}
@@ -188,7 +196,7 @@ def _run_worker_group(config: dict[str, Any], placement: FitPlacement, runs: UPa
             scaling_config=ScalingConfig(
                 num_workers=placement.workers,
                 use_gpu=placement.gpus > 0,
-                resources_per_worker={"CPU": placement.cpus} | ({"GPU": 1} if placement.gpus else {}),
+                resources_per_worker={"CPU": placement.cpus} | ({"GPU": placement.gpus} if placement.gpus else {}),
             ),
             run_config=RunConfig(
                 name=name,

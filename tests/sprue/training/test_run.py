@@ -108,6 +108,17 @@ def test_workers_that_span_machines_find_room(monkeypatch, cores, workers, expec
     assert (placement.groups, placement.cpus) == expected
 
 
+@pytest.mark.parametrize(
+    ("fits", "workers", "gpus", "expected"),
+    [(9, 1, 1.0, (3, 1.0)), (9, 1, 0.25, (6, 0.25)), (2, 1, 0.25, (2, 0.25)), (9, 2, 1.0, (1, 1.0))],
+)
+def test_fits_share_gpus_as_far_as_there_are_cores_beside_them(monkeypatch, fits, workers, gpus, expected):
+    resources = [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 2.0, "GPU": 2.0}, {"CPU": 16.0}, {"GPU": 1.0}]
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": each} for each in resources])
+    placement = fit_placement(fits, workers, gpus)
+    assert (placement.groups, placement.gpus) == expected
+
+
 def test_cores_are_divided_among_fits(cluster):
     if torch.cuda.is_available():
         pytest.skip("where there is a GPU, fits share it")

@@ -45,6 +45,7 @@ def test_the_key_stays_where_the_weights_do(spec):
         {"manifest": "1" * 64},
         {"origin": "the best of 12 trials"},
         {"fold": 2},
+        {"fit": spec.fit.model_copy(update={"gpus": 0.25})},
         # The same weights from another place.
         {"features": spec.features.model_copy(update={"weights": "file:elsewhere.pth"})},
     ]
