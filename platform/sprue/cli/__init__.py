@@ -3,7 +3,7 @@
 Commands import what they need when they run, so that help and mistakes appear at once.
 """
 
-from sprue.cli import decisions, pipeline, registry, scoring, service
+from sprue.cli import decisions, operations, pipeline, registry, scoring, service
 from sprue.cli.group import main
 
-__all__ = ["decisions", "main", "pipeline", "registry", "scoring", "service"]
+__all__ = ["decisions", "main", "operations", "pipeline", "registry", "scoring", "service"]

@@ -20,6 +20,8 @@ from sprue.errors import SprueError
 
 # The second may be raised when the lock is released while the registry looks up its owner.
 TAKEN = {ErrorCode.Name(RESOURCE_ALREADY_EXISTS), ErrorCode.Name(RESOURCE_DOES_NOT_EXIST)}
+LOCK = "sprue-lock-"
+"""Begins the name of a lock; the model's follows."""
 PATIENCE_S = 30.0
 """How long to wait for another change; one takes a second."""
 
@@ -40,7 +42,7 @@ def alias_lock(model: str, patience_s: float = PATIENCE_S) -> Iterator[None]:
     Raises:
         SprueError: If another process keeps the lock; the message names it and says how to break a dead one's lock.
     """
-    client, name = mlflow.MlflowClient(), f"sprue-lock-{model}"
+    client, name = mlflow.MlflowClient(), f"{LOCK}{model}"
     owner = f"held by {whoami()}, process {os.getpid()}, {uuid.uuid4().hex}"
     deadline = time.monotonic() + patience_s
     while True:

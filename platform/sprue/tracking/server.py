@@ -3,7 +3,7 @@
 import logging
 import os
 from pathlib import Path
-from urllib.parse import urlparse
+from urllib.parse import unquote, urlparse
 
 import mlflow
 import requests
@@ -13,6 +13,7 @@ from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from upath import UPath
 
 from sprue.errors import SprueError
+from sprue.tracking.locations import ARTIFACTS, DATABASE, left_behind
 
 PATIENCE_S = 5.0
 """How long a tracking server may take to answer."""
@@ -26,7 +27,7 @@ def own_database(store: UPath) -> str:
     """
     if store.protocol not in ("", "file"):
         raise SprueError(f"the store {store} can't hold the tracking database; set MLFLOW_TRACKING_URI to a server")
-    return f"sqlite:///{store / 'mlflow' / 'mlflow.db'}"
+    return f"sqlite:///{store / DATABASE}"
 
 
 def connect(store: UPath) -> str:
@@ -36,7 +37,7 @@ def connect(store: UPath) -> str:
         The URI.
 
     Raises:
-        SprueError: If the server does not answer within seconds.
+        SprueError: If the server does not answer within seconds, or the store was moved and its database was not told.
     """
     # MLflow's progress bars and notices would hide a stage's own output.
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -44,6 +45,7 @@ def connect(store: UPath) -> str:
     uri = os.environ.get("MLFLOW_TRACKING_URI") or own_database(store)
     if uri.startswith("sqlite:///"):
         _create_database(uri)
+        _require_location(Path(uri.removeprefix("sqlite:///")), store)
     elif uri.startswith(("http://", "https://")):
         try:
             requests.get(f"{uri.rstrip('/')}/health", timeout=PATIENCE_S).raise_for_status()
@@ -69,11 +71,25 @@ def _create_database(uri: str) -> None:
             mlflow.MlflowClient(uri, uri).search_experiments(max_results=1)
 
 
+def _require_location(database: Path, store: UPath) -> None:
+    """Checks that the files of a store that was moved are looked for where they are now.
+
+    A copy whose original is still there is let through: it may be the same folder under another path.
+    """
+    for location in left_behind(database, store):
+        path = Path(unquote(urlparse(location).path))
+        if urlparse(location).scheme in ("", "file") and not path.exists() and (store / ARTIFACTS).exists():
+            raise SprueError(
+                f"the registry of {store} names files in {path}, which is not there: the store was moved; run "
+                "`sprue relocate`"
+            )
+
+
 def experiment_id(name: str, store: UPath) -> str:
     """The experiment of a name, created if there is none; without a server its artifacts go into the store."""
     client, location = mlflow.MlflowClient(), None
     if mlflow.get_tracking_uri().startswith("sqlite:///"):
-        location = (store / "mlflow" / "artifacts").as_uri()
+        location = (store / ARTIFACTS).as_uri()
     found = client.get_experiment_by_name(name)
     if found is not None:
         return found.experiment_id

@@ -1,0 +1,1 @@
+"""What a platform engineer does: back up, restore, move, and see what is wrong."""
