@@ -86,6 +86,7 @@ CHECKPOINT = Format("checkpoint", 1, "delete its folder")
 FIT = Format("record of a fit", 1, "delete its folder and run the fit stage again")
 DETECTOR = Format("detector", 1, "register the class anew")
 LINEAGE = Format("record of a version", 1, "register the class anew")
+AUDIT = Format("entry of the audit log", 1, _RESTORE)
 SCORES = Format("table of scores", 1, "delete it and score again")
 DECISIONS = Format("table of decisions", 1, _RESTORE)
 REVIEW = Format("review", 1, _RESTORE)
@@ -102,6 +103,7 @@ FORMATS = (
     FIT,
     DETECTOR,
     LINEAGE,
+    AUDIT,
     SCORES,
     DECISIONS,
     REVIEW,

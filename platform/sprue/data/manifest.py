@@ -16,6 +16,7 @@ from sprue.data.layouts import SkippedFile
 from sprue.data.samples import Sample, samples_of
 from sprue.data.splits import CALIBRATION, TEST, TRAIN, VALIDATION, lowest_alpha
 from sprue.errors import SprueError
+from sprue.formats import MANIFEST
 from sprue.store import KeptBytes, write_bytes
 
 COLUMNS = (
@@ -132,7 +133,7 @@ class Manifest:
             has_nulls=False,
             write_index=False,
             object_encoding=dict.fromkeys(TEXT_COLUMNS, "utf8"),
-            custom_metadata={_METADATA_KEY: json.dumps(about, sort_keys=True)},
+            custom_metadata={_METADATA_KEY: json.dumps(MANIFEST.stamped(about), sort_keys=True)},
             open_with=lambda *_: parquet,
         )
         write_bytes(path, parquet.getvalue())
@@ -142,13 +143,13 @@ class Manifest:
         """Reads a file of `write`.
 
         Raises:
-            SprueError: If it is missing or no manifest.
+            SprueError: If it is missing, no manifest, or of another format.
         """
         if not path.is_file():
             raise SprueError(f"there is no manifest at {path}; run the manifest stage first")
         try:
             parquet = fastparquet.ParquetFile(io.BytesIO(path.read_bytes()), verify=True)
-            about = json.loads(parquet.key_value_metadata[_METADATA_KEY])
+            about = MANIFEST.current(json.loads(parquet.key_value_metadata[_METADATA_KEY]), path)
         except (fastparquet.util.ParquetException, OSError, KeyError, ValueError) as error:
             raise SprueError(f"{path} is no manifest; run the manifest stage again") from error
         skipped = tuple(SkippedFile(**entry) for entry in about["skipped"])

@@ -24,6 +24,7 @@ from upath import UPath
 from sprue.errors import SprueError
 from sprue.features.counter import ImageCounter
 from sprue.features.tables import FeatureTable, write_part
+from sprue.formats import FEATURE_SPEC
 from sprue.inference.engines import EngineName, build_engine
 from sprue.inference.images import model_input, open_image
 from sprue.inference.spec import FeatureSpec
@@ -150,7 +151,7 @@ def extract(
     """
     started = time.perf_counter()
     folder = features / spec.fingerprint
-    write_json(folder / "spec.json", spec.model_dump(mode="json"))
+    write_json(folder / "spec.json", FEATURE_SPEC.stamped(spec.model_dump(mode="json")))
     unique = images[["class_name", "sha256", "path"]].drop_duplicates(["class_name", "sha256"])
     tables = {name: FeatureTable(folder / name) for name in unique["class_name"].unique()}
     missing = unique[

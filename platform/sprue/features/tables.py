@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from upath import UPath
 
 from sprue.errors import SprueError
+from sprue.formats import FEATURES
 from sprue.store import KeptBytes, write_bytes
 
 ROW_GROUP_BYTES = 16 * 2**20
@@ -48,7 +49,7 @@ def write_part(folder: UPath, digests: Sequence[str], maps: Sequence[NDArray[np.
         # Statistics would write the largest map of each row group into the footer.
         stats=False,
         object_encoding={"sha256": "utf8"} | {f"map_{index}": "bytes" for index in range(len(maps))},
-        custom_metadata={METADATA_KEY: json.dumps({"shapes": shapes, "dtype": "float16"})},
+        custom_metadata={METADATA_KEY: json.dumps(FEATURES.stamped({"shapes": shapes, "dtype": "float16"}))},
         open_with=lambda *_: buffer,
     )
     path = folder / f"part-{hashlib.sha256(''.join(digests).encode()).hexdigest()[:16]}.parquet"
@@ -78,7 +79,8 @@ class FeatureTable:
         self._rows: dict[str, tuple[str, int]] = {}
         for path in sorted(folder.glob("part-*.parquet"), key=str) if folder.is_dir() else []:
             file = _open_part(path)
-            self.shapes = [tuple(shape) for shape in json.loads(file.key_value_metadata[METADATA_KEY])["shapes"]]
+            about = FEATURES.current(json.loads(file.key_value_metadata[METADATA_KEY]), path)
+            self.shapes = [tuple(shape) for shape in about["shapes"]]
             for row, digest in enumerate(file.to_pandas(columns=["sha256"])["sha256"]):
                 self._rows.setdefault(digest, (path.name, row))
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from defectflow import Ensemble, Flow, build_flow
 from sprue.config import ScoringSettings
 from sprue.errors import SprueError
+from sprue.formats import DETECTOR
 from sprue.inference.calibration import Calibration
 from sprue.inference.engines import Engine, EngineName, build_engine
 from sprue.inference.images import model_input
@@ -35,9 +36,6 @@ BATCH = 16
 
 FLOW_BATCH = 16
 """Samples that the flow takes together."""
-
-FORMAT = 1
-"""Version of the files that `Detector.save` writes: the first release's. A change comes with a migration."""
 
 SampleImages: TypeAlias = Image.Image | Sequence[Image.Image]
 """A sample: an image of each view, in the views' order, or its only image."""
@@ -157,7 +155,8 @@ class Detector:
         folder.mkdir(parents=True, exist_ok=True)
         members = len(self.flow.members) if isinstance(self.flow, Ensemble) else 1
         saved = _SavedDetector(**vars(self), flow_config=asdict(self.flow.config), members=members)
-        (folder / "detector.json").write_text(json.dumps(saved.model_dump(mode="json"), indent=2) + "\n")
+        content = DETECTOR.stamped(saved.model_dump(mode="json"))
+        (folder / "detector.json").write_text(json.dumps(content, indent=2) + "\n")
         safetensors.torch.save_file(portable_state(self.flow), folder / "flow.safetensors")
 
     @classmethod
@@ -168,11 +167,8 @@ class Detector:
             SprueError: If a file is missing, damaged or of another format.
         """
         try:
-            text = (folder / "detector.json").read_text()
-            found = json.loads(text).get("format")
-            if found != FORMAT:
-                raise SprueError(f"{folder} has format {found}, this version of sprue reads {FORMAT}")
-            saved = _SavedDetector.model_validate_json(text)
+            content = DETECTOR.current(json.loads((folder / "detector.json").read_text()), folder / "detector.json")
+            saved = _SavedDetector.model_validate_json(json.dumps(content))
             state = safetensors.torch.load_file(folder / "flow.safetensors")
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise SprueError(f"{folder} is not a saved detector: {error}") from error
@@ -194,7 +190,6 @@ class Detector:
 class _SavedDetector(BaseModel):
     """The file ``detector.json``; see `Detector` for the fields."""
 
-    format: int = FORMAT
     dataset: str
     class_name: str
     spec: FeatureSpec

@@ -17,6 +17,7 @@ from mlflow.entities import Metric, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 
+from sprue.formats import AUDIT
 from sprue.tracking.lock import whoami
 
 EXPERIMENT = "sprue-audit"
@@ -88,7 +89,7 @@ def append(
         "challenger": challenger,
     }
     tags = {
-        "sprue.audit": json.dumps(facts | {"reason": reason, "by": whoami()}),
+        "sprue.audit": json.dumps(AUDIT.stamped(facts | {"reason": reason, "by": whoami()})),
         "sprue.model": model,
     }
     run = client.create_run(_experiment(), run_name=f"{model} {kind}", tags=tags)
@@ -128,7 +129,7 @@ def entries(model: str | None = None) -> list[Entry]:
             [experiment.experiment_id], which, order_by=["attributes.start_time ASC"], page_token=token
         )
         for run in page:
-            facts = json.loads(run.data.tags["sprue.audit"])
+            facts = AUDIT.current(json.loads(run.data.tags["sprue.audit"]), f"run {run.info.run_id} of the audit log")
             at = datetime.fromtimestamp(run.info.start_time / 1000, UTC)
             found.setdefault(facts.pop("id"), Entry(**facts, at=at))
         token = page.token

@@ -21,13 +21,11 @@ import pyarrow.parquet as pq
 from upath import UPath
 
 from sprue.errors import SprueError
+from sprue.formats import DECISIONS
 from sprue.store import write_bytes
 
 FOLDER = "sprue-decisions"
 """Of the store; a dataset can't have this name."""
-
-FORMAT = 1
-"""Version of the rows' columns. A change comes with a migration."""
 
 FORMAT_KEY = b"sprue.decisions"
 
@@ -109,7 +107,7 @@ class Decision:
 
 SCHEMA = pa.schema(
     [(field.name, _TYPES.get(field.name, pa.string())) for field in fields(Decision)],
-    metadata={FORMAT_KEY: json.dumps({"format": FORMAT}).encode()},
+    metadata={FORMAT_KEY: json.dumps(DECISIONS.stamped({})).encode()},
 )
 
 
@@ -260,11 +258,9 @@ def _rows_of(part: UPath, filters: list[tuple[str, str, Any]]) -> pa.Table:
     """The rows of a part that satisfy all filters. It is read at once: the newest is replaced as it grows."""
     try:
         table = pq.read_table(io.BytesIO(part.read_bytes()), filters=filters)
-        version = json.loads(table.schema.metadata[FORMAT_KEY])["format"]
+        DECISIONS.current(json.loads(table.schema.metadata[FORMAT_KEY]), part)
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise SprueError(f"{part} is no part of the decisions: {error}") from error
-    if version != FORMAT:
-        raise SprueError(f"{part} has format {version}, this version of sprue reads {FORMAT}")
     return table
 
 

@@ -20,11 +20,9 @@ from upath import UPath
 
 from sprue.data.layouts import GOOD
 from sprue.errors import SprueError
+from sprue.formats import REVIEW
 from sprue.release.decision_store import Decision, DecisionStore
 from sprue.store import write_bytes, write_json
-
-FORMAT = 1
-"""Version of the files. A change comes with a migration."""
 
 DEFECTIVE = "defective"
 
@@ -72,7 +70,7 @@ class ReviewStore:
                 write_bytes(self._file(digest), data)
         values = asdict(review) | {"decision": review.decision.as_json(), "at": review.at.isoformat()}
         name = f"{review.decision.key}.{review.at:%Y%m%dT%H%M%S%f}.json"
-        write_json(self._day(review.decision.at.date()) / name, {"format": FORMAT} | values)
+        write_json(self._day(review.decision.at.date()) / name, REVIEW.stamped(values))
 
     def reviewed(self, day: date) -> dict[str, UPath]:
         """The last review's file of each reviewed decision of a day, by the decision's key."""
@@ -105,9 +103,7 @@ class ReviewStore:
 def read_review(path: UPath) -> Review:
     """Reads a review; raises SprueError if the file is none, or has another format."""
     try:
-        values = json.loads(path.read_bytes())
-        if values.pop("format") != FORMAT:
-            raise SprueError(f"{path} has another format than {FORMAT}, which this version of sprue reads")
+        values = REVIEW.current(json.loads(path.read_bytes()), path)
         lists = {name: tuple(values["decision"][name]) for name in ("files", "images")}
         decision = Decision(**values["decision"] | lists | {"at": datetime.fromisoformat(values["decision"]["at"])})
         tuples = {name: tuple(values[name]) for name in ("views", "masks")}

@@ -15,6 +15,7 @@ import fastparquet
 import pandas as pd
 from upath import UPath
 
+from sprue.formats import SCORES
 from sprue.scoring.samples import Sample
 from sprue.store import KeptBytes, write_bytes
 
@@ -101,7 +102,7 @@ def write_part(path: UPath, frame: pd.DataFrame, summary: PartSummary) -> None:
         compression="LZ4",
         write_index=False,
         object_encoding=dict.fromkeys(texts, "utf8"),
-        custom_metadata={METADATA_KEY: json.dumps(asdict(summary))},
+        custom_metadata={METADATA_KEY: json.dumps(SCORES.stamped(asdict(summary)))},
         open_with=lambda *_: buffer,
     )
     write_bytes(path, buffer.getvalue())
@@ -130,7 +131,7 @@ def summaries(paths: Sequence[UPath], heatmaps: bool) -> dict[str, PartSummary]:
 
 def _summary(path: UPath) -> PartSummary | None:
     try:
-        return PartSummary(**json.loads(_open(path).key_value_metadata[METADATA_KEY]))
+        return PartSummary(**SCORES.current(json.loads(_open(path).key_value_metadata[METADATA_KEY]), path))
     except DAMAGE:
         return None
 

@@ -1,12 +1,13 @@
 """What a finished search leaves in the store: its trials, and the fit of the best one."""
 
 from dataclasses import asdict, dataclass
-from typing import Self
+from typing import Any, Self
 
 from upath import UPath
 
 from sprue.config import SearchSettings
 from sprue.errors import SprueError
+from sprue.formats import SEARCH
 from sprue.search.run import SearchOutcome, TrialOutcome
 from sprue.store import read_json, write_json
 from sprue.training.record import FitRecord
@@ -54,7 +55,7 @@ class SearchRecord:
     def write(self, folder: UPath, fit: FitRecord) -> None:
         """Writes the best trial's fit, then ``search.json``, whose presence means that the search is complete."""
         fit.write(folder / "fit")
-        write_json(folder / "search.json", asdict(self))
+        write_json(folder / "search.json", SEARCH.stamped(asdict(self)))
 
     @classmethod
     def read(cls, folder: UPath) -> Self:
@@ -63,7 +64,7 @@ class SearchRecord:
         Raises:
             SprueError: If there is no finished search.
         """
-        content = read_json(folder / "search.json", made_by="search")
+        content = _read(folder / "search.json")
         try:
             return cls(**content | {"trials": [TrialOutcome(**trial) for trial in content["trials"]]})
         except (KeyError, TypeError) as error:
@@ -75,4 +76,8 @@ class SearchRecord:
     def is_current(folder: UPath, key: str) -> bool:
         """Whether a finished search with that key is there."""
         file = folder / "search.json"
-        return file.is_file() and read_json(file, made_by="search").get("key") == key
+        return file.is_file() and _read(file).get("key") == key
+
+
+def _read(file: UPath) -> dict[str, Any]:
+    return SEARCH.current(read_json(file, made_by="search"), file)

@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import json
 import logging
 import os
 import secrets
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from upath import UPath
 
 from sprue.errors import SprueError
+from sprue.formats import KEYS
 from sprue.serving.errors import ApiError
 from sprue.store import write_json
 
@@ -67,13 +69,16 @@ def read_keys(path: Path) -> tuple[Key, ...]:
         SprueError: If it is missing or malformed; the message names the field.
     """
     try:
-        return _Keys.model_validate_json(path.read_bytes()).keys
+        content = KEYS.current(json.loads(path.read_bytes()), path)
+        return _Keys.model_validate_json(json.dumps(content)).keys
     except OSError as error:
         raise SprueError(f"the keys can't be read: {error}; make a first one with `sprue keys add`") from error
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         place = ".".join(map(str, first["loc"])) or "the file"
         raise SprueError(f"{path} is no file of keys: {place}: {first['msg']}") from error
+    except ValueError as error:
+        raise SprueError(f"{path} is no file of keys: the file: invalid JSON: {error}") from error
 
 
 def add_key(path: Path, name: str, scopes: Sequence[Scope]) -> str:
@@ -119,7 +124,7 @@ def _change(path: Path, change: Callable[[tuple[Key, ...]], tuple[Key, ...]]) ->
         before = path.stat() if path.exists() else None
         umask = os.umask(0o077)
         try:
-            write_json(UPath(path), {"keys": [key.model_dump(mode="json") for key in keys]})
+            write_json(UPath(path), KEYS.stamped({"keys": [key.model_dump(mode="json") for key in keys]}))
         finally:
             os.umask(umask)
         if before:  # so that a service of another user can still read it

@@ -9,9 +9,10 @@ from sprue.features.extraction import extract
 from sprue.features.screening import screen
 from sprue.features.screening_page import write_page
 from sprue.features.tables import FeatureTable
+from sprue.formats import FEATURE_SPEC
 from sprue.stages.failures import close_stage
 from sprue.stages.runtime import Context, connect_ray
-from sprue.store import write_bytes
+from sprue.store import write_bytes, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ def main(context: Context) -> None:
     backbone = context.backbone(spec)
     if not backbone.is_file():
         write_bytes(backbone, backbone_state(spec))
-    write_bytes(context.features / "spec.json", (spec.model_dump_json(indent=2) + "\n").encode())
+    write_json(context.features / "spec.json", FEATURE_SPEC.stamped(spec.model_dump(mode="json")))
     logger.info("features %s: %d extracted, %d were stored already", spec.fingerprint, result.extracted, result.stored)
     _screen(context, manifest, context.features / spec.fingerprint)
 

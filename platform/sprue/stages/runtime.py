@@ -7,6 +7,7 @@ are.
 import argparse
 import gc
 import importlib
+import json
 import logging
 import os
 import signal
@@ -24,10 +25,11 @@ from upath import UPath
 
 from sprue.config import DatasetSettings, FeatureSettings
 from sprue.errors import SprueError
+from sprue.formats import FEATURE_SPEC
 from sprue.inference import memory
 from sprue.inference.spec import FeatureSpec
 from sprue.params import PARAMS, read_dataset
-from sprue.store import location, read_text
+from sprue.store import location, read_json
 
 STAGES = ("manifest", "features", "search", "fit", "evaluate", "register")
 """The stages, in the order of the data."""
@@ -79,7 +81,8 @@ class Context:
             SprueError: If it has not run with these settings.
         """
         path = self.features / "spec.json"
-        spec = FeatureSpec.model_validate_json(read_text(path, made_by="features"))
+        content = FEATURE_SPEC.current(read_json(path, made_by="features"), path)
+        spec = FeatureSpec.model_validate_json(json.dumps(content))
         if spec.model_dump(include=set(FeatureSettings.model_fields)) != self.settings.features.model_dump():
             raise SprueError(f"{path} was made with other settings of `features`; run the features stage again")
         return spec

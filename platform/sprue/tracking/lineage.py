@@ -13,6 +13,7 @@ import pandas as pd
 from mlflow.entities.model_registry import ModelVersion
 
 from sprue.errors import SprueError
+from sprue.formats import LINEAGE
 from sprue.tracking.registry import DETECTOR_TAG, RegisteredDetector, registered_models
 
 FOLDER = "lineage"
@@ -51,8 +52,9 @@ class Lineage:
     def log(self, run_id: str, detector_key: str) -> None:
         """Logs the record to a run."""
         client, folder = mlflow.MlflowClient(), f"{FOLDER}/{detector_key}"
+        facts = LINEAGE.stamped({"fits": self.fits, "dvc": self.dvc})
         client.log_text(run_id, self.images[COLUMNS].to_csv(index=False), f"{folder}/images.csv")
-        client.log_text(run_id, json.dumps({"fits": self.fits, "dvc": self.dvc}, indent=1), f"{folder}/facts.json")
+        client.log_text(run_id, json.dumps(facts, indent=1), f"{folder}/facts.json")
 
     @classmethod
     def read(cls, registered: RegisteredDetector) -> Self:
@@ -69,7 +71,7 @@ class Lineage:
         if not (version.run_id and is_logged(version.run_id, version.tags.get(DETECTOR_TAG, ""))):
             raise NoRecordError(f"{version.name} version {version.version} was not registered by the pipeline")
         folder = f"runs:/{version.run_id}/{FOLDER}/{version.tags[DETECTOR_TAG]}"
-        facts = json.loads(mlflow.artifacts.load_text(f"{folder}/facts.json"))
+        facts = LINEAGE.current(json.loads(mlflow.artifacts.load_text(f"{folder}/facts.json")), f"{folder}/facts.json")
         images = io.StringIO(mlflow.artifacts.load_text(f"{folder}/images.csv"))
         return cls(tuple(facts["fits"]), facts["dvc"], pd.read_csv(images, dtype=str, keep_default_na=False))
 

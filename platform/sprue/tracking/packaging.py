@@ -124,7 +124,7 @@ def _portable_code(folder: Path) -> list[str]:
     shutil.copytree(Path(defectflow.__file__).parent, folder / "defectflow", ignore=ignore)
     source = Path(sprue.__file__).parent
     (folder / "sprue").mkdir()
-    for module in ("__init__.py", "errors.py", "config.py"):
+    for module in ("__init__.py", "errors.py", "formats.py", "config.py"):
         shutil.copy(source / module, folder / "sprue" / module)
     shutil.copytree(source / "inference", folder / "sprue" / "inference", ignore=ignore)
     return [str(folder / "defectflow"), str(folder / "sprue")]

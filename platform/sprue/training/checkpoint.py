@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from upath import UPath
 
 from sprue.errors import SprueError
+from sprue.formats import CHECKPOINT
 from sprue.inference.weights import portable_state
 from sprue.store import read_json, remove_folder, write_bytes, write_json
 
@@ -59,7 +60,7 @@ class Checkpoint:
         """Writes ``flow.safetensors``, ``optimizer.safetensors``, then ``epoch.json``, which marks it as complete."""
         write_bytes(folder / "flow.safetensors", safetensors.torch.save(self.flow))
         write_bytes(folder / "optimizer.safetensors", safetensors.torch.save(self.optimizer))
-        write_json(folder / "epoch.json", {"epoch": self.epoch, "history": self.history})
+        write_json(folder / "epoch.json", CHECKPOINT.stamped({"epoch": self.epoch, "history": self.history}))
 
     @classmethod
     def read(cls, folder: UPath) -> Self:
@@ -68,7 +69,7 @@ class Checkpoint:
         Raises:
             SprueError: If it is incomplete or damaged.
         """
-        content = read_json(folder / "epoch.json", made_by="fit")
+        content = _read(folder)
         try:
             return cls(
                 content["epoch"],
@@ -78,6 +79,11 @@ class Checkpoint:
             )
         except (OSError, KeyError, safetensors.SafetensorError) as error:
             raise SprueError(f"the checkpoint {folder} is damaged: {error}; delete it") from error
+
+
+def _read(folder: UPath) -> dict[str, Any]:
+    file = folder / "epoch.json"
+    return CHECKPOINT.current(read_json(file, made_by="fit"), file)
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ class Checkpoints:
     def history(self) -> list[dict[str, Any]]:
         """The metrics of all epochs up to the last checkpoint."""
         epochs = self.epochs()
-        return list(read_json(self._at(epochs[-1]) / "epoch.json", made_by="fit")["history"]) if epochs else []
+        return list(_read(self._at(epochs[-1]))["history"]) if epochs else []
 
     def best(self) -> Checkpoint | None:
         """The stored checkpoint with the best validation likelihood; None before the first."""

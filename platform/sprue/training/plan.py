@@ -1,6 +1,7 @@
 """The plan of a class: what is fitted for it. Search writes it; fit, evaluate and register read it."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from typing import Annotated, Self
 
@@ -11,8 +12,9 @@ from upath import UPath
 from sprue.config import DatasetSettings, Settings
 from sprue.data.manifest import Manifest
 from sprue.errors import SprueError
+from sprue.formats import PLAN
 from sprue.inference.spec import FeatureSpec
-from sprue.store import digest, read_text, write_bytes
+from sprue.store import digest, read_json, write_json
 from sprue.training.spec import FitSpec, recipe_spec
 
 
@@ -55,7 +57,7 @@ class ClassPlan(Settings):
 
     def write(self, folder: UPath) -> None:
         """Writes ``<class>.json``; the same plan gives the same bytes."""
-        write_bytes(folder / f"{self.class_name}.json", (self.model_dump_json(indent=1) + "\n").encode())
+        write_json(folder / f"{self.class_name}.json", PLAN.stamped(self.model_dump(mode="json")))
 
     @classmethod
     def read(cls, folder: UPath, class_name: str) -> Self:
@@ -66,7 +68,7 @@ class ClassPlan(Settings):
         """
         path = folder / f"{class_name}.json"
         try:
-            return cls.model_validate_json(read_text(path, made_by="search"))
+            return cls.model_validate_json(json.dumps(PLAN.current(read_json(path, made_by="search"), path)))
         except ValidationError as error:
             raise SprueError(f"{path} is damaged; run the search stage again: {error}") from error
 

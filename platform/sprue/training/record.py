@@ -11,6 +11,7 @@ from upath import UPath
 
 from defectflow import Flow, build_flow
 from sprue.errors import SprueError
+from sprue.formats import FIT
 from sprue.store import read_json, write_bytes, write_json
 from sprue.training.plan import ClassPlan
 from sprue.training.spec import FitSpec
@@ -52,7 +53,7 @@ class FitRecord:
         """Writes ``flow.safetensors``, then ``fit.json``, whose presence means that the fit is complete."""
         (folder / "fit.json").unlink(missing_ok=True)
         write_bytes(folder / "flow.safetensors", safetensors.torch.save(self.state))
-        write_json(folder / "fit.json", self.facts)
+        write_json(folder / "fit.json", FIT.stamped(self.facts))
 
     @classmethod
     def read(cls, folder: UPath) -> Self:
@@ -61,7 +62,7 @@ class FitRecord:
         Raises:
             SprueError: If there is no finished fit.
         """
-        facts = read_json(folder / "fit.json", made_by="fit")
+        facts = _read(folder)
         try:
             return cls(
                 FitSpec.model_validate(facts["spec"], strict=False),
@@ -79,13 +80,18 @@ class FitRecord:
     @staticmethod
     def is_current(folder: UPath, key: str) -> bool:
         """Whether a finished fit with that key is there."""
-        return (folder / "fit.json").is_file() and read_json(folder / "fit.json", made_by="fit").get("key") == key
+        return (folder / "fit.json").is_file() and _read(folder).get("key") == key
 
     def build_flow(self) -> Flow:
         """The fitted flow."""
         flow = build_flow(self.spec.flow_name, **self.spec.flow_config)
         flow.load_state_dict(self.state)
         return flow
+
+
+def _read(folder: UPath) -> dict[str, Any]:
+    file = folder / "fit.json"
+    return FIT.current(read_json(file, made_by="fit"), file)
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,7 @@ def test_an_image_with_a_hole_is_anomalous_and_the_map_shows_where(detector, eng
         (lambda folder: (folder / "detector.json").write_text("{"), "is not a saved detector"),
         (
             lambda folder: (folder / "detector.json").write_text('{"format": 7}'),
-            "has format 7, this version of sprue reads 1",
+            "was written by a newer sprue: detector of format 7, and this one reads up to 1; update",
         ),
     ],
 )

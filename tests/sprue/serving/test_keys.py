@@ -95,7 +95,7 @@ def test_without_a_file_everybody_may_do_everything() -> None:
 )
 def test_a_malformed_file_is_named_with_its_field(path: Path, change: dict[str, object], words: str) -> None:
     key = {"name": "line", "sha256": "0" * 64, "scopes": ["score"]}
-    path.write_text(json.dumps({"keys": [key | change]}))
+    path.write_text(json.dumps({"format": 1, "keys": [key | change]}))
     with pytest.raises(SprueError, match=rf"keys\.json is no file of keys: {words}") as refusal:
         KeyFile(path)
     assert "plain" not in str(refusal.value)  # what may be a secret is not repeated
@@ -103,7 +103,7 @@ def test_a_malformed_file_is_named_with_its_field(path: Path, change: dict[str, 
 
 def test_names_are_given_once(path: Path) -> None:
     key = {"name": "line", "sha256": "0" * 64, "scopes": ["score"]}
-    path.write_text(json.dumps({"keys": [key, key]}))
+    path.write_text(json.dumps({"format": 1, "keys": [key, key]}))
     with pytest.raises(SprueError, match="two keys have the same name"):
         read_keys(path)
 
