@@ -1,11 +1,12 @@
-"""Commands of a platform engineer: back up, restore, move."""
+"""Commands of a platform engineer: back up, restore, move, and see what is wrong."""
 
 import logging
 from dataclasses import asdict
+from pathlib import Path
 
 import click
 
-from sprue.cli.group import as_json, main, show
+from sprue.cli.group import FOLDER, as_json, main, show
 
 
 def _show_progress() -> None:
@@ -60,3 +61,26 @@ def relocate(store: str) -> None:
     folder = location(store)
     changed = adopt(registry_file(folder), folder)
     click.echo(f"{folder}: {changed} locations changed" if changed else f"{folder}: nothing was left behind")
+
+
+@main.command()
+@click.option("--keys", type=FOLDER, default="keys.json", show_default=True, help="The service's file of keys.")
+@click.option("--nodes", is_flag=True, help="Ask each node of the Ray cluster, too, which takes some seconds more.")
+@as_json
+@click.pass_context
+def doctor(context: click.Context, keys: Path, nodes: bool, as_json: bool) -> None:
+    """Say what is installed, reachable, writable, too old or exposed, and what to do about it.
+
+    Exit status 1 says that something fails.
+    """
+    from sprue.operations.doctor import examine
+    from sprue.store import location
+
+    logging.getLogger().setLevel(logging.ERROR)
+    findings = examine(location(context.obj), keys)
+    if nodes:
+        from sprue.operations.nodes import compare_nodes
+
+        findings += compare_nodes()
+    show([asdict(each) for each in findings], "\n".join(map(str, findings)), as_json)
+    context.exit(any(each.level == "FAIL" for each in findings))

@@ -23,12 +23,11 @@ from upath import UPath
 
 from sprue.errors import SprueError
 from sprue.features.counter import ImageCounter
+from sprue.features.spec_file import write_spec
 from sprue.features.tables import FeatureTable, write_part
-from sprue.formats import FEATURE_SPEC
 from sprue.inference.engines import EngineName, build_engine
 from sprue.inference.images import model_input, open_image
 from sprue.inference.spec import FeatureSpec
-from sprue.store import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +150,7 @@ def extract(
     """
     started = time.perf_counter()
     folder = features / spec.fingerprint
-    write_json(folder / "spec.json", FEATURE_SPEC.stamped(spec.model_dump(mode="json")))
+    write_spec(folder, spec)
     unique = images[["class_name", "sha256", "path"]].drop_duplicates(["class_name", "sha256"])
     tables = {name: FeatureTable(folder / name) for name in unique["class_name"].unique()}
     missing = unique[

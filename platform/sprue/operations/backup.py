@@ -22,8 +22,7 @@ from upath import UPath
 from sprue.errors import SprueError
 from sprue.formats import versions
 from sprue.operations.archive import Archive, Backup, File, in_words
-from sprue.tracking.locations import ARTIFACTS, DATABASE, left_behind, outside, snapshot
-from sprue.tracking.server import own_database
+from sprue.tracking.locations import ARTIFACTS, DATABASE, left_behind, outside, own_database, snapshot
 
 logger = logging.getLogger(__name__)
 

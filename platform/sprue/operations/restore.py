@@ -18,9 +18,8 @@ from sprue.operations.backup import PROGRESS_S, THREADS
 from sprue.release import audit_log
 from sprue.store import location
 from sprue.tracking.backbones import fetch_backbone
-from sprue.tracking.locations import ARTIFACTS, DATABASE, relocate, relocate_models
+from sprue.tracking.locations import ARTIFACTS, DATABASE, own_database, relocate, relocate_models
 from sprue.tracking.registry import champions, load_detector, model_names
-from sprue.tracking.server import own_database
 
 logger = logging.getLogger(__name__)
 

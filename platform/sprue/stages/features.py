@@ -8,11 +8,11 @@ from sprue.data.manifest import Manifest
 from sprue.features.extraction import extract
 from sprue.features.screening import screen
 from sprue.features.screening_page import write_page
+from sprue.features.spec_file import write_spec
 from sprue.features.tables import FeatureTable
-from sprue.formats import FEATURE_SPEC
 from sprue.stages.failures import close_stage
 from sprue.stages.runtime import Context, connect_ray
-from sprue.store import write_bytes, write_json
+from sprue.store import write_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def main(context: Context) -> None:
     backbone = context.backbone(spec)
     if not backbone.is_file():
         write_bytes(backbone, backbone_state(spec))
-    write_json(context.features / "spec.json", FEATURE_SPEC.stamped(spec.model_dump(mode="json")))
+    write_spec(context.features, spec)
     logger.info("features %s: %d extracted, %d were stored already", spec.fingerprint, result.extracted, result.stored)
     _screen(context, manifest, context.features / spec.fingerprint)
 

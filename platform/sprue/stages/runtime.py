@@ -7,7 +7,6 @@ are.
 import argparse
 import gc
 import importlib
-import json
 import logging
 import os
 import signal
@@ -25,11 +24,11 @@ from upath import UPath
 
 from sprue.config import DatasetSettings, FeatureSettings
 from sprue.errors import SprueError
-from sprue.formats import FEATURE_SPEC
+from sprue.features.spec_file import FILE, read_spec
 from sprue.inference import memory
 from sprue.inference.spec import FeatureSpec
 from sprue.params import PARAMS, read_dataset
-from sprue.store import location, read_json
+from sprue.store import location
 
 STAGES = ("manifest", "features", "search", "fit", "evaluate", "register")
 """The stages, in the order of the data."""
@@ -80,11 +79,11 @@ class Context:
         Raises:
             SprueError: If it has not run with these settings.
         """
-        path = self.features / "spec.json"
-        content = FEATURE_SPEC.current(read_json(path, made_by="features"), path)
-        spec = FeatureSpec.model_validate_json(json.dumps(content))
+        spec = read_spec(self.features)
         if spec.model_dump(include=set(FeatureSettings.model_fields)) != self.settings.features.model_dump():
-            raise SprueError(f"{path} was made with other settings of `features`; run the features stage again")
+            raise SprueError(
+                f"{self.features / FILE} was made with other settings of `features`; run the features stage again"
+            )
         return spec
 
 

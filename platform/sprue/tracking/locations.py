@@ -15,7 +15,7 @@ from upath import UPath
 
 from sprue.errors import SprueError
 from sprue.store import location, write_bytes
-from sprue.tracking.lock import LOCK
+from sprue.tracking.names import LOCK
 
 DATABASE = "mlflow/mlflow.db"
 """The database's path in a store that has its own."""
@@ -32,6 +32,17 @@ COLUMNS = (
 
 BUSY_S = 30.0
 """How long another process may keep the database locked."""
+
+
+def own_database(store: UPath) -> str:
+    """The SQLite database of a local store.
+
+    Raises:
+        SprueError: If the store is remote: an object store can't hold a database.
+    """
+    if store.protocol not in ("", "file"):
+        raise SprueError(f"the store {store} can't hold the tracking database; set MLFLOW_TRACKING_URI to a server")
+    return f"sqlite:///{store / DATABASE}"
 
 
 @contextmanager

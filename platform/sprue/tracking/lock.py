@@ -17,11 +17,10 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST, ErrorCode
 
 from sprue.errors import SprueError
+from sprue.tracking.names import LOCK
 
 # The second may be raised when the lock is released while the registry looks up its owner.
 TAKEN = {ErrorCode.Name(RESOURCE_ALREADY_EXISTS), ErrorCode.Name(RESOURCE_DOES_NOT_EXIST)}
-LOCK = "sprue-lock-"
-"""Begins the name of a lock; the model's follows."""
 PATIENCE_S = 30.0
 """How long to wait for another change; one takes a second."""
 

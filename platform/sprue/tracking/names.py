@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from sprue.errors import SprueError
 
+LOCK = "sprue-lock-"
+"""Begins the name of a registered model that is a lock; the name of what it locks follows."""
 LISTED = 20
 """Names that a message lists."""
 

@@ -13,21 +13,10 @@ from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from upath import UPath
 
 from sprue.errors import SprueError
-from sprue.tracking.locations import ARTIFACTS, DATABASE, left_behind
+from sprue.tracking.locations import ARTIFACTS, left_behind, own_database
 
 PATIENCE_S = 5.0
 """How long a tracking server may take to answer."""
-
-
-def own_database(store: UPath) -> str:
-    """The SQLite database of a local store.
-
-    Raises:
-        SprueError: If the store is remote: an object store can't hold a database.
-    """
-    if store.protocol not in ("", "file"):
-        raise SprueError(f"the store {store} can't hold the tracking database; set MLFLOW_TRACKING_URI to a server")
-    return f"sqlite:///{store / DATABASE}"
 
 
 def connect(store: UPath) -> str:

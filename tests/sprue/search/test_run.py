@@ -95,7 +95,7 @@ def test_no_search_and_a_damaged_one_say_what_to_do(case):
     with pytest.raises(SprueError, match=r"there is no .*search\.json; run the search stage first"):
         SearchRecord.read(folder)
     folder.mkdir(parents=True)
-    (folder / "search.json").write_text('{"class_name": "brick", "trials": []}')
+    (folder / "search.json").write_text('{"format": 1, "class_name": "brick", "trials": []}')
     with pytest.raises(SprueError, match=r"is not a finished search: .*; delete it and run the search again"):
         SearchRecord.read(folder)
 

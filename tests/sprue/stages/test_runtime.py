@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sprue.errors import SprueError
+from sprue.features.spec_file import write_spec
 from sprue.inference.spec import FeatureSpec
 from sprue.stages.runtime import INTERRUPTED, read_context
 
@@ -85,9 +86,9 @@ def test_features_of_other_settings_are_refused(tmp_path):
     resolved = {"weights_digest": "0" * 64, "mean": [0.5] * 3, "std": [0.5] * 3}
     context.features.mkdir(parents=True)
     spec = FeatureSpec.model_validate(features.model_dump() | resolved, strict=False)
-    (context.features / "spec.json").write_text(spec.model_dump_json())
+    write_spec(context.features, spec)
     assert context.feature_spec() == spec
     other = spec.model_copy(update={"input_size": 256})
-    (context.features / "spec.json").write_text(other.model_dump_json())
+    write_spec(context.features, other)
     with pytest.raises(SprueError, match="made with other settings of `features`; run the features stage again"):
         context.feature_spec()
