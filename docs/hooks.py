@@ -17,6 +17,7 @@ from latex2mathml.converter import convert
 from defectflow.config import CONFIGS
 from sprue.cli import main
 from sprue.config import FLOW_SETTINGS, DatasetSettings, Recipe, Settings
+from sprue.formats import FORMATS
 from sprue.serving.app import app
 
 JSON = dict[str, Any]
@@ -127,6 +128,12 @@ def _command(command: click.Command, parent: click.Context) -> str:
     return "\n\n".join([*parts, _table(rows, ("option", "description"))] if rows else parts)
 
 
+def formats() -> str:
+    """The stored formats and their versions."""
+    rows = ((each.name, str(each.version), each.remedy) for each in FORMATS)
+    return _table(rows, ("format", "version", "what to do with a file that is too old"))
+
+
 def http() -> str:
     """The routes of the scoring service, and what they return."""
     description = app.openapi()
@@ -200,4 +207,4 @@ def _cell(text: str) -> str:
     return re.sub(r"(`[^`]*`)|\|", lambda match: match[1] or r"\|", one_line)
 
 
-PAGES = {"settings": settings, "commands": commands, "http": http}
+PAGES = {"settings": settings, "commands": commands, "formats": formats, "http": http}

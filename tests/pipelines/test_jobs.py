@@ -173,3 +173,17 @@ def test_a_job_runs_the_code_that_was_sent(checkout, ray_head):
         found = next(each for each in said.splitlines() if each.startswith(line)).split()
         assert "runtime_resources/working_dir_files" in found[1]
         assert Path(found[2]).parent == Path(subprocess.__file__).parent
+
+
+def test_the_doctor_looks_at_the_cluster_and_at_each_node(checkout, ray_head):
+    def doctor(*arguments, **environment):
+        named = {"RAY_ADDRESS": ray_head.address, "RAY_API_SERVER_ADDRESS": ray_head.dashboard} | environment
+        done = checkout.run("python", "-m", "sprue.cli", "doctor", "--json", *arguments, check=False, **named)
+        return [each for each in json.loads(done.stdout) if each["subject"] in ("Ray", "nodes")]
+
+    found = doctor("--nodes")
+    assert [each["level"] for each in found] == ["OK"] * 3
+    assert "asks for a token, and takes this one" in found[1]["words"]
+    assert found[2]["words"] == "1 of 1 nodes have the versions that are here"
+    _, refused = doctor(RAY_AUTH_TOKEN="0" * 64)
+    assert refused["level"] == "FAIL" and "does not take this token: set RAY_AUTH_TOKEN" in refused["words"]

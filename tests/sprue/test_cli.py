@@ -15,7 +15,7 @@ from sprue.stages.runtime import run_stage
 
 COMMANDS = {
     "run", "demo", "stage", "search", "serve", "keys", "score",
-    "promote", "rollback", "audit", "lineage", "reproduce", "figures",
+    "promote", "rollback", "audit", "lineage", "reproduce", "figures", "backup", "restore", "relocate", "doctor",
 }  # fmt: skip
 
 
@@ -84,6 +84,8 @@ def test_every_stage_explains_its_arguments(stage):
         (["figures", "none.npz"], "File 'none.npz' does not exist"),
         (["serve", "--port", "many"], "'many' is not a valid integer"),
         (["audit", "--loud"], "o such option"),
+        (["backup"], "Missing argument 'ARCHIVE'"),
+        (["restore", "backups"], "Missing option '--to'"),
     ],
 )
 def test_wrong_usage_ends_with_status_2(sprue, arguments, message):

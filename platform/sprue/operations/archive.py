@@ -118,6 +118,12 @@ class Archive:
             os.sync()  # the files are on the disk before the backup that names them
         write_json(self.folder / "backups" / f"{name}.json", BACKUP.stamped(backup.model_dump(mode="json")))
 
+    def stored(self) -> dict[str, int]:
+        """The digests and sizes of the files that the archive has."""
+        folder = self.folder / "objects"
+        found = folder.fs.find(folder.path, detail=True) if folder.is_dir() else {}
+        return {path.rpartition("/")[2]: int(facts["size"]) for path, facts in found.items()}
+
     def add(self, path: UPath) -> tuple[str, int]:
         """Copies a file into the archive, unless it has it; digest and number of its bytes.
 

@@ -148,12 +148,13 @@ class _Copier:
         self.files: dict[str, File] = {}
         self.copied: dict[str, int] = {}
         self._store, self._archive, self._known = store, archive, known
-        self._stored = {file.sha256 for file in known.values()}
+        self._stored = archive.stored()
 
     def copy(self, name: str, path: UPath, size: int, stamp: str) -> None:
         """Copies a file that is in the store under a name, unless the last backup has it."""
         last = self._known.get(name)
-        if last is not None and (last.size, last.stamp) == (size, stamp):
+        is_there = last is not None and self._stored.get(last.sha256) == last.size
+        if is_there and (last.size, last.stamp) == (size, stamp):
             self.files[name] = last
             return
         try:

@@ -95,10 +95,12 @@ def locations(database: Path) -> set[str]:
 
 
 def left_behind(database: Path, store: UPath) -> list[str]:
-    """Locations outside of a store that a file in it would have, if the store had been moved; sorted."""
-    return sorted(
-        place for place in locations(database) if not _is_below(place, store) and place.endswith(f"/{ARTIFACTS}")
-    )
+    """Locations of experiments outside of a store that would be in it, if the store had been moved; sorted."""
+    with _opened(database) as connection:
+        if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'experiments'").fetchone():
+            return []  # MLflow has not made its tables yet
+        found = [row[0] or "" for row in connection.execute("SELECT DISTINCT artifact_location FROM experiments")]
+    return sorted(place for place in found if not _is_below(place, store) and place.endswith(f"/{ARTIFACTS}"))
 
 
 def outside(database: Path, store: UPath) -> list[str]:
@@ -159,8 +161,9 @@ def adopt(database: Path, store: UPath) -> int:
     changed = 0
     for place in left_behind(database, store):
         old = location(unquote(place.removeprefix("file://")).removesuffix(f"/{ARTIFACTS}"))
+        if store.protocol in ("", "file"):
+            relocate_models(Path((store / ARTIFACTS).path), old, store)
         changed += relocate(database, old, store)
-        relocate_models(Path((store / ARTIFACTS).path), old, store)
     return changed
 
 

@@ -94,6 +94,9 @@ def test_a_damaged_file_is_named_and_nothing_is_restored(plant, archive, tmp_pat
     with pytest.raises(SprueError, match=r"plant/fits/brick/fit\.json is missing in the backup"):
         restore(archive, location(str(tmp_path / "new")))
     assert not [each for each in tmp_path.iterdir() if "new" in each.name]
+    # What is missing is copied again, though it has not changed since the last backup.
+    assert back_up(plant.folder, archive).copied >= 1
+    restore(archive, location(str(tmp_path / "new")))
 
 
 def test_what_can_not_be_done_is_said(plant, archive, tmp_path, monkeypatch):
