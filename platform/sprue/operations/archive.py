@@ -124,14 +124,14 @@ class Archive:
         found = folder.fs.find(folder.path, detail=True) if folder.is_dir() else {}
         return {path.rpartition("/")[2]: int(facts["size"]) for path, facts in found.items()}
 
-    def add(self, path: UPath) -> tuple[str, int]:
-        """Copies a file into the archive, unless it has it; digest and number of its bytes.
+    def add(self, path: UPath, stored: Mapping[str, int]) -> tuple[str, int]:
+        """Copies a file into the archive, unless it is among those `stored`; digest and number of its bytes.
 
         The file may be replaced meanwhile: what is in the archive is the one or the other.
         """
         with path.open("rb") as source:
             digest, size = _copy(source)
-        if self._object(digest).exists():
+        if stored.get(digest) == size:
             return digest, size
         with path.open("rb") as source:
             return self._add(source)

@@ -158,7 +158,7 @@ class _Copier:
             self.files[name] = last
             return
         try:
-            digest, size = self._archive.add(path)
+            digest, size = self._archive.add(path, self._stored)
         except FileNotFoundError:
             # Replaced by a stage, or deleted as old decisions are. What the registry names is neither.
             if name.startswith(f"{ARTIFACTS}/"):
@@ -166,8 +166,8 @@ class _Copier:
             logger.info("%s was deleted meanwhile", name)
             return
         self.files[name] = File(sha256=digest, size=size, stamp=stamp)
-        if digest not in self._stored:
-            self.copied[name] = size
+        if self._stored.get(digest) != size:
+            self.copied[name] = self._stored[digest] = size
 
     def copy_all(self) -> None:
         """Copies all files of the store that belong into a backup."""
