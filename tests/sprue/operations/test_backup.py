@@ -54,7 +54,7 @@ def test_a_restored_store_works_without_the_old_one(plant, tmp_path, monkeypatch
     expected = score(plant.folder, plant.image)
     lineage = json.loads(sprue("--store", str(plant.folder), "lineage", "brick", "--json"))
     made = json.loads(sprue("--store", str(plant.folder), "backup", "backups", "--json"))
-    assert made["has_registry"] and made["copied"] == made["files"] > 10
+    assert made["has_registry"] and made["files"] >= made["copied"] > 10  # equal files are kept once
     assert json.loads(sprue("--store", str(plant.folder), "backup", "backups", "--json"))["copied"] <= 1
 
     hidden = hide(plant.folder)
