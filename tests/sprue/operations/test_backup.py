@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,6 +74,7 @@ def test_a_restored_store_works_without_the_old_one(plant, tmp_path, monkeypatch
         served = Loader(threads=1)(champion)
         assert served.champion.version == 1
         # The package names the backbone's weights, which MLflow reads.
+        monkeypatch.setattr(sys, "path", list(sys.path))  # to which MLflow adds the model's own copy of sprue
         python_function = mlflow.pyfunc.load_model("models:/plant.brick@champion").metadata.flavors["python_function"]
         assert python_function["config"]["weights"].startswith(f"{new.as_uri()}/mlflow/artifacts/")
         # A restored store can be backed up and restored in its turn.

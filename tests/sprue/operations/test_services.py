@@ -41,7 +41,7 @@ def test_a_bucket_is_written_to(s3_bucket, monkeypatch):
     found = services.store(location(f"s3://{s3_bucket}/store"))
     assert [(each.level, each.subject) for each in found] == [("OK", "store"), ("OK", "clock")]
     assert not location(f"s3://{s3_bucket}/store/.doctor").exists()
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     level, words = only(services.store(location(f"s3://{s3_bucket}/store")))
     assert level == "FAIL" and words.startswith(f"s3://{s3_bucket}/store can't be written: ")
 
