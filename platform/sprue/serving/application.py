@@ -1,0 +1,89 @@
+"""The service for a configuration file of Ray Serve, as ``serve deploy`` and KubeRay's RayService read them.
+
+Its ``import_path`` is ``sprue.serving.application:application``. The file says where to listen and how many replicas
+there are; the tracking server comes from ``MLFLOW_TRACKING_URI`` in the nodes' environment, with its credentials.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+from ray.serve import Application
+
+from sprue.errors import SprueError
+from sprue.release.decision_store import FOLDER
+from sprue.serving.admission import AdmissionLimits
+from sprue.serving.app import CLOSE_S, ScoringService, ServiceConfig
+from sprue.serving.champions import CacheSettings
+from sprue.serving.decision_log import DecisionLogSettings
+from sprue.serving.hosts import AllowedHosts
+from sprue.serving.launch import PROXY_GRACE_S, require_keys
+from sprue.serving.parsing import ServiceLimits
+from sprue.store import location
+
+EVERYWHERE = "0.0.0.0"
+"""Where a node of a cluster listens: others reach it, so that keys are needed."""
+
+
+class ServiceArguments(BaseModel):
+    """The ``args`` of the application; the options of ``sprue serve``, where they have the same meaning.
+
+    Attributes:
+        store: Folder that all nodes see, or s3 URL, in which decisions are kept; nowhere if None.
+        keep_days: Days after which decisions are deleted.
+        keep_images: Gigabytes of images beyond which the oldest are deleted.
+        keep_sample: Fraction kept of the images that are neither alarms nor near the threshold.
+        keys: A file of keys, on every node.
+        without_keys: Serve everybody who reaches a node.
+        allowed_hosts: Names under which requests may come, besides the nodes' addresses.
+        cache_gb: GiB of the classes that a replica has loaded.
+        pinned: Classes that are loaded at the start, and stay.
+        refresh_s: Seconds between two looks into the registry for new champions.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    store: str | None = None
+    keep_days: Annotated[int, Field(ge=1)] = 90
+    keep_images: Annotated[float, Field(ge=0)] = 20.0
+    keep_sample: Annotated[float, Field(ge=0, le=1)] = 0.01
+    keys: Path | None = None
+    without_keys: bool = False
+    allowed_hosts: tuple[str, ...] = ()
+    cache_gb: Annotated[float, Field(gt=0)] = 2.0
+    pinned: tuple[str, ...] = ()
+    refresh_s: Annotated[float, Field(gt=0)] = 15.0
+
+
+def application(arguments: ServiceArguments) -> Application:
+    """Builds the service; Ray Serve calls this on the cluster with the file's ``args``.
+
+    Raises:
+        SprueError: If there are neither keys nor ``without_keys``, or no tracking server is named.
+    """
+    require_keys(EVERYWHERE, arguments.keys, arguments.without_keys)
+    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if not tracking_uri:
+        raise SprueError("set MLFLOW_TRACKING_URI to the tracking server in the environment of every node")
+    admission = AdmissionLimits()
+    config = ServiceConfig(
+        tracking_uri=tracking_uri,
+        limits=ServiceLimits(),
+        admission=admission,
+        cache=CacheSettings(int(arguments.cache_gb * 2**30), arguments.pinned),
+        refresh_s=arguments.refresh_s,
+        keys=arguments.keys,
+        hosts=AllowedHosts.of(EVERYWHERE, arguments.allowed_hosts),
+        decisions=_decisions(arguments),
+    )
+    # A replica that has answered its requests writes its last decisions.
+    stop_s = admission.max_timeout_s + CLOSE_S + PROXY_GRACE_S
+    return ScoringService.options(graceful_shutdown_timeout_s=stop_s).bind(config)  # type: ignore[attr-defined]
+
+
+def _decisions(arguments: ServiceArguments) -> DecisionLogSettings | None:
+    if arguments.store is None:
+        return None
+    folder = str(location(arguments.store) / FOLDER)
+    return DecisionLogSettings(folder, arguments.keep_days, round(1e9 * arguments.keep_images), arguments.keep_sample)
