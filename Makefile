@@ -16,11 +16,12 @@ KEYS :=
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-.venv/installed: requirements.txt pyproject.toml
+.venv/installed: requirements.txt pyproject.toml infra/kubernetes/helm.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sprue needs Python 3.11 or newer; name one with PYTHON=")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -r requirements.txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/python infra/kubernetes/install_helm.py
 	@touch $@
 
 setup: .venv/installed ## make the virtual environment from the pinned versions
