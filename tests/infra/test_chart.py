@@ -218,6 +218,9 @@ def test_what_the_laptop_bundles_is_what_its_pods_are_told(render: Render) -> No
     for name, service in (("MLFLOW_TRACKING_URI", "line-mlflow"), ("AWS_ENDPOINT_URL", "line-s3")):
         (port,) = services[service]["spec"]["ports"]
         assert environment[name] == f"http://{service}:{port['port']}"
+    (job,) = pod_specs(of_kind(objects, "Job"))
+    assert environment["SPRUE_STORE"] == "s3://sprue/store"
+    assert '"sprue"' in job["containers"][0]["command"][-1], "the store's bucket is made"
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,8 @@ def test_nothing_is_installed_that_has_no_hash() -> None:
 def test_the_images_run_as_nobody_in_particular_and_say_how_they_are() -> None:
     assert re.search(r"^USER 10001:10001$", DOCKERFILE, re.M)
     assert "HEALTHCHECK" in DOCKERFILE
+    # KubeRay starts Ray in a login shell, whose path is Debian's.
+    assert 'export PATH=/opt/sprue/bin:\\$PATH" > /etc/profile.d/sprue.sh' in DOCKERFILE
     environment = dict(re.findall(r"^(?:ENV|   )\s*(\w+)=(\S+)", DOCKERFILE, re.M))
     assert memory.ENVIRONMENT.items() <= environment.items(), "as for a Ray that sprue starts"
     assert environment["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] == "sprue.serving.proxy:middlewares"
