@@ -20,7 +20,7 @@ TORCH = re.compile(r"torch|torchvision|triton|(nvidia|cuda)-.+")
 """Packages that differ between the variants of an image."""
 SOURCES = {
     "build": [str(FOLDER / "build.in")],
-    "platform": [str(ROOT / "pyproject.toml"), "--extra", "tracking", str(FOLDER / "platform.in")],
+    "platform": [str(ROOT / "pyproject.toml"), str(FOLDER / "platform.in")],
     "scoring": [str(FOLDER / "scoring.in")],
 }
 

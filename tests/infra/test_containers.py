@@ -102,8 +102,7 @@ def test_the_locks_have_the_tested_versions_of_all_that_is_needed() -> None:
         for package, version in locked(name).items():
             assert tested.get(package, version) == version, f"{package}: run infra/containers/lock.py"
     torch = set(locked("torch-cuda"))
-    own = [*project["dependencies"], *project["optional-dependencies"]["tracking"]]
-    declared = {canonicalize_name(Requirement(each).name) for each in own}
+    declared = {canonicalize_name(Requirement(each).name) for each in project["dependencies"]}
     assert declared | needed("platform") <= locked("platform").keys() | torch
     assert needed("scoring") <= locked("scoring").keys() | torch
     assert needed("build") | {"hatchling"} <= locked("build").keys()
@@ -228,6 +227,8 @@ def test_the_stacks_prometheus_and_grafana_show_what_the_local_ones_do(compose: 
     assert set(found["names"]) <= compose["services"].keys()
     for name in found["names"]:
         assert f"--metrics-export-port={found['port']}" in json.dumps(compose["services"][name]["command"])
+    done = subprocess.run(["promtool", "check", "config", str(CONTAINERS / "prometheus.yaml")], capture_output=True)
+    assert done.returncode == 0, done.stderr
     for mount in compose["services"]["grafana"]["volumes"]:
         source = mount.partition(":")[0]
         assert not source.startswith(".") or (CONTAINERS / source).exists(), source

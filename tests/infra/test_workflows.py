@@ -83,7 +83,11 @@ def test_a_release_is_what_the_repository_says_it_is() -> None:
     assert re.search(r"^## ", (ROOT / "CHANGELOG.md").read_text(), re.M)
 
 
-def test_the_development_container_has_the_gates_packages() -> None:
-    container = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())
-    (packages,) = re.findall(r"apt-get install .*--no-install-recommends (.*)", (ROOT / ".ci" / "run").read_text())
-    assert set(packages.split()) <= set(container["postCreateCommand"].split())
+def test_other_machines_get_the_gates_packages() -> None:
+    """The development container, and the workflow where it does not run the gate itself."""
+    install = r"apt-get install .*--no-install-recommends ([\w -]+)"
+    (packages,) = re.findall(install, (ROOT / ".ci" / "run").read_text())
+    container = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())["postCreateCommand"]
+    for command in (container, commands(ROOT / ".github" / "workflows" / "ci.yml")):
+        (installed,) = re.findall(install, command)
+        assert set(packages.split()) <= set(installed.split())
