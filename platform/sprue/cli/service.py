@@ -42,6 +42,7 @@ SCOPE = (
     show_default=True,
     help="Memory of the classes that a replica has loaded, in GiB.",
 )
+@click.option("--allow-empty", is_flag=True, help="Start before there is a champion; the first is served when it comes.")
 @click.option("--pin", "pinned", multiple=True, metavar="CLASS", help="Load this class at the start, and keep it.")
 @click.pass_obj
 def serve(
@@ -56,6 +57,7 @@ def serve(
     keep_images: float,
     keep_sample: float,
     cache_gb: float,
+    allow_empty: bool,
     pinned: tuple[str, ...],
 ) -> None:
     """Serve the champions over HTTP until interrupted."""
@@ -83,6 +85,7 @@ def serve(
         without_keys=without_keys,
         allowed_hosts=allowed_hosts,
         decisions=decisions,
+        allow_empty=allow_empty,
     )
     click.echo(f"scoring at {url}  (its interface: {url}/docs; stop it with Ctrl-C)")
     sys.stdout.flush()

@@ -65,6 +65,7 @@ class ServiceConfig:
     keys: FilePath | None
     hosts: AllowedHosts
     decisions: DecisionLogSettings | None
+    allow_empty: bool
 
 
 def _allowed_hosts() -> AllowedHosts:
@@ -111,7 +112,7 @@ class ScoringService:
         self.admission = Admission(config.admission, lambda: self.batcher.seconds_per_task)
         self.registry_error: str | None = None
         self.models = Champions(config.cache, self.threads)
-        await self.models.start()
+        await self.models.start(config.allow_empty)
         self.registry_read = time.monotonic()
         self.refresher = asyncio.create_task(self._follow_registry())
         self.reporter = asyncio.create_task(self._report_state())

@@ -96,13 +96,14 @@ class Champions:
         self._recent: dict[str, None] = {}  # names of models, the most recently used last
         self._written: list[str] = []
 
-    async def start(self) -> None:
+    async def start(self, allow_empty: bool = False) -> None:
         """Reads the registry, and loads what is pinned and what was used last, for a few seconds.
 
         Raises:
-            SprueError: If the registry has no champions, none can be loaded, or a pinned class is unknown.
+            SprueError: If the registry has no champions and may not be empty, none can be loaded, or a pinned class is
+                unknown.
         """
-        found = await asyncio.to_thread(require_champions)
+        found = await asyncio.to_thread(registry.champions if allow_empty else require_champions)
         self._served = {each.model_name: each for each in found}
         self._newest = dict(self._served)
         for champion in found:
@@ -116,7 +117,7 @@ class Champions:
         recent = [name for name in await asyncio.to_thread(_read_recent) if name in self._served]
         self._recent = dict.fromkeys(reversed(recent))
         await self._warm_up(name for name in dict.fromkeys([*recent, *self._served]) if name not in pinned)
-        if len(self._failures) == len(self._served):
+        if self._served and len(self._failures) == len(self._served):
             raise SprueError(f"no champion can be loaded: {'; '.join(list(self.failures.values())[:5])}")
 
     async def _warm_up(self, names: Iterable[str]) -> None:

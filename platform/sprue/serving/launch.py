@@ -50,6 +50,7 @@ def serve_champions(
     without_keys: bool = False,
     allowed_hosts: Sequence[str] = (),
     decisions: DecisionLogSettings | None = None,
+    allow_empty: bool = False,
 ) -> str:
     """Serves the champions of MLflow's current tracking server, and waits until the service is healthy.
 
@@ -68,10 +69,11 @@ def serve_champions(
         without_keys: Serve everybody who reaches an address other than the loopback's.
         allowed_hosts: Names under which requests may come, besides the loopback's and the address.
         decisions: Where decisions are kept, and how long; nowhere if None.
+        allow_empty: Start although the registry has no champion yet; the first is served when it is there.
 
     Raises:
         SprueError: If others than this machine reach the address and there are no keys, the port is busy, the registry
-            has no champions, or the service does not start.
+            has no champions and may not be empty, or the service does not start.
     """
     require_keys(host, keys, without_keys)
     running = bool(serve.status().proxies)
@@ -82,7 +84,8 @@ def serve_champions(
             require_keys(node, keys, without_keys)
     else:
         require_free_port(host, port)
-    require_champions()
+    if not allow_empty:
+        require_champions()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     admission = admission or AdmissionLimits()
@@ -95,6 +98,7 @@ def serve_champions(
         keys.resolve() if keys else None,
         AllowedHosts.of(host, allowed_hosts),
         decisions,
+        allow_empty,
     )
     try:
         # Replicas keep the deadlines; the proxy ends what reaches none.
