@@ -7,10 +7,14 @@ NAME :=
 RECIPE :=
 LAYOUT :=
 TRIALS :=
-HOST := 127.0.0.1
+DATASET := textures
+HOST :=
+PORT :=
+BASE :=
 KEYS :=
+STACK := $(CURDIR)/store/stack
 
-.PHONY: help setup demo run serve mlflow tracking docs lint test
+.PHONY: help setup demo run serve mlflow up down status jobs docs lint test
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -35,14 +39,24 @@ run: setup ## run the pipeline on your own folder: make run DATA=/path/to/folder
 		$(if $(LAYOUT),--layout "$(LAYOUT)") $(if $(TRIALS),--trials "$(TRIALS)")
 
 serve: setup ## serve the champions over HTTP until interrupted [PORT=8000 HOST=127.0.0.1 KEYS=keys.json]
-	$(BIN)/sprue serve --host $(HOST) --port $(or $(PORT),8000) $(if $(KEYS),--keys "$(KEYS)")
+	$(BIN)/sprue serve --host $(or $(HOST),127.0.0.1) --port $(or $(PORT),8000) $(if $(KEYS),--keys "$(KEYS)")
 
 mlflow: setup ## open the tracking UI on the same store [PORT=5000]
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --host 127.0.0.1 --port $(or $(PORT),5000) \
 		--backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/store/mlflow/mlflow.db}"
 
-tracking: setup ## keep a tracking server up: MLflow on Postgres, files in an S3 store [PORT=5000]
-	$(BIN)/python infra/local/tracking.py --port $(or $(PORT),5000)
+up: setup ## bring the local stack up: Ray, S3, Postgres, MLflow, scoring, Prometheus [HOST=127.0.0.1 PORT=8443 BASE=21000]
+	@$(BIN)/python infra/local/stack.py up --folder "$(STACK)" $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT)) \
+		$(if $(BASE),--base $(BASE))
+
+down: setup ## end the local stack; what it keeps stays
+	@$(BIN)/python infra/local/stack.py down --folder "$(STACK)"
+
+status: setup ## say how the local stack is; exit status 1 unless all is well
+	@$(BIN)/python infra/local/stack.py status --folder "$(STACK)"
+
+jobs: setup ## run the pipeline on the stack, each stage a Ray job [DATASET=textures, the demo's]
+	@infra/local/jobs.sh "$(STACK)" "$(DATASET)" "$(CURDIR)/$(BIN)"
 
 docs: setup ## build the documentation site in dist/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -1,16 +1,16 @@
-"""What is lost when the tracking server dies: ``python benchmarks/registry_faults.py``.
+"""What is lost when the tracking server's parts die: ``python benchmarks/registry_faults.py`` on a local stack.
 
-Starts `infra/local/tracking.py`, registers one detector after the other, and kills MLflow, its database or its object
-store with SIGKILL at random moments meanwhile; they are started again by themselves. Then every version is read back:
-one version, one logged model and one decision for each detector, all files there, aliases on versions that exist. Exits
-1 if that is not so.
+After ``make up`` and ``. store/stack/client.env``, it registers one detector after the other, and kills MLflow, its
+database or its object store with SIGKILL at random moments meanwhile; the stack's supervisor starts them again. Then
+every version is read back: one version, one logged model and one decision for each detector, all files there, aliases
+on versions that exist. Exits 1 if that is not so.
 """
 
 import argparse
 import os
 import random
+import secrets
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
@@ -53,7 +53,7 @@ os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
 
 ROOT = Path(__file__).parents[1]
 SERVICES = {"MLflow": "mlflow", "Postgres": "postgres", "SeaweedFS": "weed"}
-DATASET, CLASS_NAME = "faults", "bolt"
+DATASET, CLASS_NAME = f"faults-{secrets.token_hex(4)}", "bolt"
 MODEL = model_name(DATASET, CLASS_NAME)
 
 
@@ -93,10 +93,10 @@ def register_one(detector: Path, digest: str, number: int, example: bytes, store
         promote(MODEL, version, before, "promoted", f"number {number}")
 
 
-def kill(server: subprocess.Popen[bytes], service: str) -> bool:
+def kill(supervisor: psutil.Process, service: str) -> bool:
     """Kills a service and what it has started; whether it ran."""
     try:
-        for process in psutil.Process(server.pid).children():
+        for process in supervisor.children():
             if SERVICES[service] in " ".join(process.cmdline()[:2]):
                 for each in [*process.children(recursive=True), process]:
                     each.kill()
@@ -136,7 +136,7 @@ def lost(numbers: int) -> list[str]:
 
 
 def kill_at_random(
-    server: subprocess.Popen[bytes], kills: int, registered: threading.Semaphore, finished: threading.Event
+    supervisor: psutil.Process, kills: int, registered: threading.Semaphore, finished: threading.Event
 ) -> None:
     """Kills services in turn, each at a random moment of a registration, when another was completed since the last."""
     rng = random.Random(0)
@@ -145,62 +145,35 @@ def kill_at_random(
         time.sleep(rng.uniform(0, 4))
         service = list(SERVICES)[number % len(SERVICES)]
         print(f"{time.strftime('%H:%M:%S')}  kill {number + 1} of {kills}: {service}", flush=True)
-        while not kill(server, service):
+        while not kill(supervisor, service):
             time.sleep(0.5)
     finished.set()
-
-
-def wait_for(server: subprocess.Popen[bytes], folder: Path) -> None:
-    """Waits until the tracking server answers; raises SprueError if it ends."""
-    while True:
-        try:
-            connect(UPath(folder))
-            return
-        except SprueError:
-            if server.poll() is not None:
-                raise
-            time.sleep(1)
 
 
 def main() -> int:
     """Prints what was lost."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--port", type=int, default=5077)
+    parser.add_argument("--stack", type=Path, default=ROOT / "store/stack", help="the stack's folder")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
-    folder.chmod(0o755)  # Postgres runs as a user of its own, if this is root
     os.environ["SPRUE_CACHE"] = str(folder / "cache")
-    os.environ["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{arguments.port}"
-    command = [
-        sys.executable,
-        ROOT / "infra/local/tracking.py",
-        "--folder",
-        folder / "t",
-        "--port",
-        str(arguments.port),
-    ]
-    with subprocess.Popen(command) as server:
-        try:
-            wait_for(server, folder)
-            detector, registered, finished = folder / "detector", threading.Semaphore(0), threading.Event()
-            digest = save_detector(detector)
-            image = Path(folder, "a.png")
-            Image.new("RGB", (64, 64)).save(image)
-            killer = threading.Thread(
-                target=kill_at_random, args=(server, arguments.kills, registered, finished), daemon=True
-            )
-            killer.start()
-            numbers = 0
-            while not finished.is_set():
-                register_one(detector, digest, numbers, image.read_bytes(), UPath(folder))
-                numbers += 1
-                registered.release()
-                print(f"{time.strftime('%H:%M:%S')}  {numbers} registered", flush=True)
-            found = lost(numbers)
-        finally:
-            server.terminate()
-            server.wait(60)
+    supervisor = psutil.Process(int((arguments.stack / "supervisord.pid").read_text()))
+    connect(UPath(folder))
+    detector, registered, finished = folder / "detector", threading.Semaphore(0), threading.Event()
+    digest = save_detector(detector)
+    image = Path(folder, "a.png")
+    Image.new("RGB", (64, 64)).save(image)
+    threading.Thread(
+        target=kill_at_random, args=(supervisor, arguments.kills, registered, finished), daemon=True
+    ).start()
+    numbers = 0
+    while not finished.is_set():
+        register_one(detector, digest, numbers, image.read_bytes(), UPath(folder))
+        numbers += 1
+        registered.release()
+        print(f"{time.strftime('%H:%M:%S')}  {numbers} registered", flush=True)
+    found = lost(numbers)
     shutil.rmtree(folder)
     print(f"\n{arguments.kills} kills, {numbers} detectors registered; lost or twice: {'; '.join(found) or 'nothing'}")
     return bool(found)

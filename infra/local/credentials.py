@@ -15,11 +15,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from settings import Settings
+from settings import LOOPBACK, Settings
 
 PEOPLE, MACHINES = "admin", "sprue"
 """MLflow's two accounts: the one that people log in with, everywhere, and that of jobs and services."""
-NAMES = ("postgres", "s3_key", "s3_secret", "ray", "people", "machines", "mlflow_session")
+NAMES = ("postgres", "s3_key", "s3_secret", "s3_signing", "ray", "people", "machines", "mlflow_session")
 RENEW = datetime.timedelta(days=30)
 LIFETIME = datetime.timedelta(days=397)
 
@@ -68,6 +68,7 @@ def write_client_environment(settings: Settings, known: dict[str, str]) -> None:
     """Writes ``client.env``, with which this machine's shells reach the stack: ``. store/stack/client.env``."""
     variables = {
         **machine_environment(settings, known),
+        "RAY_AUTH_TOKEN": known["ray"],
         "RAY_ADDRESS": settings.address("ray"),
         "RAY_API_SERVER_ADDRESS": f"http://{settings.address('ray_dashboard')}",
         "SPRUE_URL": settings.url,
@@ -104,7 +105,10 @@ def give(path: Path, user: str) -> None:
 
 
 def _make_certificates(settings: Settings) -> None:
-    """A certificate authority of this stack's own, and the proxy's certificate, renewed in time."""
+    """A certificate authority of this stack's own, and what it signs, renewed in time.
+
+    The proxy has a certificate for its names, and the object store's servers one with which they know one another.
+    """
     folder, now = settings.folder / "tls", datetime.datetime.now(datetime.UTC)
     if not (folder / "ca.pem").exists():
         key = ec.generate_private_key(ec.SECP256R1())
@@ -122,26 +126,38 @@ def _make_certificates(settings: Settings) -> None:
             .sign(key, hashes.SHA256())
         )
         _write_pair(folder / "ca", key, authority)
-    file = folder / "proxy.pem"
-    if file.exists():
-        kept = x509.load_pem_x509_certificate(file.read_bytes())
-        if kept.not_valid_after_utc - now > RENEW and _names(kept) == settings.names:
-            return
-    authority = x509.load_pem_x509_certificate((folder / "ca.pem").read_bytes())
-    authority_key = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
-    assert isinstance(authority_key, ec.EllipticCurvePrivateKey)
+    for stem, names in ((folder / "proxy", settings.names), (folder / "s3", ["localhost", LOOPBACK])):
+        if not _is_valid(stem.with_suffix(".pem"), names, now):
+            _sign(folder / "ca", stem, names, now)
+
+
+def _is_valid(file: Path, names: list[str], now: datetime.datetime) -> bool:
+    """Whether there is a certificate for these names that will last."""
+    if not file.exists():
+        return False
+    kept = x509.load_pem_x509_certificate(file.read_bytes())
+    found = kept.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return kept.not_valid_after_utc - now > RENEW and [str(each.value) for each in found] == names
+
+
+def _sign(authority: Path, stem: Path, names: list[str], now: datetime.datetime) -> None:
+    """Makes a key, and a certificate for some names that the authority signs."""
+    issuer = x509.load_pem_x509_certificate(authority.with_suffix(".pem").read_bytes())
+    issuer_key = serialization.load_pem_private_key(authority.with_suffix(".key").read_bytes(), None)
+    assert isinstance(issuer_key, ec.EllipticCurvePrivateKey)
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, settings.names[-1])])
-    identifier = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[-1])])
+    identifier = issuer.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    uses = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
     certificate = (
-        _certificate(name, authority.subject, key.public_key(), now, LIFETIME)
-        .add_extension(x509.SubjectAlternativeName([_general_name(each) for each in settings.names]), critical=False)
+        _certificate(subject, issuer.subject, key.public_key(), now, LIFETIME)
+        .add_extension(x509.SubjectAlternativeName([_general_name(each) for each in names]), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.ExtendedKeyUsage(uses), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier), critical=False)
-        .sign(authority_key, hashes.SHA256())
+        .sign(issuer_key, hashes.SHA256())
     )
-    _write_pair(folder / "proxy", key, certificate)
+    _write_pair(stem, key, certificate)
 
 
 def _certificate(
@@ -168,11 +184,6 @@ def _general_name(name: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(name))
     except ValueError:
         return x509.DNSName(name)
-
-
-def _names(certificate: x509.Certificate) -> list[str]:
-    found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    return [str(each.value) for each in found]
 
 
 def _write_pair(stem: Path, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> None:

@@ -1,8 +1,8 @@
 """``ray`` for nodes that listen on the loopback address alone: ``python infra/local/ray_node.py start ...``.
 
-Ray binds the ports of a node whose address is 127.0.0.1 to the loopback, the one for metrics included, which asks for no
-token. But on Linux its command line replaces such an address by the machine's own. That is changed here for the command,
-and by a variable for the processes that it starts.
+Ray binds the ports of a node whose address is 127.0.0.1 to the loopback, the one for metrics included, which asks for
+no token. But on Linux its command line replaces such an address by the machine's own. That is changed here for the
+command, and by a variable for the processes that it starts.
 """
 
 import os

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from credentials import MACHINES, PEOPLE, give, machine_environment, write_private
+from credentials import PEOPLE, give, machine_environment, write_private
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ruamel.yaml import YAML
-from settings import LOOPBACK, ROOT, PORTS, Settings, StackError, is_loopback, program
+from settings import LOOPBACK, ROOT, Settings, StackError, program
 
 POSTGRES_USER, PROXY_USER = "postgres", "www-data"
 """Postgres does not run as root, and the proxy's workers should not; where the stack does, they run as these."""
@@ -98,9 +98,9 @@ def _seaweedfs(settings: Settings) -> tuple[str, ...]:
     port, data = settings.ports, settings.folder / "s3"
     names = ("master", "volume", "filer")
     return (
-        _own("weed"), "server", f"-dir={data}", "-s3", f"-ip={LOOPBACK}", f"-ip.bind={LOOPBACK}",
+        _own("weed"), f"-config_dir={settings.folder}/conf", "server", f"-dir={data}", "-s3", f"-ip={LOOPBACK}", f"-ip.bind={LOOPBACK}",
         "-master.telemetry=false", "-volume.max=1000", "-master.volumeSizeLimitMB=64", "-s3.port.iceberg=0",
-        "-s3.port.lance=0", f"-filer.localSocket={settings.sockets}/filer.sock",
+        "-s3.port.lance=0", "-volume.preStopSeconds=1", f"-filer.localSocket={settings.sockets}/filer.sock",
         f"-s3.localSocket={settings.sockets}/s3.sock", f"-s3.port={port['s3']}", f"-s3.port.grpc={port['s3_grpc']}",
         *(f"-{name}.port={port[f's3_{name}']}" for name in names),
         *(f"-{name}.port.grpc={port[f's3_{name}_grpc']}" for name in names),
@@ -127,6 +127,7 @@ def _mlflow_environment(settings: Settings, known: Mapping[str, str]) -> dict[st
         "MLFLOW_FLASK_SERVER_SECRET_KEY": known["mlflow_session"],
         # MLflow's jobs evaluate language models; the server would start nine processes for them.
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
     }
 
 
@@ -206,15 +207,13 @@ def make_database(settings: Settings, known: Mapping[str, str]) -> None:
     Raises:
         StackError: If Postgres can't.
     """
-    data, root = settings.folder / "postgres", os.geteuid() == 0
+    data, root, password = settings.folder / "postgres", os.geteuid() == 0, settings.sockets / "password"
     if (data / "sprue-made").exists():
         return
     if data.exists():  # interrupted before it was complete
         shutil.rmtree(data)
     data.mkdir(mode=0o700)
     give(data, POSTGRES_USER)
-    file = settings.folder / "conf" / "postgres.password"
-    password = settings.sockets / "password"
 
     def run(command: list[str], words: str = "") -> None:
         user = {"user": POSTGRES_USER, "group": POSTGRES_USER} if root else {}
@@ -225,15 +224,15 @@ def make_database(settings: Settings, known: Mapping[str, str]) -> None:
     try:
         run(["test", "-w", str(data)])
     except StackError as error:
-        raise StackError(f"the user {POSTGRES_USER}, as which Postgres runs, can't reach {data}; choose STACK=") from error
+        reason = f"the user {POSTGRES_USER}, as which Postgres runs, can't reach {data}; name a folder with --folder"
+        raise StackError(reason) from error
     write_private(password, known["postgres"])
-    file = password
-    give(file, POSTGRES_USER)
+    give(password, POSTGRES_USER)
     settings.sockets.chmod(0o711 if root else 0o700)
     try:
-        run([program("initdb"), "-D", str(data), "-U", "sprue", "--auth=scram-sha-256", f"--pwfile={file}"])
+        run([program("initdb"), "-D", str(data), "-U", "sprue", "--auth=scram-sha-256", f"--pwfile={password}"])
     finally:
-        file.unlink()
+        password.unlink()
     run([program("postgres"), "--single", "-D", str(data), "postgres"],
         "CREATE DATABASE mlflow;\nCREATE DATABASE mlflow_auth;\n")  # fmt: skip
     (data / "sprue-made").touch()
@@ -256,9 +255,10 @@ def write_configurations(settings: Settings, services: list[Service], known: Map
         "password": known["people"],
         "has_grafana": grafana_home() is not None,
         "any_address": settings.host in ("0.0.0.0", "::"),
+        "s3_signing": known["s3_signing"],
         "mlflow_auth": database_uri(settings, known, "mlflow_auth"),
     }
-    for name in ("supervisord.conf", "nginx.conf", "mlflow.ini", "grafana.ini"):
+    for name in ("supervisord.conf", "nginx.conf", "mlflow.ini", "grafana.ini", "security.toml"):
         write_private(conf / name, templates.get_template(name).render(values))
     for name in ("people", "mlflow"):
         give(conf / f"{name}.htpasswd", PROXY_USER)

@@ -65,9 +65,7 @@ class Settings:
     @property
     def ports(self) -> dict[str, int]:
         """The port of each service but the proxy."""
-        return {
-            name: self.base + 10 * ten + one for ten, group in enumerate(PORTS) for one, name in enumerate(group)
-        }
+        return {name: self.base + 10 * ten + one for ten, group in enumerate(PORTS) for one, name in enumerate(group)}
 
     def address(self, service: str) -> str:
         """Where a service listens."""

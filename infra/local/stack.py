@@ -1,8 +1,8 @@
 """The local stack: ``python infra/local/stack.py up``, ``down`` or ``status``; `make` has targets of these names.
 
 A Ray head and two workers, SeaweedFS (S3), Postgres, MLflow, the scoring service and Prometheus, kept running by
-supervisord, and a proxy with TLS in front of them. All but the proxy listen on the loopback address alone. What they keep
-is in one folder, and the next start goes on with it. It takes a user of no privileges.
+supervisord, and a proxy with TLS in front of them. All but the proxy listen on the loopback address alone. What they
+keep is in one folder, and the next start goes on with it. It needs no privileges.
 """
 
 import argparse
@@ -43,7 +43,7 @@ class Supervisor:
 
     def start(self) -> None:
         """Starts supervisord itself, without the variables that would lead services elsewhere."""
-        ours = ("AWS_", "MLFLOW_", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+        ours = ("AWS_", "MLFLOW_", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_")
         environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         command = [Path(sys.executable).parent / "supervisord", "-c", self.settings.folder / "conf/supervisord.conf"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "store/stack", help="of all files (default: %(default)s)")
     parser.add_argument("--host", help="the address that the proxy listens on (default: as before, or 127.0.0.1)")
     parser.add_argument("--port", type=int, help="the proxy's (default: as before, or 8443)")
-    parser.add_argument("--base", type=int, help="the first of 70 ports for the services (default: as before, or 21000)")
+    parser.add_argument("--base", type=int, help="the first of the 70 ports behind it (default: as before, or 21000)")
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
     try:

@@ -42,7 +42,7 @@ SCOPE = (
     show_default=True,
     help="Memory of the classes that a replica has loaded, in GiB.",
 )
-@click.option("--allow-empty", is_flag=True, help="Start before there is a champion; the first is served when it comes.")
+@click.option("--allow-empty", is_flag=True, help="Start without a champion; the first is served when it is there.")
 @click.option("--pin", "pinned", multiple=True, metavar="CLASS", help="Load this class at the start, and keep it.")
 @click.pass_obj
 def serve(

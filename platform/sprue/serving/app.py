@@ -27,7 +27,7 @@ from sprue.serving.batching import Batcher
 from sprue.serving.champions import CacheSettings, Champions
 from sprue.serving.decision_log import DecisionLog, DecisionLogSettings, decision_of
 from sprue.serving.errors import ApiError, add_error_handlers
-from sprue.serving.hosts import AllowedHosts, HeaderGuard
+from sprue.serving.hosts import AllowedHosts, HeaderGuard, listen_on_node_address
 from sprue.serving.keys import Credentials, KeyFile
 from sprue.serving.model_cache import ServedModel, score_together
 from sprue.serving.parsing import ServiceLimits, decode_inputs, read_uploads
@@ -95,6 +95,7 @@ class ScoringService:
 
     async def __init__(self, config: ServiceConfig) -> None:  # type: ignore[misc]
         """Reads the registry and loads champions; raises as `sprue.serving.champions.Champions.start`."""
+        listen_on_node_address()
         self.config = config
         self.decisions = DecisionLog(config.decisions) if config.decisions else None
         self.keys = KeyFile(config.keys)
@@ -126,7 +127,8 @@ class ScoringService:
         failure = ""
         while True:
             try:
-                metrics.report_state(self.admission, self.models, self.decisions)
+                age_s = time.monotonic() - self.registry_read
+                metrics.report_state(self.admission, self.models, self.decisions, age_s)
             except Exception as error:  # a defect; the gauges go on with the next look
                 if str(error) != failure:
                     logger.exception("the service's state could not be reported")

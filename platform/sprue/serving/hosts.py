@@ -11,6 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 
+import ray
+from ray._common.network_utils import build_address
+from ray.serve._private import replica
 from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -33,6 +36,16 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def listen_on_node_address() -> None:
+    """Has the replica that this process becomes listen on its node's address alone.
+
+    Ray Serve binds a replica's own server, which takes pickles, to all addresses of the machine, also where the node is
+    the loopback's. It offers no setting.
+    """
+    bind, address = replica.add_port_to_grpc_server, build_address(ray.util.get_node_ip_address(), 0)
+    replica.add_port_to_grpc_server = lambda server, _: bind(server, address)
 
 
 @dataclass(frozen=True)

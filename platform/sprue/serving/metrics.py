@@ -4,11 +4,9 @@ Labels are few: phases, routes and statuses, and the models and versions that ar
 `sprue.serving.errors`.
 """
 
-import string
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
-from urllib.parse import quote
 
 from ray.util.metrics import Counter, Gauge, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,6 +16,7 @@ from sprue.release.decision_store import Decision
 from sprue.serving.admission import Admission
 from sprue.serving.champions import Champions
 from sprue.serving.decision_log import DecisionLog
+from sprue.tracking.names import label
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -46,6 +45,7 @@ ALPHA = Gauge("sprue_alpha", "The false-alarm rate that a model is calibrated fo
 VERSIONS = Gauge("sprue_champion_version", "The version that is served; it changes with a swap", ("model",))
 CLASSES = Gauge("sprue_classes", "Classes that are served", ())
 FAILURES = Gauge("sprue_failures", "Classes whose champion can't be loaded", ())
+REGISTRY_AGE = Gauge("sprue_registry_age_seconds", "Seconds since the registry was last read", ())
 WAITING = Gauge("sprue_decisions_waiting", "Decisions that are not in the store yet", ())
 DROPPED = Gauge("sprue_decisions_dropped", "Rows, and samples' images, that the store did not take in time", ("what",))
 
@@ -67,15 +67,6 @@ class PhaseTimer:
     def total(self) -> float:
         """Seconds since the start."""
         return time.perf_counter() - self._started
-
-
-def label(name: str) -> str:
-    """A name as a label's value, of which Ray takes ASCII alone; other characters are percent-encoded.
-
-    >>> label("textures.gräs 2")
-    'textures.gr%C3%A4s 2'
-    """
-    return quote(name, safe=string.printable)
 
 
 def relative_score(score: float, calibration: Calibration) -> float:
@@ -116,9 +107,10 @@ def measured(score_batch: Callable[[Sequence[Task]], list[Result]]) -> Callable[
     return score
 
 
-def report_state(admission: Admission, models: Champions, log: DecisionLog | None) -> None:
+def report_state(admission: Admission, models: Champions, log: DecisionLog | None, registry_age_s: float) -> None:
     """Sets the metrics that are states of a replica rather than events; all of them, since Ray may miss a value."""
     QUEUED.set(admission.queued)
+    REGISTRY_AGE.set(registry_age_s)
     READING.set(admission.reading)
     if log:
         WAITING.set(log.waiting)

@@ -12,6 +12,7 @@ from sprue.tracking.provenance import commit, provenance
 from sprue.tracking.runs import FitRun
 from sprue.tracking.server import connect, experiment_id
 from sprue.training.loop import Epoch
+from sprue.training.metrics import FitMetrics
 from sprue.training.plan import ClassPlan, read_plans
 from sprue.training.record import FitRecord
 from sprue.training.run import FitOutcome, fit_classes, placement_of
@@ -51,14 +52,17 @@ def fit(context: Context, plans: list[ClassPlan], specs: list[FitSpec]) -> dict[
     runs = _open_runs(context, plans, specs)
     history: dict[str, list[dict[str, object]]] = {name: [] for name in runs}
     failures: dict[str, str] = {}
+    metrics = FitMetrics(context.dataset, specs)
 
     def on_epoch(name: str, epoch: Epoch) -> None:
         logger.info("%-20s %s", name, epoch)
+        metrics.epoch(name, epoch)
         history[name].append(asdict(epoch))
         runs[name].log_epochs(history[name])
 
     def on_outcome(spec: FitSpec, outcome: FitOutcome) -> None:
         run, best = runs[spec.name], outcome.best
+        metrics.outcome(spec.name, failed=best is None)
         if best is None:
             failures.setdefault(spec.class_name, f"{spec.name}: {outcome.failure}" if spec.fold else outcome.failure)
             run.end("FAILED")

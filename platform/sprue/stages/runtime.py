@@ -90,10 +90,13 @@ class Context:
 def connect_ray() -> None:
     """Connects to the cluster that ``$RAY_ADDRESS`` names, or starts one on this machine for this process.
 
+    One that it starts listens on the loopback address alone.
+
     Raises:
         SprueError: If nothing answers at that address.
     """
     import ray
+    from ray._private import ray_constants
 
     # gRPC warns of every fork beside its threads, which is harmless here.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
@@ -110,6 +113,10 @@ def connect_ray() -> None:
     settings: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if "RAY_ADDRESS" not in os.environ:
         settings["address"] = "local"
+        # As on systems where Ray makes no clusters by default, its ports are the loopback's: that of the metrics asks
+        # for no key. The constant is of this process, the variable of those that Ray starts.
+        ray_constants.ENABLE_RAY_CLUSTER = False
+        os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
         # Ray Train asks the dashboard which of its controllers are alive.
         settings["include_dashboard"] = True
         # A local machine is not preempted, and the watcher is one more process for each run of Ray Train.

@@ -1,6 +1,8 @@
 """Names of registered models: ``<dataset>.<class>``, or the class alone where only one dataset has it."""
 
+import string
 from collections.abc import Sequence
+from urllib.parse import quote
 
 from sprue.errors import SprueError
 
@@ -53,3 +55,12 @@ def resolve_name(name: str, candidates: Sequence[str]) -> str:
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return (", ".join(names[:LISTED]) or "none") + more
+
+
+def label(name: str) -> str:
+    """A name as a metric's label, of which Ray takes ASCII alone; other characters are percent-encoded.
+
+    >>> label("textures.gräs 2")
+    'textures.gr%C3%A4s 2'
+    """
+    return quote(name, safe=string.printable)

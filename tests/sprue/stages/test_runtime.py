@@ -13,6 +13,8 @@ from sprue.features.spec_file import write_spec
 from sprue.inference.spec import FeatureSpec
 from sprue.stages.runtime import INTERRUPTED, read_context
 
+ROOT = Path(__file__).parents[3]
+PYTHONPATH = {"PYTHONPATH": f"{ROOT}/platform:{ROOT}/models"}
 RECIPE = Path(__file__).parents[3] / "models/recipes/patchflow-cpu.yaml"
 
 SWALLOWS = """
@@ -92,3 +94,23 @@ def test_features_of_other_settings_are_refused(tmp_path):
     write_spec(context.features, other)
     with pytest.raises(SprueError, match="made with other settings of `features`; run the features stage again"):
         context.feature_spec()
+
+
+LISTENING = """
+import psutil, ray
+from sprue.stages.runtime import connect_ray
+connect_ray()
+ray.get(ray.remote(lambda: 0).remote())
+processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+found = [each for process in processes for each in process.net_connections("tcp") if each.status == "LISTEN"]
+print(len(found), *{each.laddr.ip.removeprefix("::ffff:") for each in found})
+"""
+
+
+def test_a_local_ray_listens_on_the_loopback_alone(environment):
+    done = subprocess.run(
+        [sys.executable, "-c", LISTENING], env=environment | PYTHONPATH, capture_output=True, text=True
+    )
+    count, *addresses = done.stdout.split()
+    assert int(count) > 5, done.stderr
+    assert addresses == ["127.0.0.1"]

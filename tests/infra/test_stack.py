@@ -1,0 +1,398 @@
+"""The local stack, brought up once: the whole way from images under DVC to a score through the proxy."""
+
+import itertools
+import json
+import random
+import re
+import shlex
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import requests
+from PIL import Image, ImageDraw
+from ruamel.yaml import YAML
+from skimage import data
+
+ROOT = Path(__file__).parents[2]
+CLASS_NAME = "tiny.brick"
+STAGES = ("manifest", "features", "search", "fit", "evaluate", "register")
+SERVICES = {
+    "postgres",
+    "seaweedfs",
+    "ray-head",
+    "ray-worker-1",
+    "ray-worker-2",
+    "mlflow",
+    "scoring",
+    "prometheus",
+    "proxy",
+}
+SETTINGS = {
+    "manifest": {"calibration": 0.2, "validation": 0.1},
+    "features": {"blocks": [2, 3], "scales": [1.0], "input_size": 128},
+    "flow": {"adapted": 32, "bottleneck": 16, "steps": 1},
+    "fit": {"epochs": 2},
+    "search": {"trials": 0},
+    "calibration": {"alpha": 0.2},
+}
+
+
+@dataclass
+class Stack:
+    """A stack in a folder of its own."""
+
+    folder: Path
+    base: int
+    environment: dict[str, str]
+    client: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        return f"https://localhost:{self.base + 70}"
+
+    def run(self, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """``make up``, ``down`` or ``status``."""
+        return self.shell(sys.executable, "infra/local/stack.py", command, "--folder", str(self.folder), *arguments)
+
+    def up(self) -> subprocess.CompletedProcess[str]:
+        done = self.run("up", "--port", str(self.base + 70), "--base", str(self.base))
+        assert done.returncode == 0, done.stdout + done.stderr + self.logs()
+        lines = (self.folder / "client.env").read_text().splitlines()
+        self.client = dict(line.removeprefix("export ").replace("'", "").split("=", 1) for line in lines)
+        return done
+
+    def logs(self) -> str:
+        return "".join(f"\n{log.name}:\n{log.read_text()[-1000:]}" for log in (self.folder / "log").glob("*.log"))
+
+    def shell(self, *command: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Runs a command as a user of this machine does who has read client.env."""
+        environment = self.environment | self.client | variables
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+
+    def secret(self, name: str) -> str:
+        return json.loads((self.folder / "secrets.json").read_text())[name]
+
+    def get(self, path: str, **arguments) -> requests.Response:
+        """Asks the proxy, whose certificate is checked."""
+        arguments.setdefault("allow_redirects", False)
+        return requests.get(self.url + path, verify=self.client["SPRUE_CA"], timeout=60, **arguments)
+
+    def query(self, expression: str) -> list[dict]:
+        """Asks Prometheus, as a person does."""
+        answer = self.get(
+            "/prometheus/api/v1/query", params={"query": expression}, auth=("admin", self.secret("people"))
+        )
+        assert answer.status_code == 200, f"{expression}: {answer.text}"
+        return answer.json()["data"]["result"]
+
+    def processes(self) -> list[psutil.Process]:
+        supervisor = psutil.Process(int((self.folder / "supervisord.pid").read_text()))
+        return [supervisor, *supervisor.children(recursive=True)]
+
+
+def free_base() -> int:
+    """The first of some ports that nothing listens on, below those that the other tests take."""
+    for base in random.SystemRandom().sample(range(12_000, 19_900, 72), 109):
+        with_all = []
+        try:
+            for port in range(base, base + 72):
+                probe = socket.socket()
+                with_all.append(probe)
+                probe.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        finally:
+            for probe in with_all:
+                probe.close()
+        return base
+    pytest.fail("there are no 72 free ports side by side")
+
+
+@pytest.fixture(scope="module")
+def stack(environment):
+    """The stack, up."""
+    folder = Path(tempfile.mkdtemp(prefix="stack-"))
+    folder.chmod(0o711)  # for Postgres and the proxy, which run as users of their own if this is root
+    variables = environment | {
+        "PYTHONPATH": f"{ROOT}/platform:{ROOT}/models",
+        "RAY_metrics_report_interval_ms": "1000",
+        "SPRUE_COMMIT": "0" * 40,
+    }
+    found = Stack(folder / "stack", free_base(), variables)
+    try:
+        found.up()
+        yield found
+    finally:
+        found.run("down")
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A small dataset in MVTec AD's layout: crops, and in the test split crops with a white spot."""
+    folder, rng, photograph = tmp_path_factory.mktemp("images") / "tiny", np.random.default_rng(0), data.brick()
+    for place, count in (("train/good", 30), ("test/good", 4), ("test/spot", 4)):
+        (folder / "brick" / place).mkdir(parents=True)
+        for number in range(count):
+            top, left = rng.integers(0, photograph.shape[0] - 96, 2)
+            image = Image.fromarray(photograph[top : top + 96, left : left + 96])
+            if place.endswith("spot"):
+                ImageDraw.Draw(image).ellipse((30, 30, 50, 50), fill=255)
+            image.save(folder / "brick" / place / f"{number:03}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def champion(stack, images, tmp_path_factory):
+    """The data in DVC with the stack as its remote; another clone gets it, and the stages run on it as a job."""
+    folder = tmp_path_factory.mktemp("repository")
+    (folder / "first/data").mkdir(parents=True)
+    shutil.copytree(images, folder / "first/data/tiny")
+
+    def run(clone, *command):
+        done = stack.shell(*command, cwd=folder / clone)
+        assert done.returncode == 0, f"{shlex.join(command)}:\n{done.stdout}{done.stderr}"
+
+    for command in (
+        "git init --quiet", "dvc init --quiet", "dvc remote add --default stack s3://sprue/dvc",
+        f"dvc remote modify stack endpointurl {stack.client['AWS_ENDPOINT_URL']}", "dvc add --quiet data/tiny",
+        "git add .", "git commit --quiet -m images", "dvc push --quiet", f"git clone --quiet . {folder}/second",
+    ):  # fmt: skip
+        run("first", *command.split())
+    run("second", "dvc", "pull", "--quiet")
+    params = YAML(typ="safe").load(ROOT / "models/recipes/patchflow-cpu.yaml")
+    for section, values in SETTINGS.items():
+        params.setdefault(section, {}).update(values)
+    YAML().dump({"datasets": {"tiny": params}}, folder / "params.yaml")
+    stages = " && ".join(
+        f"python pipelines/{stage}.py --params {folder}/params.yaml --data {folder}/second/data/tiny --store s3://sprue/store"
+        for stage in STAGES
+    )
+    job = stack.shell(
+        "ray", "job", "submit", "--address", f"{stack.url}/ray", "--verify", stack.client["SPRUE_CA"],
+        "--working-dir", ".", "--runtime-env", "infra/ray/runtime_env.yaml", "--submission-id", "whole-way",
+        "--", "sh", "-c", stages,
+    )  # fmt: skip
+    assert job.returncode == 0, job.stdout[-5000:] + job.stderr[-3000:]
+    return folder
+
+
+def test_it_is_up_and_says_so(stack):
+    status = stack.run("status")
+    assert status.returncode == 0, status.stdout
+    rows = dict(line.split(None, 1) for line in status.stdout.splitlines()[1:])
+    assert rows.keys() - {"grafana"} == SERVICES
+    assert all(row.startswith("running") for row in rows.values())
+    again = stack.run("up")
+    assert again.returncode == 0 and "running" not in again.stderr
+
+
+def test_secrets_are_their_owners_alone(stack):
+    private = ["secrets.json", "keys.json", "first.key", "ray.token", "client.env", "tls/ca.key", "tls/proxy.key",
+               "conf/supervisord.conf", "conf/nginx.conf", "conf/mlflow.ini", "conf/security.toml", "conf/people.htpasswd"]  # fmt: skip
+    for name in private:
+        assert stat.S_IMODE((stack.folder / name).stat().st_mode) == 0o600, name
+    known = json.loads((stack.folder / "secrets.json").read_text())
+    assert len(set(known.values())) == len(known) and all(len(each) == 48 for each in known.values())
+    commands = [" ".join(process.cmdline()) for process in stack.processes()]
+    assert not [command for command in commands for each in known.values() if each in command]
+
+
+PORT = re.compile(r"^\| (\d+) \|", re.MULTILINE)
+
+
+def listening(stack) -> dict[int, set[str]]:
+    """Addresses by their ports."""
+    found: dict[int, set[str]] = {}
+    for process in stack.processes():
+        for each in process.net_connections("tcp"):
+            if each.status == psutil.CONN_LISTEN:
+                found.setdefault(each.laddr.port, set()).add(each.laddr.ip)
+    return found
+
+
+def test_nothing_listens_beyond_the_loopback_and_every_port_is_in_the_documentation(stack, champion):
+    found = listening(stack)
+    assert len(found) > 30
+    assert {address for addresses in found.values() for address in addresses} <= {"127.0.0.1", "::ffff:127.0.0.1"}
+    documented = {int(port) for port in PORT.findall((ROOT / "docs/how-to/stack.md").read_text())}
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    own = {port - stack.base + 21_000 for port in found if port < lowest}
+    assert own - {21_070} == documented - {8443}
+    assert 21_070 in own
+
+
+PEOPLE, MACHINES, NOBODY = "people", "machines", ""
+
+
+@pytest.mark.parametrize(
+    ("path", "login", "status"),
+    [
+        ("/", NOBODY, 200),
+        ("/livez", NOBODY, 200),
+        ("/v1/classes", NOBODY, 401),
+        ("/v1/classes", PEOPLE, 401),
+        ("/mlflow/", NOBODY, 401),
+        ("/mlflow/", PEOPLE, 200),
+        ("/mlflow/health", NOBODY, 200),
+        ("/mlflow/api/2.0/mlflow/experiments/get?experiment_id=0", MACHINES, 200),
+        ("/ray/", NOBODY, 401),
+        ("/ray/", PEOPLE, 200),
+        ("/ray/api/jobs/", MACHINES, 401),
+        ("/prometheus/classic/alerts", NOBODY, 401),
+        ("/prometheus/classic/alerts", PEOPLE, 200),
+        ("/prometheus/classic/alerts", MACHINES, 401),
+        ("/grafana/", NOBODY, 401),
+    ],
+)
+def test_people_log_in_and_machines_have_keys(stack, path, login, status):
+    auth = {PEOPLE: ("admin", stack.secret("people")), MACHINES: ("sprue", stack.secret("machines")), NOBODY: None}
+    assert stack.get(path, auth=auth[login]).status_code == status
+    if login and status == 200:
+        assert stack.get(path, auth=(auth[login][0], "wrong")).status_code == 401
+
+
+def test_tokens_names_and_other_sites(stack):
+    people = ("admin", stack.secret("people"))
+    bearer = lambda token: {"Authorization": f"Bearer {token}"}  # noqa: E731
+    assert stack.get("/ray/api/jobs/", headers=bearer("0" * 48)).status_code == 403
+    assert stack.get("/ray/api/jobs/", headers=bearer(stack.secret("ray"))).status_code == 200
+    assert stack.get("/v1/classes", headers=bearer(stack.client["SPRUE_KEY"])).status_code == 200
+    assert stack.get("/livez", headers={"Host": "evil.example"}).status_code == 421
+    foreign = requests.post(
+        f"{stack.url}/ray/api/jobs/", auth=people, headers={"Sec-Fetch-Site": "cross-site"}, json={},
+        verify=stack.client["SPRUE_CA"], timeout=60,
+    )  # fmt: skip
+    assert foreign.status_code == 403
+
+
+def score(stack, champion, kind, **arguments):
+    """A score of an image, through the proxy."""
+    image = (champion / f"second/data/tiny/brick/test/{kind}/000.png").read_bytes()
+    return requests.post(
+        f"{stack.url}/v1/classes/{CLASS_NAME}/score", data=image, verify=stack.client["SPRUE_CA"], timeout=60,
+        headers={"Content-Type": "image/png"} | arguments,
+    )  # fmt: skip
+
+
+def answers(stack, champion):
+    """Waits until the champion answers: the service looks for new ones every 15 s."""
+    key = {"Authorization": f"Bearer {stack.client['SPRUE_KEY']}"}
+    for _ in range(120):
+        answer = score(stack, champion, "spot", **key, **{"X-Request-Id": "part-4711"})
+        if answer.status_code == 200:
+            return answer
+        time.sleep(0.5)
+    pytest.fail(f"{answer.status_code}: {answer.text}\n{stack.logs()}")
+
+
+def test_the_champion_scores_with_a_key_and_not_without(stack, champion):
+    assert answers(stack, champion).json()["is_anomalous"]
+    assert score(stack, champion, "spot").status_code == 401
+    lines = [json.loads(line) for line in (stack.folder / "log/access.json").read_text().splitlines()]
+    line = next(each for each in lines if each["request_id"] == "part-4711" and each["status"] == 200)
+    assert line["path"] == f"/v1/classes/{CLASS_NAME}/score"
+
+
+def test_a_second_version_is_promoted_and_served(stack, champion):
+    """The stages again with another seed, as a user's command on the stack's Ray; then promotion by its test."""
+    params = champion / "params.yaml"
+    settings = YAML(typ="safe").load(params)
+    settings["datasets"]["tiny"]["fit"]["seed"] = 1
+    YAML().dump(settings, champion / "other.yaml")
+    stages = " && ".join(
+        f"python pipelines/{stage}.py --params {champion}/other.yaml --data {champion}/second/data/tiny --store s3://sprue/store"
+        for stage in STAGES[2:]
+    )
+    done = stack.shell("sh", "-c", stages)
+    assert done.returncode == 0, done.stdout + done.stderr
+    promoted = stack.shell(
+        "sprue", "--store", "s3://sprue/store", "promote", CLASS_NAME, "--images",
+        str(champion / "second/data/tiny/brick/test"), "--margin", "1", "--latency", "100000",
+    )  # fmt: skip
+    assert promoted.returncode == 0, promoted.stdout + promoted.stderr
+    for _ in range(120):
+        if answers(stack, champion).json()["model"]["version"] == 2:
+            return
+        time.sleep(0.5)
+    pytest.fail("version 2 is not served")
+
+
+def panels(board):
+    """The queries of a board, of all datasets and models."""
+    text = json.loads((ROOT / "infra/grafana" / board).read_text())
+    for panel in text["panels"]:
+        for target in panel["targets"]:
+            query = target["expr"].replace("$__rate_interval", "5m").replace("$dataset", ".*").replace("$model", ".*")
+            yield panel["title"], query
+
+
+NO_GPU = "GPU: utilization, and memory in MB"
+
+
+def test_prometheus_has_what_the_board_of_training_shows(stack, champion):
+    queries = [query for title, query in panels("training.json") if title != NO_GPU]
+    # The job has ended, and its series with it: what Prometheus has read in the last ten minutes counts.
+    left = {query: f"last_over_time(({query})[10m:5s])" for query in queries}
+    for _ in range(60):
+        left = {query: over for query, over in left.items() if not stack.query(over)}
+        if not left:
+            break
+        time.sleep(0.5)
+    assert not left
+    done = stack.query('max_over_time(ray_sprue_fits{dataset="tiny", state="done"}[10m])')
+    assert max(float(each["value"][1]) for each in done) == 1
+    epochs = stack.query('max_over_time(ray_sprue_fit_epochs_total{dataset="tiny"}[10m])')
+    assert max(float(each["value"][1]) for each in epochs) == 2
+
+
+def test_prometheus_has_the_service_and_the_rules(stack, champion):
+    answers(stack, champion)
+    for _ in range(60):
+        if stack.query(f'ray_sprue_decisions_total{{model="{CLASS_NAME}"}}'):
+            break
+        time.sleep(0.5)
+    else:
+        pytest.fail("Prometheus has no decisions")
+    people = ("admin", stack.secret("people"))
+    groups = stack.get("/prometheus/api/v1/rules", auth=people).json()["data"]["groups"]
+    rules = list(itertools.chain.from_iterable(group["rules"] for group in groups))
+    assert len(rules) > 10
+    assert {rule["health"] for rule in rules} <= {"ok", "unknown"}
+    for _, query in panels("serving.json"):
+        stack.query(query)
+
+
+def test_a_kill_while_detectors_are_registered_loses_nothing(stack):
+    done = stack.shell(
+        sys.executable, "benchmarks/registry_faults.py", "--kills", "3", "--stack", str(stack.folder),
+        PYTHONPATH=stack.environment["PYTHONPATH"],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "kill 3 of 3: SeaweedFS" in done.stdout
+    assert "lost or twice: nothing" in done.stdout
+
+
+def test_down_leaves_nothing_running_and_nothing_lost(stack, champion):
+    before = stack.processes()
+    done = stack.run("down")
+    assert done.returncode == 0, done.stderr
+    _, alive = psutil.wait_procs(before, timeout=10)
+    assert not alive
+    named = [each.info for each in psutil.process_iter(["cmdline"]) if str(stack.folder) in str(each.info["cmdline"])]
+    assert not named
+    assert stack.run("status").returncode == 1
+    assert "nothing runs" in stack.run("down").stdout
+    stack.up()
+    assert answers(stack, champion).json()["model"]["version"] == 2
+    assert stack.run("status").returncode == 0
