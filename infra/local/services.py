@@ -69,14 +69,15 @@ def all_services(settings: Settings, known: Mapping[str, str]) -> list[Service]:
         Service("seaweedfs", settings.address("s3"), _seaweedfs(settings), environment=s3),
         Service("ray-head", settings.address("ray_dashboard"), _ray_head(settings), environment=_ray(settings, known)),
         Service("prometheus", settings.address("prometheus"), prometheus),
-        Service("proxy", f"{settings.host}:{settings.port}", (program("nginx"), "-c", f"{folder}/conf/nginx.conf",
+        Service("proxy", settings.listen, (program("nginx"), "-c", f"{folder}/conf/nginx.conf",
                 "-e", "stderr"), stop_signal="QUIT"),
         Service("mlflow", settings.address("mlflow"), _mlflow(settings), ("postgres", "seaweedfs"),
                 _mlflow_environment(settings, known)),
         *(Service(name, "", _ray_worker(settings, number), head, _ray(settings, known))
           for number, name in enumerate(workers, 1)),
         Service("scoring", settings.address("scoring"), _scoring(settings), ("mlflow", *workers),
-                _ray(settings, known) | {"RAY_ADDRESS": settings.address("ray")}, stop_s=DRAIN_S),
+                _ray(settings, known) | {"RAY_ADDRESS": settings.address("ray"), "RAY_LOGGING_CONFIG_ENCODING": "JSON"},
+                stop_s=DRAIN_S),
     ]  # fmt: skip
     if grafana_home() is not None:
         services.insert(4, Service("grafana", settings.address("grafana"), _grafana(settings)))
@@ -98,10 +99,11 @@ def _seaweedfs(settings: Settings) -> tuple[str, ...]:
     port, data = settings.ports, settings.folder / "s3"
     names = ("master", "volume", "filer")
     return (
-        _own("weed"), f"-config_dir={settings.folder}/conf", "server", f"-dir={data}", "-s3", f"-ip={LOOPBACK}", f"-ip.bind={LOOPBACK}",
-        "-master.telemetry=false", "-volume.max=1000", "-master.volumeSizeLimitMB=64", "-s3.port.iceberg=0",
-        "-s3.port.lance=0", "-volume.preStopSeconds=1", f"-filer.localSocket={settings.sockets}/filer.sock",
-        f"-s3.localSocket={settings.sockets}/s3.sock", f"-s3.port={port['s3']}", f"-s3.port.grpc={port['s3_grpc']}",
+        _own("weed"), f"-config_dir={settings.folder}/conf", "server", f"-dir={data}", "-s3", f"-ip={LOOPBACK}",
+        f"-ip.bind={LOOPBACK}", "-master.telemetry=false", "-volume.max=1000", "-master.volumeSizeLimitMB=64",
+        "-volume.preStopSeconds=1", "-s3.port.iceberg=0", "-s3.port.lance=0", f"-s3.port={port['s3']}",
+        f"-s3.port.grpc={port['s3_grpc']}", f"-filer.localSocket={settings.sockets}/filer.sock",
+        f"-s3.localSocket={settings.sockets}/s3.sock",
         *(f"-{name}.port={port[f's3_{name}']}" for name in names),
         *(f"-{name}.port.grpc={port[f's3_{name}_grpc']}" for name in names),
     )  # fmt: skip
@@ -145,7 +147,6 @@ def _ray(settings: Settings, known: Mapping[str, str]) -> dict[str, str]:
         # One machine is not preempted, and the watcher is a process for each run of Ray Train.
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
-        "RAY_LOGGING_CONFIG_ENCODING": "JSON",
         "DASHBOARD_METRIC_PORT": str(settings.ports["ray_dashboard_metrics"]),
         "RAY_PROMETHEUS_HOST": f"http://{settings.address('prometheus')}/prometheus",
         "RAY_GRAFANA_HOST": f"http://{settings.address('grafana')}/grafana" if grafana_home() else "DISABLED",
@@ -254,7 +255,6 @@ def write_configurations(settings: Settings, services: list[Service], known: Map
         "people": PEOPLE,
         "password": known["people"],
         "has_grafana": grafana_home() is not None,
-        "any_address": settings.host in ("0.0.0.0", "::"),
         "s3_signing": known["s3_signing"],
         "mlflow_auth": database_uri(settings, known, "mlflow_auth"),
     }

@@ -74,7 +74,7 @@ class Settings:
     @property
     def names(self) -> list[str]:
         """Names and addresses of the proxy, those of its certificate."""
-        own = [] if self.host in ("0.0.0.0", "::") else [self.host]
+        own = [] if self.is_open else [self.host]
         if not is_loopback(self.host):
             own.append(socket.gethostname())
         return list(dict.fromkeys(["localhost", LOOPBACK, *own]))
@@ -82,7 +82,19 @@ class Settings:
     @property
     def url(self) -> str:
         """The one address of everything."""
-        return f"https://{self.names[-1] if not is_loopback(self.host) else 'localhost'}:{self.port}"
+        if is_loopback(self.host):
+            return f"https://localhost:{self.port}"
+        return f"https://{socket.gethostname()}:{self.port}" if self.is_open else f"https://{self.listen}"
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the proxy listens on all addresses of the machine."""
+        return self.host in ("0.0.0.0", "::")
+
+    @property
+    def listen(self) -> str:
+        """Where the proxy listens."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     @property
     def sockets(self) -> Path:

@@ -20,6 +20,7 @@ import psutil
 import pytest
 import requests
 from PIL import Image, ImageDraw
+from ray.job_submission import JobSubmissionClient
 from ruamel.yaml import YAML
 from skimage import data
 
@@ -154,7 +155,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def champion(stack, images, tmp_path_factory):
-    """The data in DVC with the stack as its remote; another clone gets it, and the stages run on it as a job."""
+    """The data in DVC with the stack as its remote; another clone gets it, and the stages run on it as jobs."""
     folder = tmp_path_factory.mktemp("repository")
     (folder / "first/data").mkdir(parents=True)
     shutil.copytree(images, folder / "first/data/tiny")
@@ -174,17 +175,24 @@ def champion(stack, images, tmp_path_factory):
     for section, values in SETTINGS.items():
         params.setdefault(section, {}).update(values)
     YAML().dump({"datasets": {"tiny": params}}, folder / "params.yaml")
-    stages = " && ".join(
-        f"python pipelines/{stage}.py --params {folder}/params.yaml --data {folder}/second/data/tiny --store s3://sprue/store"
-        for stage in STAGES
+    jobs = JobSubmissionClient(
+        f"{stack.url}/ray", headers={"Authorization": f"Bearer {stack.secret('ray')}"}, verify=stack.client["SPRUE_CA"]
     )
-    job = stack.shell(
-        "ray", "job", "submit", "--address", f"{stack.url}/ray", "--verify", stack.client["SPRUE_CA"],
-        "--working-dir", ".", "--runtime-env", "infra/ray/runtime_env.yaml", "--submission-id", "whole-way",
-        "--", "sh", "-c", stages,
-    )  # fmt: skip
-    assert job.returncode == 0, job.stdout[-5000:] + job.stderr[-3000:]
+    runtime_env = YAML(typ="safe").load(ROOT / "infra/ray/runtime_env.yaml") | {"working_dir": str(ROOT)}
+    for stage in STAGES:
+        entrypoint = ["python", f"pipelines/{stage}.py", *arguments(folder, "params.yaml")]
+        job = jobs.submit_job(entrypoint=shlex.join(entrypoint), runtime_env=dict(runtime_env))
+        while not (status := jobs.get_job_status(job)).is_terminal():
+            time.sleep(0.2)
+        assert status == "SUCCEEDED", jobs.get_job_logs(job)
     return folder
+
+
+def arguments(folder: Path, params: str) -> list[str]:
+    """Of a stage: the images of the second clone, and the store on S3."""
+    return [
+        "--params", f"{folder}/{params}", "--data", f"{folder}/second/data/tiny", "--store", "s3://sprue/store",
+    ]  # fmt: skip
 
 
 def test_it_is_up_and_says_so(stack):
@@ -198,9 +206,9 @@ def test_it_is_up_and_says_so(stack):
 
 
 def test_secrets_are_their_owners_alone(stack):
-    private = ["secrets.json", "keys.json", "first.key", "ray.token", "client.env", "tls/ca.key", "tls/proxy.key",
-               "conf/supervisord.conf", "conf/nginx.conf", "conf/mlflow.ini", "conf/security.toml", "conf/people.htpasswd"]  # fmt: skip
-    for name in private:
+    private = ("secrets.json", "keys.json", "first.key", "ray.token", "client.env", "tls/ca.key", "tls/proxy.key")
+    rendered = ("supervisord.conf", "nginx.conf", "mlflow.ini", "security.toml", "people.htpasswd", "mlflow.htpasswd")
+    for name in (*private, *(f"conf/{each}" for each in rendered)):
         assert stat.S_IMODE((stack.folder / name).stat().st_mode) == 0o600, name
     known = json.loads((stack.folder / "secrets.json").read_text())
     assert len(set(known.values())) == len(known) and all(len(each) == 48 for each in known.values())
@@ -305,17 +313,14 @@ def test_the_champion_scores_with_a_key_and_not_without(stack, champion):
 
 
 def test_a_second_version_is_promoted_and_served(stack, champion):
-    """The stages again with another seed, as a user's command on the stack's Ray; then promotion by its test."""
+    """Stages with another seed, as commands of this machine on the stack's Ray; then promotion by its test."""
     params = champion / "params.yaml"
     settings = YAML(typ="safe").load(params)
     settings["datasets"]["tiny"]["fit"]["seed"] = 1
     YAML().dump(settings, champion / "other.yaml")
-    stages = " && ".join(
-        f"python pipelines/{stage}.py --params {champion}/other.yaml --data {champion}/second/data/tiny --store s3://sprue/store"
-        for stage in STAGES[2:]
-    )
-    done = stack.shell("sh", "-c", stages)
-    assert done.returncode == 0, done.stdout + done.stderr
+    for stage in STAGES[2:]:
+        done = stack.shell("python", f"pipelines/{stage}.py", *arguments(champion, "other.yaml"))
+        assert done.returncode == 0, done.stdout + done.stderr
     promoted = stack.shell(
         "sprue", "--store", "s3://sprue/store", "promote", CLASS_NAME, "--images",
         str(champion / "second/data/tiny/brick/test"), "--margin", "1", "--latency", "100000",
@@ -371,6 +376,34 @@ def test_prometheus_has_the_service_and_the_rules(stack, champion):
     assert {rule["health"] for rule in rules} <= {"ok", "unknown"}
     for _, query in panels("serving.json"):
         stack.query(query)
+
+
+def test_each_alert_fires_when_it_should():
+    done = subprocess.run(
+        ["promtool", "test", "rules", "alerts_test.yaml"], cwd=ROOT / "infra/prometheus", capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rules = YAML(typ="safe").load(ROOT / "infra/prometheus/alerts.yaml")
+    documented = (ROOT / "docs/how-to/monitoring.md").read_text()
+    for rule in itertools.chain.from_iterable(group["rules"] for group in rules["groups"]):
+        assert f"`{rule['alert']}`" in documented
+
+
+def test_a_port_that_is_taken_is_named(tmp_path, environment):
+    command = [sys.executable, "infra/local/stack.py", "up", "--folder", str(tmp_path / "stack")]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        done = subprocess.run(
+            [*command, "--port", str(port), "--base", str(free_base())],
+            cwd=ROOT, env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert f"stack: others listen on 127.0.0.1:{port}; choose ports" in done.stderr
+    status = subprocess.run(
+        [*command[:2], "status", *command[3:]], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert status.returncode == 1
 
 
 def test_a_kill_while_detectors_are_registered_loses_nothing(stack):
