@@ -73,8 +73,9 @@ def all_services(settings: Settings, known: Mapping[str, str]) -> list[Service]:
                 "-e", "stderr"), stop_signal="QUIT"),
         Service("mlflow", settings.address("mlflow"), _mlflow(settings), ("postgres", "seaweedfs"),
                 _mlflow_environment(settings, known)),
-        *(Service(name, "", _ray_worker(settings, number), head, _ray(settings, known))
-          for number, name in enumerate(workers, 1)),
+        # In turn: of two nodes that join at once, one waits for the head in vain, and starts anew after 30 s.
+        *(Service(name, "", _ray_worker(settings, number), after, _ray(settings, known))
+          for number, (name, after) in enumerate(zip(workers, (head, workers[:1]), strict=True), 1)),
         Service("scoring", settings.address("scoring"), _scoring(settings), ("mlflow", *workers),
                 _ray(settings, known) | {"RAY_ADDRESS": settings.address("ray"), "RAY_LOGGING_CONFIG_ENCODING": "JSON"},
                 stop_s=DRAIN_S),
@@ -262,7 +263,6 @@ def write_configurations(settings: Settings, services: list[Service], known: Map
         write_private(conf / name, templates.get_template(name).render(values))
     for name in ("people", "mlflow"):
         give(conf / f"{name}.htpasswd", PROXY_USER)
-    conf.chmod(0o711 if root else 0o700)
     prometheus = YAML(typ="safe").load(ROOT / "infra/prometheus/prometheus.yaml")
     prometheus["rule_files"] = [str(ROOT / "infra/prometheus/alerts.yaml")]
     discovery = {"files": [f"{settings.sockets}/ray/prom_metrics_service_discovery.json"]}

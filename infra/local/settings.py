@@ -109,9 +109,13 @@ class Settings:
             StackError: If the folder of the sockets belongs to somebody else.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.folder.chmod(0o711 if os.geteuid() == 0 else 0o700)
-        for name in ("log", "conf", "tls", "work", "s3", "prometheus"):
+        passable = 0o711 if os.geteuid() == 0 else 0o700
+        self.folder.chmod(passable)
+        for name in ("log", "tls", "s3", "prometheus"):
             (self.folder / name).mkdir(mode=0o700, exist_ok=True)
+        for name in ("conf", "work"):  # of the proxy's logins and of bodies on their way
+            (self.folder / name).mkdir(exist_ok=True)
+            (self.folder / name).chmod(passable)
         self.sockets.mkdir(mode=0o700, exist_ok=True)
         if self.sockets.is_symlink() or self.sockets.stat().st_uid != os.geteuid():
             raise StackError(f"{self.sockets} belongs to another user")
