@@ -26,9 +26,6 @@ from sprue.inference.spec import FeatureSpec
 from sprue.training.dataloader import DataLoader, build_dataloader
 from sprue.training.loop import VERSION
 
-NOT_IN_KEY = {"features": True, "scoring": True, "fold": True, "manifest": True, "origin": True, "fit": {"gpus"}}
-"""Facts of a fit that its weights do not depend on; the features are named by their fingerprint."""
-
 
 class FitSpec(Settings):
     """What is fitted, on what, and how."""
@@ -55,7 +52,8 @@ class FitSpec(Settings):
     @property
     def key(self) -> str:
         """12 hexadecimal digits that name a fit by everything its weights depend on, versions of the code included."""
-        facts = self.model_dump(mode="json", exclude=NOT_IN_KEY)
+        facts = self.model_dump(mode="json", exclude={"features", "scoring", "fold", "manifest", "origin"})
+        del facts["fit"]["gpus"]  # the room that it takes
         facts["features"] = self.features.fingerprint
         facts["versions"] = {"flow": FLOWS[self.flow_name].version, "loop": VERSION}
         if self.weighted:
