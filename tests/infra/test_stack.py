@@ -1,5 +1,6 @@
 """The local stack, brought up once: the whole way from images under DVC to a score through the proxy."""
 
+import contextlib
 import itertools
 import json
 import random
@@ -223,9 +224,10 @@ def listening(stack) -> dict[int, set[str]]:
     """Addresses by their ports."""
     found: dict[int, set[str]] = {}
     for process in stack.processes():
-        for each in process.net_connections("tcp"):
-            if each.status == psutil.CONN_LISTEN:
-                found.setdefault(each.laddr.port, set()).add(each.laddr.ip)
+        with contextlib.suppress(psutil.NoSuchProcess):  # a job's may end meanwhile
+            for each in process.net_connections("tcp"):
+                if each.status == psutil.CONN_LISTEN:
+                    found.setdefault(each.laddr.port, set()).add(each.laddr.ip)
     return found
 
 
