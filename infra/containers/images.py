@@ -58,8 +58,8 @@ def pin() -> None:
         if not DIGEST.fullmatch(digest):
             raise ImageError(f"{image}: the registry answers {digest!r}, which is no digest")
         lines.append(f"{name}={image}@{digest}")
-        print(lines[-1])
     LOCK.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines[1:]))
 
 
 def build(kind: str, variant: str, tag: str, version: str, torch_index: str, options: list[str]) -> None:
@@ -90,15 +90,16 @@ def main() -> None:
     builder.add_argument("--tag", required=True)
     builder.add_argument("--version", default="0")
     builder.add_argument("--torch-index", default="", help="index of torch's builds without CUDA, for `cpu`")
-    builder.add_argument("options", nargs="*")
-    given = parser.parse_args()
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    given = parser.parse_args(words[:end])
     try:
         if given.action == "pin":
             pin()
         elif given.action == "check":
             pinned(NAMES, LOCK)
         else:
-            build(given.kind, given.variant, given.tag, given.version, given.torch_index, given.options)
+            build(given.kind, given.variant, given.tag, given.version, given.torch_index, words[end + 1 :])
     except ImageError as error:
         sys.exit(f"images: {error}")
 

@@ -146,6 +146,15 @@ def test_an_image_that_is_not_pinned_is_not_built(tmp_path: Path) -> None:
             images.pinned(names, lock)
     lock.write_text(f"PYTHON_IMAGE=python:3.11-slim-bookworm@{DIGEST}\n")
     assert images.pinned(names, lock) == {"PYTHON_IMAGE": f"python:3.11-slim-bookworm@{DIGEST}"}
+    # So says the command, whatever follows for Docker.
+    folder = tmp_path / "infra" / "containers"
+    folder.mkdir(parents=True)
+    for each in ("images.py", "images.txt"):
+        (folder / each).write_text((CONTAINERS / each).read_text())
+    for words in (["check"], ["build", "scoring", "cpu", "--tag", "x", "--", "--load"]):
+        done = subprocess.run([sys.executable, str(folder / "images.py"), *words], capture_output=True, text=True)
+        assert done.returncode == 1
+        assert f"images: there is no {folder / 'images.lock'}" in done.stderr
     # The build itself refuses too, whoever calls it.
     (check,) = re.findall(r'\[\[ "\$\{PYTHON_IMAGE\}" =~ (\S+) \]\]', DOCKERFILE)
     for image, is_pinned in ((f"python@{DIGEST}", True), ("python:3.11", False)):
