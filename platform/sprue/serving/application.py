@@ -76,6 +76,7 @@ def application(arguments: ServiceArguments) -> Application:
         keys=arguments.keys,
         hosts=AllowedHosts.of(EVERYWHERE, arguments.allowed_hosts),
         decisions=_decisions(arguments),
+        allow_empty=True,  # a cluster is brought up before anything is trained
     )
     # A replica that has answered its requests writes its last decisions.
     stop_s = admission.max_timeout_s + CLOSE_S + PROXY_GRACE_S
