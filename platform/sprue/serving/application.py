@@ -1,7 +1,8 @@
 """The service for a configuration file of Ray Serve, as ``serve deploy`` and KubeRay's RayService read them.
 
 Its ``import_path`` is ``sprue.serving.application:application``. The file says where to listen and how many replicas
-there are; the tracking server comes from ``MLFLOW_TRACKING_URI`` in the nodes' environment, with its credentials.
+there are; the tracking server comes from ``MLFLOW_TRACKING_URI`` in the nodes' environment, with its credentials. The
+service starts without a champion, too: a cluster may be installed before anything is registered.
 """
 
 import os
@@ -76,7 +77,7 @@ def application(arguments: ServiceArguments) -> Application:
         keys=arguments.keys,
         hosts=AllowedHosts.of(EVERYWHERE, arguments.allowed_hosts),
         decisions=_decisions(arguments),
-        allow_empty=True,  # a cluster is brought up before anything is trained
+        allow_empty=True,
     )
     # A replica that has answered its requests writes its last decisions.
     stop_s = admission.max_timeout_s + CLOSE_S + PROXY_GRACE_S
