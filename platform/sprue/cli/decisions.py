@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from sprue.cli.group import FOLDER, as_json, connect, main, model, show
+from sprue.cli.group import FOLDER, as_json, connect, log_access, main, model, show
 from sprue.errors import SprueError
 
 
@@ -52,6 +52,8 @@ def export_reviews(store: str, name: str, folder: Path, kind: Any, as_json: bool
     from sprue.store import location
     from sprue.tracking.registry import find_model
 
-    found = export(ReviewStore(location(store) / DECISIONS), find_model(name), folder, kind)
+    model_name = find_model(name)
+    found = export(ReviewStore(location(store) / DECISIONS), model_name, folder, kind)
+    log_access(store, "exported", f"reviews as {kind} to {folder.resolve()}", model_name)
     text = f"{folder}: {', '.join(f'{count} {label}' for label, count in found.items())}"
     show({"folder": str(folder), "samples": found}, text, as_json)

@@ -84,6 +84,16 @@ def connect(store: str) -> None:
     server.connect(location(store))
 
 
+def log_access(store: str, kind: Any, detail: str, model: str = "") -> None:
+    """Appends to the access log what this command has done."""
+    from sprue.release.access_log import FOLDER as ACCESSES
+    from sprue.release.access_log import AccessLog
+    from sprue.store import location
+    from sprue.tracking.user import whoami
+
+    AccessLog(location(store) / ACCESSES).append(kind, whoami(), "command", detail, model)
+
+
 def show(value: Any, text: str, as_json: bool) -> None:
     """Prints a result: for people, or as JSON."""
     click.echo(json.dumps(value, indent=2) if as_json else text)

@@ -1,6 +1,8 @@
 """Commands on registered versions: which is champion, how that came, and what made it."""
 
+from collections.abc import Iterable
 from dataclasses import asdict
+from heapq import merge
 from pathlib import Path
 
 import click
@@ -65,10 +67,13 @@ def rollback(store: str, name: str, reason: str, as_json: bool) -> None:
 @as_json
 @click.pass_obj
 def audit(store: str, name: str | None, as_json: bool) -> None:
-    """Print the audit log: who changed which champion, when and why."""
+    """Print the audit log: who changed which champion, when and why; and who changed keys, reviewed, or looked."""
     connect(store)
     from sprue.release import audit_log
+    from sprue.release.access_log import FOLDER as ACCESSES
+    from sprue.release.access_log import Access, AccessLog
     from sprue.release.aliases import reconcile
+    from sprue.store import location
     from sprue.tracking.lock import alias_lock
     from sprue.tracking.registry import find_model, model_names
 
@@ -76,7 +81,9 @@ def audit(store: str, name: str | None, as_json: bool) -> None:
     for each in [found] if found else model_names():
         with alias_lock(each):
             reconcile(each)
-    entries = audit_log.entries(found)
+    champions: Iterable[audit_log.Entry | Access] = audit_log.entries(found)
+    accesses: Iterable[audit_log.Entry | Access] = AccessLog(location(store) / ACCESSES).entries(found)
+    entries = list(merge(champions, accesses, key=lambda entry: entry.at))
     text = "\n".join(map(str, entries)) or "no champion has changed yet"
     show([entry.as_json() for entry in entries], text, as_json)
 

@@ -18,7 +18,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 
 from sprue.formats import AUDIT
-from sprue.tracking.lock import whoami
+from sprue.tracking.user import whoami
 
 EXPERIMENT = "sprue-audit"
 LONGEST_REASON = 2000

@@ -4,9 +4,7 @@ The registry has no transactions. But only one process can create a registered m
 the lock.
 """
 
-import getpass
 import os
-import socket
 import time
 import uuid
 from collections.abc import Iterator
@@ -18,20 +16,12 @@ from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_
 
 from sprue.errors import SprueError
 from sprue.tracking.names import LOCK
+from sprue.tracking.user import whoami
 
 # The second may be raised when the lock is released while the registry looks up its owner.
 TAKEN = {ErrorCode.Name(RESOURCE_ALREADY_EXISTS), ErrorCode.Name(RESOURCE_DOES_NOT_EXIST)}
 PATIENCE_S = 30.0
 """How long to wait for another change; one takes a second."""
-
-
-def whoami() -> str:
-    """This process's user (a number where it has no name) and machine."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):
-        user = str(os.getuid())
-    return f"{user}@{socket.gethostname()}"
 
 
 @contextmanager
