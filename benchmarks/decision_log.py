@@ -8,26 +8,20 @@ cores.
 
 import argparse
 import asyncio
-import os
-import socket
-import tempfile
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 from statistics import median
 
-import mlflow
 import ray
 import service_faults
-from service_faults import FEW, Load, measure, release
+from service_faults import FEW, Load, measure, noise_plant
 
 from sprue.inference.calibration import Calibration
 from sprue.release.decision_store import Decision
 from sprue.serving import metrics
 from sprue.serving.decision_log import DecisionLogSettings
 from sprue.serving.launch import serve_champions, stop_serving
-from sprue.stages.runtime import connect_ray
 
 OBSERVATIONS = 2000
 
@@ -62,29 +56,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="of a turn, after as many to warm up")
     arguments = parser.parse_args()
     service_faults.SECONDS = arguments.seconds
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    with tempfile.TemporaryDirectory() as name:
-        os.environ["SPRUE_CACHE"] = f"{name}/cache"
-        os.environ.pop("RAY_ADDRESS", None)
-        mlflow.set_tracking_uri(f"sqlite:///{name}/mlflow.db")
-        mlflow.set_registry_uri(f"sqlite:///{name}/mlflow.db")
-        release(Path(name))
-        connect_ray()
+    with noise_plant() as (name, port):
         default = DecisionLogSettings(f"{name}/decisions")
         turns = {"none": None, "default": default, "every image": replace(default, sample=1.0)}
         rates: dict[str, list[float]] = {turn: [] for turn in turns}
-        try:
-            for _ in range(arguments.rounds):
-                for turn, settings in turns.items():
-                    rates[turn].append(answers_a_second(port, settings))
-                    print(f"{turn:<12} {rates[turn][-1]:6.1f} answers/s", flush=True)
-            counting = ray.get(seconds_of_counting.remote())
-        finally:
-            stop_serving()
-            ray.shutdown()
-        rows, images = (sum(1 for _ in Path(name, "decisions", kind).rglob("*")) for kind in ("rows", "images"))
+        for _ in range(arguments.rounds):
+            for turn, settings in turns.items():
+                rates[turn].append(answers_a_second(port, settings))
+                print(f"{turn:<12} {rates[turn][-1]:6.1f} answers/s", flush=True)
+        counting = ray.get(seconds_of_counting.remote())
+        rows, images = (sum(1 for _ in (name / "decisions" / kind).rglob("*")) for kind in ("rows", "images"))
     for turn in ("default", "every image"):
         ratios = [kept / without for kept, without in zip(rates[turn], rates["none"], strict=True)]
         print(f"{turn}: median ratio {median(ratios):.3f}, of {', '.join(f'{ratio:.3f}' for ratio in ratios)}")

@@ -2,24 +2,29 @@
 
 Starts a service of its own on the loopback address, with a detector fitted to noise, and prints for each kind of load:
 answers a second and their part of the capacity (what a few clients get), the latency of answers and of refusals, and
-that of /livez meanwhile. Clients, service and Ray share this machine's cores. It takes four minutes.
+that of /livez meanwhile. Then it kills Ray Serve's proxy, scores images of 50 megapixels (``--large N`` of them), sends
+a foreign Host, and prints what came of it. Clients, service and Ray share this machine's cores. It takes six minutes.
 """
 
+import argparse
 import asyncio
 import io
 import os
 import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
 import mlflow
 import numpy as np
+import psutil
 import ray
+import requests
 import torch
 from PIL import Image
 from rich.console import Console
@@ -41,7 +46,7 @@ from sprue.tracking.summary import detector_tags
 
 DATASET, CLASS_NAME, SIDE = "noise", "noise", 256
 MODEL = f"{DATASET}.{CLASS_NAME}"
-FEW, MANY, IDLE = 24, 300, 70
+FEW, MANY, CROWD, IDLE = 24, 300, 1000, 70
 SECONDS = 20.0
 
 
@@ -179,6 +184,7 @@ async def run(url: str) -> list[Load]:
         await measure(url, Load(f"{MANY} clients that keep to Retry-After"), MANY),
         await measure(url, Load(f"{MANY} clients that retry after 0.1 s"), MANY, obedient=False),
         await measure(url, Load(f"{MANY} clients that leave after 1 s"), MANY, patience_s=1.0),
+        await measure(url, Load(f"{CROWD} clients that keep to Retry-After"), CROWD),
         await measure(url, Load(f"{FEW} clients, afterwards"), FEW),
     ]
     return loads
@@ -208,8 +214,59 @@ def table(loads: list[Load]) -> Table:
     return found
 
 
-def main() -> None:
-    """Starts the service, measures, and stops it."""
+def process_of(actor: str) -> psutil.Process:
+    """The process of Ray Serve's proxy or of a replica."""
+    found = [each for each in psutil.process_iter(["cmdline"]) if _title(each).startswith(f"ray::{actor}")]
+    own = {child.pid for child in psutil.Process().children(recursive=True)}
+    (process,) = (each for each in found if each.pid in own or each.ppid() in own)
+    return process
+
+
+def _title(process: psutil.Process) -> str:
+    return " ".join(process.info["cmdline"] or ())
+
+
+def proxy_dies(url: str) -> str:
+    """Kills the proxy, and says for how long no answer came."""
+    process_of("ProxyActor").kill()
+    started = time.monotonic()
+    while True:
+        try:
+            if requests.post(f"{url}/v1/classes/{MODEL}/score", jpeg(), timeout=5.0).status_code == 200:
+                return f"proxy killed: the next score after {time.monotonic() - started:.1f} s"
+        except requests.RequestException:
+            time.sleep(0.05)
+
+
+def large_images(url: str, count: int) -> str:
+    """Scores images of 50 megapixels, four at a time, and says how much memory the replica took at most."""
+    buffer, replica = io.BytesIO(), process_of("ServeReplica")
+    Image.fromarray(np.tile(data.brick(), (14, 14))[:7000, :7142]).convert("RGB").save(buffer, "JPEG", quality=50)
+    before, most, statuses = replica.memory_info().rss, [], []
+
+    def score(_: int) -> None:
+        answer = requests.post(f"{url}/v1/classes/{MODEL}/score", buffer.getvalue(), timeout=60.0)
+        statuses.append(answer.status_code)
+        most.append(replica.memory_info().rss)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(score, range(count)))
+    halves = [max(half) / 2**20 for half in (most[: count // 2], most[count // 2 :])]
+    return (
+        f"{count} images of 50 megapixels: {statuses.count(200)} scored; replica {before / 2**20:.0f} MiB before, "
+        f"at most {halves[0]:.0f} MiB in the first half and {halves[1]:.0f} MiB in the second"
+    )
+
+
+def foreign_host(url: str) -> str:
+    """Says how a request under another name ends."""
+    answer = requests.get(f"{url}/v1/classes", headers={"Host": "evil.example"}, timeout=5.0)
+    return f"Host: evil.example: status {answer.status_code}"
+
+
+@contextmanager
+def noise_plant() -> Iterator[tuple[Path, int]]:
+    """A Ray and a registry of their own, whose champion is a detector of noise: their folder, and a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
@@ -221,11 +278,23 @@ def main() -> None:
         release(Path(name))
         connect_ray()
         try:
-            loads = asyncio.run(run(serve_champions(port=port)))
+            yield Path(name), port
         finally:
             stop_serving()
             ray.shutdown()
-    Console(width=150).print(table(loads))
+
+
+def main() -> None:
+    """Starts the service, measures, and stops it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--large", type=int, default=100, metavar="N", help="images of 50 megapixels")
+    arguments = parser.parse_args()
+    with noise_plant() as (_, port):
+        url = serve_champions(port=port)
+        loads = asyncio.run(run(url))
+        Console(width=150).print(table(loads))
+        for line in (proxy_dies(url), large_images(url, arguments.large), foreign_host(url)):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Error responses: one JSON shape for every error."""
+"""Error responses: one JSON shape for every error. Ray Serve's proxies import this, and what they import takes time."""
 
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -6,12 +6,27 @@ from http import HTTPStatus
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from ray.util.metrics import Counter
 from starlette.exceptions import HTTPException
 
-from sprue.serving.schemas import ErrorBody, ErrorDetail
+BUSY = "overloaded"
+"""Code of a refusal that is nobody's fault: there is too much work."""
 
 REFUSALS = Counter("sprue_refusals", "Responses with an error, by its code", ("code",))
+
+
+class ErrorDetail(BaseModel):
+    """An error, for programs and for people."""
+
+    code: str
+    message: str
+
+
+class ErrorBody(BaseModel):
+    """The body of every response that is not a success."""
+
+    error: ErrorDetail
 
 
 class ApiError(Exception):

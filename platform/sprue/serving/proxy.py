@@ -12,11 +12,12 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sprue.serving.errors import error_response
+from sprue.serving.shedding import Shedding
 
 
 def middlewares() -> list[Middleware]:
     """What Ray Serve's proxy runs around itself."""
-    return [Middleware(JsonErrors)]
+    return [Middleware(JsonErrors), Middleware(Shedding)]
 
 
 class JsonErrors:

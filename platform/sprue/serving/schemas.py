@@ -192,16 +192,3 @@ class Readiness(BaseModel):
     decisions_error: str | None = Field(
         default=None, description="Why decisions could not be kept, or old ones not be deleted, the last time"
     )
-
-
-class ErrorDetail(BaseModel):
-    """An error, for programs and for people."""
-
-    code: str
-    message: str
-
-
-class ErrorBody(BaseModel):
-    """The body of every response that is not a success."""
-
-    error: ErrorDetail
