@@ -15,7 +15,7 @@ from http import HTTPStatus
 from starlette.requests import ClientDisconnect
 
 from sprue.inference.detector import BATCH
-from sprue.serving.errors import ApiError
+from sprue.serving.errors import BUSY, ApiError
 
 TIMEOUT_HEADER = "X-Request-Timeout-Ms"
 MAX_RETRY_AFTER_S = 15.0
@@ -62,28 +62,27 @@ class Admission:
         self._next_turn = 0.0
 
     @asynccontextmanager
-    async def admit(self, headers: Mapping[str, str]) -> AsyncIterator["Admitted"]:
+    async def admit(self, headers: Mapping[str, str], scored: bool = True) -> AsyncIterator["Admitted"]:
         """Admits a request to having its body read, and ends it at its deadline.
+
+        One that is not to be scored needs no place in the queue.
 
         Raises:
             ApiError: 422 for a malformed timeout, 503 if there is no room or the deadline can't be met, 408 if it
                 passes while the body is read, 504 if it passes later.
         """
         timeout_s = self._timeout(headers)
-        self.require_place()
+        if scored:
+            self._require_turn(timeout_s)
         if self.reading >= self.limits.max_reading:
-            raise self.refusal("overloaded", f"the bodies of {self.reading} requests are being read")
-        wait_s = self.queued * self._seconds_per_sample()
-        if wait_s > timeout_s:
-            raise self.refusal(
-                "deadline_too_short", f"a score takes about {wait_s:.1f} s now, and the request allows {timeout_s:g} s"
-            )
+            raise self.refusal(BUSY, f"the bodies of {self.reading} requests are being read")
         admitted = Admitted(self)
         self.reading += 1
         try:
             async with asyncio.timeout(timeout_s):
                 yield admitted
-                self.places = min(float(self.limits.max_queued), self.places + LENGTHEN)
+                if admitted.queued:
+                    self.places = min(float(self.limits.max_queued), self.places + LENGTHEN)
         except TimeoutError as error:
             self._shorten(admitted)
             raise admitted.too_late(timeout_s) from error
@@ -106,10 +105,18 @@ class Admission:
             raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid_timeout", message)
         return int(given) / 1000
 
+    def _require_turn(self, timeout_s: float) -> None:
+        self.require_place()
+        wait_s = self.queued * self._seconds_per_sample()
+        if wait_s > timeout_s:
+            raise self.refusal(
+                "deadline_too_short", f"a score takes about {wait_s:.1f} s now, and the request allows {timeout_s:g} s"
+            )
+
     def require_place(self) -> None:
         """Checks that the queue has a place; raises ApiError 503 if not."""
         if self.queued >= self.places:
-            raise self.refusal("overloaded", f"{self.queued} requests are waiting to be scored")
+            raise self.refusal(BUSY, f"{self.queued} requests are waiting to be scored")
 
     def refusal(self, code: str, reason: str) -> ApiError:
         """A refusal whose Retry-After is the client's turn behind those queued and those refused before it.
@@ -158,7 +165,7 @@ class Admitted:
             self._bytes += len(part)
             self._admission.body_bytes += len(part)
             if self._admission.body_bytes > limits.max_body_bytes:
-                raise self._admission.refusal("overloaded", "the bodies of other requests fill the memory for them")
+                raise self._admission.refusal(BUSY, "the bodies of other requests fill the memory for them")
             yield part
 
     def enqueue(self) -> None:

@@ -22,6 +22,7 @@ from sprue.inference.detector import BATCH, Predictions
 from sprue.inference.images import open_image
 from sprue.release.decision_store import image_digests
 from sprue.serving import inspection, metrics, openapi, responses
+from sprue.serving.access_writer import AccessWriter
 from sprue.serving.admission import Admission, AdmissionLimits
 from sprue.serving.batching import Batcher
 from sprue.serving.champions import CacheSettings, Champions
@@ -31,6 +32,7 @@ from sprue.serving.hosts import AllowedHosts, HeaderGuard, listen_on_node_addres
 from sprue.serving.keys import Credentials, KeyFile
 from sprue.serving.model_cache import ServedModel, score_together
 from sprue.serving.parsing import ServiceLimits, decode_inputs, read_uploads
+from sprue.serving.rates import Rate, RateLimiter
 from sprue.serving.schemas import Liveness, Readiness, Score, ServedClasses
 from sprue.tracking.registry import RegisteredDetector
 
@@ -66,11 +68,18 @@ class ServiceConfig:
     hosts: AllowedHosts
     decisions: DecisionLogSettings | None
     allow_empty: bool
+    rate: Rate | None
+    access_log: str | None
 
 
 def _allowed_hosts() -> AllowedHosts:
     """Those of the replica that this process is."""
     return serve.get_replica_context().servable_object.config.hosts
+
+
+def _replicas() -> int:
+    """How many share the requests."""
+    return serve.get_replica_context().world_size or 1
 
 
 app.add_middleware(HeaderGuard, allowed=_allowed_hosts)
@@ -98,7 +107,8 @@ class ScoringService:
         listen_on_node_address()
         self.config = config
         self.decisions = DecisionLog(config.decisions) if config.decisions else None
-        self.keys = KeyFile(config.keys)
+        self.access = AccessWriter(config.access_log) if config.access_log else None
+        self.keys = KeyFile(config.keys, config.rate, RateLimiter(_replicas), self.access)
         self.threads = _node_cpus()
         # Ray sets as many threads as the actor reserves CPUs; the flow may use the cores that the engine uses.
         torch.set_num_threads(self.threads)
@@ -171,9 +181,7 @@ class ScoringService:
         response is the heat map as a PNG, with the score in its `X-Sprue-` headers; otherwise it is JSON.
         """
         timer = metrics.PhaseTimer()
-        self.keys.require(credentials, "score")
-        if not record:
-            self.keys.require(credentials, "review")
+        self.keys.require(credentials, "score", *(() if record else ("review",)))
         champion = self.models.find(name)
         async with self.admission.admit(request.headers) as admitted:
             views = (await self.models.load(champion)).detector.views
@@ -248,7 +256,7 @@ class ScoringService:
         score.heatmap_view = served.detector.views[index] or None
         return png
 
-    @app.get("/v1/classes", response_model=ServedClasses, response_model_exclude_none=True, tags=["service"])
+    @app.get("/v1/classes", response_model=ServedClasses, **openapi.CLASSES)
     async def classes(self, credentials: Credentials) -> Any:
         """Lists the classes that can be scored and their champions."""
         self.keys.require(credentials, "score")

@@ -147,7 +147,8 @@ async def review(
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         message = "send the review with Content-Type: application/json"
         raise ApiError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "not_json", message)
-    body = b"".join([part async for part in limited(_stream(request), MASK_BYTES * len(views))])
+    async with replica.admission.admit(request.headers, scored=False) as admitted:
+        body = b"".join([part async for part in limited(admitted.read(request.stream()), MASK_BYTES * len(views))])
     try:
         given = NewReview.model_validate_json(body)
     except ValidationError as error:
@@ -158,12 +159,10 @@ async def review(
         kept = await asyncio.to_thread(_keep, store, champion.model_name, given, reviewer, views)
     except SprueError as error:
         raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "not_reviewable", str(error)) from error
+    if replica.access:
+        what = f"{kept.verdict}: decision {given.key}, request {kept.decision.request_id}"
+        replica.access.add("reviewed", reviewer, credentials.address, what, champion.model_name)
     return PastReview(verdict=kept.verdict, reviewer=kept.reviewer, at=kept.at)
-
-
-async def _stream(request: Request) -> Any:
-    async for part in request.stream():
-        yield part
 
 
 def _keep(store: UPath, model_name: str, given: NewReview, reviewer: str, views: tuple[str, ...]) -> Review:

@@ -6,12 +6,52 @@ from typing import Any
 from fastapi import Response
 
 from sprue.serving.admission import TIMEOUT_HEADER
-from sprue.serving.schemas import ErrorBody, NewReview
+from sprue.serving.errors import ErrorBody
+from sprue.serving.hosts import IDENTIFIER
+from sprue.serving.schemas import NewReview
+
+CLIENTS = """
+```sh
+curl -H "Authorization: Bearer $SPRUE_KEY" -H "X-Request-Timeout-Ms: 5000" -H "X-Station: line-7" \\
+    -H "Content-Type: application/octet-stream" --data-binary @part.png --max-time 6 --retry 5 --retry-max-time 5 \\
+    https://scoring.plant:8443/v1/classes/textures.brick/score
+```
+
+- Decide by `is_anomalous`. A part without a decision is not a good part.
+- `X-Request-Timeout-Ms` says for how long an answer is of use, the upload included. Set a time limit of your own that
+  is a second longer.
+- 429 (your key's rate limit) and 503 (too much work): again after the seconds in `Retry-After`. 408, 500, 502: again,
+  on a new connection. 504: the deadline passed, and nothing was decided. Other errors: the same request fails again.
+- `X-Request-Id` and `X-Station` (up to 128 letters, digits and `_.:/+=@-`) are kept with the decision.
+- Errors are JSON: `error.code` for programs, `error.message` for people.
+"""
+"""What a client has to know, on the page /docs. The guide "Connect a camera" has programs."""
+
+
+def _binary(description: str = "") -> dict[str, Any]:
+    return {"type": "string", "format": "binary"} | ({"description": description} if description else {})
+
+
+def _error(description: str, **examples: str) -> dict[str, Any]:
+    bodies = {code: {"value": {"error": {"code": code, "message": message}}} for code, message in examples.items()}
+    return {"model": ErrorBody, "description": description, "content": {"application/json": {"examples": bodies}}}
+
 
 APPLICATION: dict[str, Any] = {
     "title": "sprue",
     "version": version("sprue"),
     "summary": "Scores images of products with the champion detector of their class.",
+    "description": CLIENTS,
+    "responses": {
+        400: _error(
+            "A header is not fit for a log",
+            invalid_station="X-Station has more than 128 characters, or others than letters, digits and _.:/+=@-",
+        ),
+        421: _error(
+            "Another name of the service",
+            foreign_host="the service does not answer under this Host; `sprue serve --allowed-host NAME` makes it",
+        ),
+    },
     "redoc_url": None,
     "openapi_tags": [
         {"name": "scoring", "description": "Is this part good?"},
@@ -28,15 +68,16 @@ NAME = (
 """Description of the path parameter of the scoring route."""
 
 
-def _binary(description: str = "") -> dict[str, Any]:
-    return {"type": "string", "format": "binary"} | ({"description": description} if description else {})
-
-
-def _error(description: str, **examples: str) -> dict[str, Any]:
-    bodies = {code: {"value": {"error": {"code": code, "message": message}}} for code, message in examples.items()}
-    return {"model": ErrorBody, "description": description, "content": {"application/json": {"examples": bodies}}}
-
-
+_IDENTIFIER = {"type": "string", "maxLength": 128, "pattern": f"^{IDENTIFIER.pattern}$"}
+_RATE_LIMITED = _error(
+    "More requests than the key's rate limit, or the address's where there are no keys: try again after the seconds in "
+    "Retry-After",
+    rate_limited="the key 'line-7' may make 20 requests in 1 s; try again in 1 s",
+)
+_SLOW = _error(
+    "The body arrives too slowly; the connection is closed",
+    slow_body="the body arrives too slowly: 0 bytes in 5.0 s",
+)
 _RAW = ("image/png", "image/jpeg", "image/bmp", "image/tiff", "image/webp", "application/octet-stream")
 
 _HEADERS = {
@@ -55,13 +96,19 @@ SCORE: dict[str, Any] = {
                 "name": TIMEOUT_HEADER,
                 "in": "header",
                 "description": "Milliseconds after which the answer is of no use, the upload included",
-                "schema": {"type": "integer", "minimum": 1},
+                "schema": {"type": "integer", "minimum": 1, "maximum": 60000},
             },
             {
                 "name": "X-Station",
                 "in": "header",
                 "description": "Which station sends the image; it is kept with the decision",
-                "schema": {"type": "string", "maxLength": 128},
+                "schema": _IDENTIFIER,
+            },
+            {
+                "name": "X-Request-Id",
+                "in": "header",
+                "description": "Identifies the decision; made if missing, and in the answer",
+                "schema": _IDENTIFIER,
             },
         ],
         "requestBody": {
@@ -102,10 +149,7 @@ SCORE: dict[str, Any] = {
         401: _error("No key", unauthorized="send a key of this service in the header Authorization: Bearer KEY"),
         403: _error("Not allowed", forbidden="the key 'monitor' has not the scope 'score'; it has: admin"),
         404: _error("Unknown class", unknown_class="there is no class 'bolt'; there are: metal.rod, textures.brick"),
-        408: _error(
-            "The body arrives too slowly; the connection is closed",
-            slow_body="the body arrives too slowly: 0 bytes in 5.0 s",
-        ),
+        408: _SLOW,
         409: _error(
             "Several datasets have the class",
             ambiguous_class="class 'brick' is ambiguous: write metal.brick or textures.brick",
@@ -127,6 +171,7 @@ SCORE: dict[str, Any] = {
             invalid_timeout="X-Request-Timeout-Ms is not a whole number of milliseconds from 1 to 60000",
             invalid_request="query.heatmap: Input should be a valid boolean, unable to interpret input",
         ),
+        429: _RATE_LIMITED,
         500: _error("The service failed", internal_error="the service failed on this request; see its log"),
         503: _error(
             "Too much work: try again after the seconds in Retry-After; or the champion could not be loaded",
@@ -142,7 +187,14 @@ SCORE: dict[str, Any] = {
 }
 """Arguments of the scoring route."""
 
-_CLASS_ERRORS = {status: SCORE["responses"][status] for status in (401, 403, 404, 409)}
+CLASSES: dict[str, Any] = {
+    "tags": ["service"],
+    "response_model_exclude_none": True,
+    "responses": {status: SCORE["responses"][status] for status in (401, 403, 429)},
+}
+"""Arguments of the route that lists the classes."""
+
+_CLASS_ERRORS = {status: SCORE["responses"][status] for status in (401, 403, 404, 409, 429)}
 
 _NO_DECISIONS = _error(
     "Unknown class, or decisions are not kept",
@@ -169,7 +221,7 @@ IMAGE: dict[str, Any] = {
     "response_class": Response,
     "responses": {
         200: {"description": "The image", "content": {"application/octet-stream": {"schema": _binary()}}},
-        **{status: _CLASS_ERRORS[status] for status in (401, 403)},
+        **{status: _CLASS_ERRORS[status] for status in (401, 403, 429)},
         404: _error(
             "There is no such image",
             image_gone="... is gone: images are deleted after some days, sooner where space is short",
@@ -190,6 +242,7 @@ REVIEW: dict[str, Any] = {
     "responses": {
         **_CLASS_ERRORS,
         404: _NO_DECISIONS,
+        408: _SLOW,
         413: _error("Larger than the limit", too_many_bytes="the body is larger than 4,194,304 bytes; ..."),
         415: _error("Not JSON", not_json="send the review with Content-Type: application/json"),
         422: _error(

@@ -177,6 +177,21 @@ def test_a_full_replica_refuses_with_retry_after(queued: bool) -> None:
     assert held(admission) == (0, 0, 0)
 
 
+def test_what_is_not_scored_needs_no_place_but_has_a_deadline() -> None:
+    admission = Admission(replace(LIMITS, max_queued=1), lambda: 60.0)
+
+    async def run() -> None:
+        async with admission.admit({}) as first:
+            first.enqueue()
+            async with admission.admit({}, scored=False) as review:
+                assert await read(review, [b"review"]) == b"review"
+            async with admission.admit({"X-Request-Timeout-Ms": "50"}, scored=False) as review:
+                await read(review, [b"x"] * 10, 0.02)
+
+    assert refusal(run).code == "slow_body"
+    assert held(admission) == (0, 0, 0)
+
+
 def test_a_place_that_was_taken_while_the_body_was_read_is_refused() -> None:
     admission = Admission(LIMITS, lambda: 0.0)
 

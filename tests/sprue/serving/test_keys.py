@@ -8,16 +8,18 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from fastapi.security import HTTPAuthorizationCredentials
+from upath import UPath
 
 from sprue.cli import main
 from sprue.errors import SprueError
+from sprue.release.access_log import FOLDER, AccessLog
 from sprue.serving.errors import ApiError
-from sprue.serving.keys import KeyFile, add_key, read_keys, remove_key
+from sprue.serving.keys import Caller, KeyFile, add_key, read_keys, remove_key
+from sprue.serving.rates import Rate
 
 
-def bearer(key: str) -> HTTPAuthorizationCredentials:
-    return HTTPAuthorizationCredentials(scheme="Bearer", credentials=key)
+def bearer(key: str | None, address: str = "10.0.0.7") -> Caller:
+    return Caller(key, address, "GET /readyz")
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def test_a_key_does_what_its_scopes_allow(path: Path) -> None:
     keys = KeyFile(path)
     assert keys.allows(bearer(line), "score") and not keys.allows(bearer(line), "admin")
     assert keys.allows(bearer(monitor), "admin") and not keys.allows(bearer(monitor), "score")
-    for wrong in (None, bearer(""), bearer(line[:-1]), bearer(hashlib.sha256(line.encode()).hexdigest())):
+    for wrong in (bearer(None), bearer(""), bearer(line[:-1]), bearer(hashlib.sha256(line.encode()).hexdigest())):
         assert not keys.allows(wrong, "score")
         with pytest.raises(ApiError) as refusal:
             keys.require(wrong, "score")
@@ -80,7 +82,36 @@ def test_a_changed_file_is_followed_and_a_broken_one_is_not(path: Path) -> None:
 
 def test_without_a_file_everybody_may_do_everything() -> None:
     keys = KeyFile(None)
-    assert keys.allows(None, "score") and keys.allows(bearer("any"), "admin")
+    assert keys.allows(bearer(None), "score") and keys.allows(bearer("any"), "admin")
+
+
+def refused_s(keys: KeyFile, caller: Caller) -> int:
+    """Seconds until a request that is beyond a rate limit may come again; 0 if it is within."""
+    try:
+        keys.require(caller, "score")
+    except ApiError as error:
+        assert (error.status, error.code) == (429, "rate_limited") and error.headers is not None
+        return int(error.headers["Retry-After"])
+    return 0
+
+
+def test_a_key_has_its_own_rate_or_that_of_the_service(path: Path) -> None:
+    own, other = bearer(add_key(path, "own", ["score"], "1/min")), bearer(add_key(path, "other", ["score", "admin"]))
+    keys = KeyFile(path, Rate.of("2/h"))
+    assert [refused_s(keys, own) for _ in range(2)] == [0, 60]
+    assert [refused_s(keys, other) for _ in range(3)] == [0, 0, 1800]
+    assert keys.allows(other, "admin")  # a monitor's look does not count
+    with pytest.raises(ApiError, match=r"the key 'own' may make 1 requests in 60 s; try again in 60 s"):
+        keys.require(own, "score")
+    path.write_text(path.read_text().replace("1/min", "1000/s"))
+    assert refused_s(keys, own) <= 1
+    with pytest.raises(SprueError, match="'fast' is no rate"):
+        add_key(path, "wrong", ["score"], "fast")
+
+
+def test_without_keys_each_address_has_the_rate_of_the_service() -> None:
+    keys = KeyFile(None, Rate.of("1/h"))
+    assert [refused_s(keys, bearer(None, address)) for address in ("10.0.0.7", "10.0.0.8", "10.0.0.7")] == [0, 0, 3600]
 
 
 @pytest.mark.parametrize(
@@ -89,6 +120,7 @@ def test_without_a_file_everybody_may_do_everything() -> None:
         ({"sha256": "plain"}, r"keys\.0\.sha256: "),
         ({"scopes": []}, r"keys\.0\.scopes: "),
         ({"scopes": ["root"]}, r"keys\.0\.scopes\.0: "),
+        ({"rate": "20"}, r"keys\.0\.rate: "),
         ({"name": "a b"}, r"keys\.0\.name: "),
         ({"key": "plain"}, r"keys\.0\.key: "),
     ],
@@ -110,7 +142,8 @@ def test_names_are_given_once(path: Path) -> None:
 
 def test_the_command_prints_a_key_once_and_revokes_it(path: Path) -> None:
     def run(*arguments: str) -> tuple[int, str]:
-        result = CliRunner().invoke(main, ["keys", *arguments, "--keys", str(path)])
+        store = ["--store", str(path.parent / "store")]
+        result = CliRunner().invoke(main, [*store, "keys", *arguments, "--keys", str(path)])
         return result.exit_code, result.output
 
     status, printed = run("add", "line", "--scope", "score", "--scope", "admin")
@@ -125,3 +158,15 @@ def test_the_command_prints_a_key_once_and_revokes_it(path: Path) -> None:
     status, message = run("remove", "line")
     assert status == 1 and "has no key 'line'; it has: none" in message
     assert not keys.allows(bearer(printed.strip()), "score")
+    assert run("add", "slow", "--scope", "score", "--rate", "fast")[0] == 1
+    assert run("add", "slow", "--scope", "score", "--rate", "3/s")[0] == 0
+    log = AccessLog(UPath(path.parent / "store" / FOLDER))
+    entries = list(log.entries())
+    assert [(each.kind, each.origin, each.detail) for each in entries] == [
+        ("key added", "command", f"line in {path}, for score, admin"),
+        ("key removed", "command", f"line in {path}"),
+        ("key added", "command", f"slow in {path}, for score, 3/s"),
+    ]
+    assert all("@" in each.by for each in entries)
+    written = "".join(file.read_text() for file in (path.parent / "store").rglob("*.json"))
+    assert "sprue_" not in written and not any(key.sha256 in written for key in read_keys(path))

@@ -4,6 +4,9 @@ import { hasText, t } from "./texts.js";
 
 const KEY = "sprue.key";
 
+/** Seconds that a request waits for its key's rate limit; the images of a list come all at once. */
+const PATIENCE_S = 10;
+
 export const key = {
   get: () => sessionStorage.getItem(KEY) ?? "",
   /** @param {string} value */
@@ -20,6 +23,17 @@ export class ServiceError extends Error {
   }
 }
 
+/** @param {string} path @param {RequestInit} options */
+async function patientFetch(path, options) {
+  for (let left = PATIENCE_S; ; ) {
+    const response = await fetch(path, options);
+    const seconds = Number(response.headers.get("Retry-After"));
+    left -= seconds;
+    if (response.status !== 429 || left < 0) return response;
+    await new Promise((resolve) => setTimeout(resolve, 1000 * seconds));
+  }
+}
+
 /**
  * @param {string} path @param {RequestInit} [options] @param {string} [name] What the request is about, for messages.
  * @returns {Promise<Response>}
@@ -28,7 +42,7 @@ async function request(path, options = {}, name = "") {
   const headers = { ...options.headers, ...(key.get() ? { Authorization: `Bearer ${key.get()}` } : {}) };
   let response;
   try {
-    response = await fetch(path, { ...options, headers });
+    response = await patientFetch(path, { ...options, headers });
   } catch {
     throw new ServiceError("unreachable", "");
   }
