@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from sprue.cli.group import EXISTING_FILE, FOLDER, connect, main
+from sprue.cli.group import EXISTING_FILE, FOLDER, connect, log_access, main
 
 keys_file = click.option(
     "--keys", "file", type=FOLDER, default="keys.json", show_default=True, help="The file; made if it is missing."
@@ -24,6 +24,12 @@ SCOPE = (
 @click.option("--keys", type=EXISTING_FILE, help="File of the keys that requests need; see `sprue keys`.")
 @click.option("--without-keys", is_flag=True, help="Serve everybody who reaches an address other than the loopback's.")
 @click.option("--allowed-host", "allowed_hosts", multiple=True, metavar="NAME", help="Another name of the service.")
+@click.option("--tls-cert", type=FOLDER, metavar="FILE", help="Speak TLS under this certificate, with its chain (PEM).")
+@click.option("--tls-key", type=FOLDER, metavar="FILE", help="The certificate's private key (PEM).")
+@click.option(
+    "--rate", metavar="N/s", help="Requests of a key without a rate of its own, or of an address where there are no "
+    "keys, such as 20/s or 100/min.  [default: no limit]",
+)  # fmt: skip
 @click.option("--no-decisions", is_flag=True, help="Keep no decisions in the store.")
 @click.option(
     "--keep-days", type=click.IntRange(1, 36_500), default=90, show_default=True, help="Of decisions and images."
@@ -52,6 +58,9 @@ def serve(
     keys: Path | None,
     without_keys: bool,
     allowed_hosts: tuple[str, ...],
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    rate: str | None,
     no_decisions: bool,
     keep_days: int,
     keep_images: float,
@@ -63,6 +72,15 @@ def serve(
     """Serve the champions over HTTP until interrupted."""
     if keys and without_keys:
         raise click.UsageError("give --keys FILE or --without-keys, not both")
+    if (tls_cert is None) != (tls_key is None):
+        raise click.UsageError("give both --tls-cert FILE and --tls-key FILE")
+    from sprue.serving.certificates import Certificate
+    from sprue.serving.rates import Rate
+
+    # Before what takes seconds to import.
+    certificate = Certificate.read(tls_cert, tls_key) if tls_cert and tls_key else None
+    limit = Rate.of(rate) if rate else None
+    from sprue.release.access_log import FOLDER as ACCESSES
     from sprue.release.decision_store import FOLDER as DECISIONS
     from sprue.serving.champions import CacheSettings
     from sprue.serving.decision_log import DecisionLogSettings
@@ -86,6 +104,9 @@ def serve(
         allowed_hosts=allowed_hosts,
         decisions=decisions,
         allow_empty=allow_empty,
+        certificate=certificate,
+        rate=limit,
+        access_log=str(location(store) / ACCESSES),
     )
     click.echo(f"scoring at {url}  (its interface: {url}/docs; stop it with Ctrl-C)")
     sys.stdout.flush()
@@ -103,19 +124,26 @@ def keys() -> None:
 @click.option(
     "--scope", "scopes", type=click.Choice(["score", "review", "admin"]), multiple=True, required=True, help=SCOPE
 )
+@click.option("--rate", metavar="N/s", help="Requests it may make, such as 20/s.  [default: that of the service]")
 @keys_file
-def add_key(name: str, scopes: tuple[Any, ...], file: Path) -> None:
+@click.pass_obj
+def add_key(store: str, name: str, scopes: tuple[Any, ...], rate: str | None, file: Path) -> None:
     """Make a key and print it, this once; the file keeps its hash."""
     from sprue.serving.keys import add_key as add
 
-    click.echo(add(file, name, scopes))
+    key = add(file, name, scopes, rate)
+    what = f"{name} in {file.resolve()}, for {', '.join(scopes)}"
+    log_access(store, "key added", f"{what}, {rate}" if rate else what)
+    click.echo(key)
 
 
 @keys.command("remove")
 @click.argument("name")
 @keys_file
-def remove_key(name: str, file: Path) -> None:
+@click.pass_obj
+def remove_key(store: str, name: str, file: Path) -> None:
     """Revoke a key."""
     from sprue.serving.keys import remove_key as remove
 
     remove(file, name)
+    log_access(store, "key removed", f"{name} in {file.resolve()}")

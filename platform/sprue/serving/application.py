@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray.serve import Application
 
 from sprue.errors import SprueError
+from sprue.release.access_log import FOLDER as ACCESSES
 from sprue.release.decision_store import FOLDER
 from sprue.serving.admission import AdmissionLimits
 from sprue.serving.app import CLOSE_S, ScoringService, ServiceConfig
@@ -21,6 +22,7 @@ from sprue.serving.decision_log import DecisionLogSettings
 from sprue.serving.hosts import AllowedHosts
 from sprue.serving.launch import PROXY_GRACE_S, require_keys
 from sprue.serving.parsing import ServiceLimits
+from sprue.serving.rates import Rate
 from sprue.store import location
 
 EVERYWHERE = "0.0.0.0"
@@ -31,7 +33,7 @@ class ServiceArguments(BaseModel):
     """The ``args`` of the application; the options of ``sprue serve``, where they have the same meaning.
 
     Attributes:
-        store: Folder that all nodes see, or s3 URL, in which decisions are kept; nowhere if None.
+        store: Folder that all nodes see, or s3 URL, in which decisions and the access log are kept; nowhere if None.
         keep_days: Days after which decisions are deleted.
         keep_images: Gigabytes of images beyond which the oldest are deleted.
         keep_sample: Fraction kept of the images that are neither alarms nor near the threshold.
@@ -41,6 +43,7 @@ class ServiceArguments(BaseModel):
         cache_gb: GiB of the classes that a replica has loaded.
         pinned: Classes that are loaded at the start, and stay.
         refresh_s: Seconds between two looks into the registry for new champions.
+        rate: Requests of a key without a rate of its own, or of an address where there are no keys, such as ``20/s``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -55,6 +58,7 @@ class ServiceArguments(BaseModel):
     cache_gb: Annotated[float, Field(gt=0)] = 2.0
     pinned: tuple[str, ...] = ()
     refresh_s: Annotated[float, Field(gt=0)] = 15.0
+    rate: str | None = None
 
 
 def application(arguments: ServiceArguments) -> Application:
@@ -78,6 +82,8 @@ def application(arguments: ServiceArguments) -> Application:
         hosts=AllowedHosts.of(EVERYWHERE, arguments.allowed_hosts),
         decisions=_decisions(arguments),
         allow_empty=True,
+        rate=Rate.of(arguments.rate) if arguments.rate else None,
+        access_log=str(location(arguments.store) / ACCESSES) if arguments.store else None,
     )
     # A replica that has answered its requests writes its last decisions.
     stop_s = admission.max_timeout_s + CLOSE_S + PROXY_GRACE_S

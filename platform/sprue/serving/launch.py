@@ -6,6 +6,7 @@ import logging
 import math
 import socket
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,15 +16,18 @@ import requests
 from ray import serve
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import ApplicationStatus, LoggingConfig
+from urllib3.exceptions import InsecureRequestWarning
 
 from sprue.errors import SprueError
 from sprue.serving.admission import AdmissionLimits
 from sprue.serving.app import CLOSE_S, ScoringService, ServiceConfig
+from sprue.serving.certificates import Certificate, served_certificate
 from sprue.serving.champions import CacheSettings, require_champions
 from sprue.serving.decision_log import DecisionLogSettings
 from sprue.serving.hosts import AllowedHosts, is_loopback
 from sprue.serving.keys import read_keys
 from sprue.serving.parsing import ServiceLimits
+from sprue.serving.rates import Rate
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +55,9 @@ def serve_champions(
     allowed_hosts: Sequence[str] = (),
     decisions: DecisionLogSettings | None = None,
     allow_empty: bool = False,
+    certificate: Certificate | None = None,
+    rate: Rate | None = None,
+    access_log: str | None = None,
 ) -> str:
     """Serves the champions of MLflow's current tracking server, and waits until the service is healthy.
 
@@ -70,15 +77,21 @@ def serve_champions(
         allowed_hosts: Names under which requests may come, besides the loopback's and the address.
         decisions: Where decisions are kept, and how long; nowhere if None.
         allow_empty: Start although the registry has no champion yet; the first is served when it is there.
+        certificate: Speaks TLS under it, and answers under its names; plain HTTP if None. It is read once: another one
+            needs another start.
+        rate: How many requests a key without a rate of its own may make, or an address where there are no keys, of all
+            replicas together; as many as admission takes on if None.
+        access_log: Folder or s3 URL of the access log; nothing is logged if None.
 
     Raises:
         SprueError: If others than this machine reach the address and there are no keys, the port is busy, the registry
             has no champions and may not be empty, or the service does not start.
     """
     require_keys(host, keys, without_keys)
+    _warn(host, keys, certificate)
     running = bool(serve.status().proxies)
     if running:
-        _require_listening(host, port)
+        _require_listening(host, port, certificate)
         # Ray Serve keeps the address that it was started with, which may be another than the loopback's.
         if _listens(node := ray.util.get_node_ip_address(), port):
             require_keys(node, keys, without_keys)
@@ -96,13 +109,21 @@ def serve_champions(
         cache or CacheSettings(),
         refresh_s,
         keys.resolve() if keys else None,
-        AllowedHosts.of(host, allowed_hosts),
+        AllowedHosts.of(host, [*allowed_hosts, *(certificate.names if certificate else ())]),
         decisions,
         allow_empty,
+        rate,
+        access_log,
     )
     try:
         # Replicas keep the deadlines; the proxy ends what reaches none.
-        http = HTTPOptions(host=host, port=port, request_timeout_s=admission.max_timeout_s + PROXY_GRACE_S)
+        http = HTTPOptions(
+            host=host,
+            port=port,
+            request_timeout_s=admission.max_timeout_s + PROXY_GRACE_S,
+            ssl_keyfile=str(certificate.key) if certificate else None,
+            ssl_certfile=str(certificate.chain) if certificate else None,
+        )
         serve.start(http_options=http, logging_config=quiet)
         gpus = gpu_fraction(replicas, int(ray.cluster_resources().get("GPU", 0)))
         options = {
@@ -115,7 +136,7 @@ def serve_champions(
         target = serve.RunTarget(service, name=APPLICATION, route_prefix="/", logging_config=quiet)
         serve.run_many([target], wait_for_applications_running=False)
         _wait_until_running()
-        url = _url(host, port)
+        url = _url(host, port, certificate)
         _wait_until_healthy(url)
     except BaseException:
         if not running:
@@ -187,15 +208,27 @@ def _reachable(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
-def _url(host: str, port: int) -> str:
-    name = _reachable(host)
-    return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
+def _url(host: str, port: int, certificate: Certificate | None) -> str:
+    name, scheme = _reachable(host), "https" if certificate else "http"
+    return f"{scheme}://[{name}]:{port}" if ":" in name else f"{scheme}://{name}:{port}"
 
 
-def _require_listening(host: str, port: int) -> None:
+def _warn(host: str, keys: Path | None, certificate: Certificate | None) -> None:
+    if certificate and certificate.warning:
+        logger.warning("%s", certificate.warning)
+    if keys and not certificate and not is_loopback(host):
+        message = "keys travel in clear text to %s: give --tls-cert and --tls-key, or put a proxy with TLS in front"
+        logger.warning(message, host)
+
+
+def _require_listening(host: str, port: int, certificate: Certificate | None) -> None:
     if not _listens(_reachable(host), port):
         raise SprueError(
             f"Ray Serve already runs on this cluster, but not at {host}:{port}: give its address, or stop it first"
+        )
+    if served_certificate(_reachable(host), port) != (certificate.der if certificate else None):
+        raise SprueError(
+            f"Ray Serve already runs at {host}:{port}, with another certificate or without one: stop it first"
         )
 
 
@@ -236,7 +269,9 @@ def _wait_until_healthy(url: str) -> None:
     failure = ""
     for _ in range(50):
         try:
-            response = requests.get(f"{url}/readyz", timeout=5.0)
+            # The certificate need not hold for this address, and only what strangers may know is asked.
+            with warnings.catch_warnings(category=InsecureRequestWarning, action="ignore"):
+                response = requests.get(f"{url}/readyz", timeout=5.0, verify=False)
             if response.status_code == 200:
                 for reason in response.json().get("failures", {}).values():
                     logger.warning("not served: %s", reason)

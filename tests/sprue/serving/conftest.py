@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ import pytest
 import ray
 import torch
 import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from skimage import data
@@ -31,6 +36,7 @@ from sprue.inference.detector import Detector, score_features
 from sprue.inference.engines import Engine, build_engine
 from sprue.inference.images import model_input
 from sprue.inference.spec import FeatureSpec
+from sprue.release.access_log import FOLDER as ACCESSES
 from sprue.release.decision_store import FOLDER, Decision, DecisionStore
 from sprue.serving.admission import AdmissionLimits
 from sprue.serving.decision_log import DecisionLogSettings
@@ -176,6 +182,33 @@ def unused_port(ports: Callable[[int], list[int]]) -> int:
 
 
 @pytest.fixture(scope="module")
+def issue(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
+    """Makes certificates that sign themselves, and their keys."""
+    folder = tmp_path_factory.mktemp("certificates")
+
+    def make(name: str, names: list[str], days: int = 365, starts: int = -2) -> tuple[Path, Path]:
+        key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        made = (
+            x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
+            .not_valid_before(now + timedelta(days=starts))
+            .not_valid_after(now + timedelta(days=days))
+            .add_extension(x509.SubjectAlternativeName([x509.DNSName(each) for each in names]), critical=False)
+            .sign(key, hashes.SHA256())
+        )
+        chain, private = folder / f"{name}.pem", folder / f"{name}.key"
+        chain.write_bytes(made.public_bytes(serialization.Encoding.PEM))
+        private.write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            )
+        )
+        return chain, private
+
+    return make
+
+
+@pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Two cores of Ray, with an empty registry and caches of their own in a folder."""
     folder = tmp_path_factory.mktemp("plant")
@@ -221,7 +254,13 @@ def plant(cluster: Path, ports: Callable[[int], list[int]]) -> Iterator[Plant]:
         admission = AdmissionLimits(max_queued=24, grace_s=1.0)
         decisions = DecisionLogSettings(str(cluster / "store" / FOLDER), sample=SAMPLE)
         url = serve_champions(
-            port=port, limits=limits, admission=admission, refresh_s=0.5, keys=keys, decisions=decisions
+            port=port,
+            limits=limits,
+            admission=admission,
+            refresh_s=0.5,
+            keys=keys,
+            decisions=decisions,
+            access_log=str(cluster / "store" / ACCESSES),
         )
         assert url == f"http://127.0.0.1:{port}"
         yield plant
