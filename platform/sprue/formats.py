@@ -87,6 +87,7 @@ FIT = Format("record of a fit", 1, "delete its folder and run the fit stage agai
 DETECTOR = Format("detector", 1, "register the class anew")
 LINEAGE = Format("record of a version", 1, "register the class anew")
 AUDIT = Format("entry of the audit log", 1, _RESTORE)
+ACCESS = Format("entry of the access log", 1, _RESTORE)
 SCORES = Format("table of scores", 1, "delete it and score again")
 DECISIONS = Format("table of decisions", 1, _RESTORE)
 REVIEW = Format("review", 1, _RESTORE)
@@ -104,6 +105,7 @@ FORMATS = (
     DETECTOR,
     LINEAGE,
     AUDIT,
+    ACCESS,
     SCORES,
     DECISIONS,
     REVIEW,

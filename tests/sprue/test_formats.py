@@ -36,6 +36,7 @@ from sprue.inference.detector import Detector
 from sprue.inference.spec import FeatureSpec
 from sprue.operations.archive import Archive, Backup, File
 from sprue.release import audit_log
+from sprue.release.access_log import Access, AccessLog
 from sprue.release.decision_store import Decision, DecisionStore, image_digests, rows_of
 from sprue.release.reviews import Review, ReviewStore
 from sprue.scoring.parts import PartSummary, summaries
@@ -283,6 +284,11 @@ EXAMPLES = [
         ("detector", detector, read_detector),
         ("record of a version", lineage, read_lineage),
         ("entry of the audit log", audit, read_audit),
+        (
+            "entry of the access log",
+            lambda folder: AccessLog(folder).add(Access("reviewed", "anna", "10.0.0.7", "good", "plant.brick", AT)),
+            lambda folder: list(AccessLog(folder).entries()),
+        ),
         ("table of scores", scores, read_scores),
         ("table of decisions", decisions, lambda folder: DecisionStore(folder).find("r1")),
         ("review", review, lambda folder: ReviewStore(folder).latest("plant.brick")),

@@ -1,6 +1,6 @@
 """The access log: who changed the keys, used a key with the scope ``admin``, reviewed, or exported reviews.
 
-One file for each entry, never changed afterwards: ``sprue-audit/date=<day>/<time>-<id>.json`` in the store. It is
+One file for each entry, never changed afterwards: ``sprue-audit/date=<day>/<time>.<id>.json`` in the store. It is
 beside the audit log of champions, which is in the registry: keys are made without a registry, and a replica records
 without waiting for one. Entries hold names of keys, and never a key.
 """
@@ -15,11 +15,10 @@ from typing import Any, Literal
 from upath import UPath
 
 from sprue.errors import SprueError
+from sprue.formats import ACCESS
 from sprue.store import write_json
 
 FOLDER = "sprue-audit"
-FORMAT = 1
-"""Version of the files. A change comes with a migration."""
 
 Kind = Literal["key added", "key removed", "admin", "reviewed", "exported"]
 
@@ -61,10 +60,13 @@ class AccessLog:
     folder: UPath
 
     def append(self, kind: Kind, by: str, origin: str, detail: str, model: str = "") -> None:
+        """Appends an entry of what has just happened."""
+        self.add(Access(kind, by, origin, detail, model, datetime.now(UTC)))
+
+    def add(self, entry: Access) -> None:
         """Appends an entry."""
-        entry = Access(kind, by, origin, detail, model, datetime.now(UTC))
-        name = f"{entry.at:%H%M%S%f}-{uuid.uuid4().hex[:12]}.json"
-        write_json(self.folder / f"date={entry.at:%Y-%m-%d}" / name, {"format": FORMAT} | entry.as_json())
+        name = f"{entry.at:%Y%m%dT%H%M%S%f}.{uuid.uuid4().hex}.json"
+        write_json(self.folder / f"date={entry.at:%Y-%m-%d}" / name, ACCESS.stamped(entry.as_json()))
 
     def entries(self, model: str | None = None) -> Iterator[Access]:
         """The entries about a model, or all, oldest first.
@@ -82,9 +84,7 @@ class AccessLog:
 
 def _read(path: UPath) -> Access:
     try:
-        values = json.loads(path.read_bytes())
-        if values.pop("format") != FORMAT:
-            raise SprueError(f"{path} has another format than {FORMAT}, which this version of sprue reads")
+        values = ACCESS.current(json.loads(path.read_bytes()), path)
         return Access(**values | {"at": datetime.fromisoformat(values["at"])})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SprueError(f"{path} is no entry of the access log: {error}") from error
