@@ -368,7 +368,7 @@ def test_keys_are_made_and_revoked_while_the_service_runs(plant: Any) -> None:
     line = {"Authorization": f"Bearer {add_key(plant.keys, 'line', ['score'])}"}
     assert plant.post("brick", image, headers=line).status_code == 200
     whole = plant.keys.read_bytes()
-    plant.keys.write_text("{}")
+    plant.keys.write_text('{"format": 1}')
     assert plant.post("brick", image, headers=line).status_code == 200
     health = plant.client.get("/readyz").json()
     assert health["status"] == "degraded" and "is no file of keys: keys: Field required" in health["keys_error"]
