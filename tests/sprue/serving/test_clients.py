@@ -3,8 +3,8 @@
 import importlib.util
 import json
 import os
-import shutil
 import re
+import shutil
 import socket
 import ssl
 import subprocess
