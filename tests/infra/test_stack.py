@@ -157,7 +157,7 @@ def champion(stack, tmp_path_factory):
     """The data in DVC with the stack as its remote; another clone gets it, and the stages run on it as jobs."""
     folder = tmp_path_factory.mktemp("repository")
     write_images(folder / "first/data/tiny/brick", {"train/good": 30, "test/good": 4, "test/spot": 4}, seed=0)
-    write_images(folder / "unseen", {"good": 8, "spot": 8}, seed=1)
+    write_images(folder / "unseen", {"good": 24, "spot": 24}, seed=1)
 
     def run(clone, *command):
         done = stack.shell(*command, cwd=folder / clone)
@@ -340,25 +340,6 @@ def panels(board):
         for target in panel["targets"]:
             query = target["expr"].replace("$__rate_interval", "5m").replace("$dataset", ".*").replace("$model", ".*")
             yield panel["title"], query
-
-
-NO_GPU = "GPU: utilization, and memory in MB"
-
-
-def test_prometheus_has_what_the_board_of_training_shows(stack, champion):
-    queries = [query for title, query in panels("training.json") if title != NO_GPU]
-    # The job has ended, and its series with it: what Prometheus has read in the last hour counts.
-    left = {query: f"last_over_time(({query})[1h:10s])" for query in queries}
-    for _ in range(60):
-        left = {query: over for query, over in left.items() if not stack.query(over)}
-        if not left:
-            break
-        time.sleep(0.5)
-    assert not left
-    done = stack.query('max_over_time(ray_sprue_fits{dataset="tiny", state="done"}[1h])')
-    assert max(float(each["value"][1]) for each in done) == 1
-    epochs = stack.query('max_over_time(ray_sprue_fit_epochs_total{dataset="tiny"}[1h])')
-    assert max(float(each["value"][1]) for each in epochs) == 2
 
 
 def test_prometheus_has_the_service_and_the_rules(stack, champion):
