@@ -9,11 +9,14 @@ os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
 # As on every cluster of one machine that sprue starts: it is not preempted, and the watcher is a process for each run.
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+# Ray's workers would otherwise wait for every other test: Ray gives them the lowest priority but four.
+os.environ.setdefault("RAY_worker_niceness", "0")
 # Else each of the many processes that tests start would compile all of sprue anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import contextlib
 import gc
+import json
 import random
 import secrets
 import socket
@@ -82,6 +85,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> dict[s
         "DVC_NO_ANALYTICS": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        "RAY_worker_niceness": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "SPRUE_CACHE": str(cache),
@@ -94,6 +98,19 @@ def cluster() -> Iterator[str]:
     ray.init(address="local", num_cpus=2, include_dashboard=True, log_to_driver=False, logging_level="ERROR")
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def panels() -> Callable[[str, str], dict[str, list[str]]]:
+    """The queries of each panel of a board in ``infra/grafana``, of all datasets and models, with a rate's interval."""
+
+    def queries(board: str, interval: str) -> dict[str, list[str]]:
+        text = (Path(__file__).parents[1] / "infra" / "grafana" / board).read_text()
+        for variable, value in (("$__rate_interval", interval), ("$dataset", ".*"), ("$model", ".*")):
+            text = text.replace(variable, value)
+        return {panel["title"]: [target["expr"] for target in panel["targets"]] for panel in json.loads(text)["panels"]}
+
+    return queries
 
 
 @pytest.fixture(scope="session")

@@ -333,16 +333,7 @@ def test_a_second_version_is_promoted_and_served(stack, champion):
     pytest.fail("version 2 is not served")
 
 
-def panels(board):
-    """The queries of a board, of all datasets and models."""
-    text = json.loads((ROOT / "infra/grafana" / board).read_text())
-    for panel in text["panels"]:
-        for target in panel["targets"]:
-            query = target["expr"].replace("$__rate_interval", "5m").replace("$dataset", ".*").replace("$model", ".*")
-            yield panel["title"], query
-
-
-def test_prometheus_has_the_service_and_the_rules(stack, champion):
+def test_prometheus_has_the_service_and_the_rules(stack, champion, panels):
     answers(stack, champion)
     for _ in range(60):
         if stack.query(f'ray_sprue_decisions_total{{model="{CLASS_NAME}"}}'):
@@ -355,7 +346,7 @@ def test_prometheus_has_the_service_and_the_rules(stack, champion):
     rules = list(itertools.chain.from_iterable(group["rules"] for group in groups))
     assert len(rules) > 10
     assert {rule["health"] for rule in rules} <= {"ok", "unknown"}
-    for _, query in panels("serving.json"):
+    for query in itertools.chain.from_iterable(panels("serving.json", "5m").values()):
         stack.query(query)
 
 

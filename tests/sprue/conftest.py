@@ -1,12 +1,18 @@
-"""An empty tracking store on SQLite, for one module, and a small class to fit and to register."""
+"""An empty tracking store on SQLite, for one module; a small class to fit and to register; Prometheus."""
 
 import hashlib
 import json
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
+import httpx
 import mlflow
 import numpy as np
 import pytest
+import ray
+import yaml
 from upath import UPath
 
 from defectflow import config_for_features
@@ -61,3 +67,31 @@ def plan(store: UPath) -> FitSpec:
         validation=samples[10:],
         manifest="0" * 64,
     )
+
+
+@pytest.fixture
+def prometheus(tmp_path: Path, ports: Callable[[int], list[int]]) -> Iterator[Callable[[str], list[dict[str, Any]]]]:
+    """Asks a Prometheus that scrapes the Ray which runs as our configuration says, but each second."""
+    config = yaml.safe_load((Path(__file__).parents[2] / "infra" / "prometheus" / "prometheus.yaml").read_text())
+    config["global"]["scrape_interval"] = "1s"
+    del config["rule_files"]
+    # What Ray's dashboard, which the tests do without, writes into the file that the configuration names.
+    (scrape,), (node,) = config["scrape_configs"], ray.nodes()
+    assert scrape.pop("file_sd_configs")
+    scrape["static_configs"] = [{"targets": [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"]}]
+    file, (port,) = tmp_path / "prometheus.yaml", ports(1)
+    file.write_text(yaml.safe_dump(config))
+    listen, data_folder = f"--web.listen-address=127.0.0.1:{port}", f"--storage.tsdb.path={tmp_path / 'prometheus'}"
+    with subprocess.Popen(
+        ["prometheus", f"--config.file={file}", listen, data_folder, "--log.level=error"]
+    ) as server, httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:  # fmt: skip
+
+        def query(expression: str) -> list[dict[str, Any]]:
+            answer = client.get("/api/v1/query", params={"query": expression})
+            assert answer.status_code == 200, f"{expression}: {answer.text}"
+            return answer.json()["data"]["result"]
+
+        try:
+            yield query
+        finally:
+            server.kill()

@@ -16,11 +16,11 @@ from sprue.errors import SprueError
 from sprue.features import extraction
 from sprue.features.counter import ImageCounter
 from sprue.features.extraction import Extraction, engine_placement, extract
+from sprue.features.spec_file import read_spec
 from sprue.features.tables import FeatureTable
 from sprue.inference.backbone import resolve
 from sprue.inference.engines import build_engine
 from sprue.inference.images import model_input, open_image
-from sprue.inference.spec import FeatureSpec
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -58,7 +58,7 @@ def test_only_what_is_not_stored_is_extracted(spec, tmp_path):
     images = pd.concat([images, images[:1].assign(path="brick/1.png")], ignore_index=True)
     done = extract(spec, images, UPath(root), UPath(features))
     assert (done.stored, done.extracted) == (0, 22)
-    assert FeatureSpec.model_validate_json((features / spec.fingerprint / "spec.json").read_text()) == spec
+    assert read_spec(UPath(features / spec.fingerprint)) == spec
 
     engine = build_engine(spec, threads=2)
     for class_name, count in (("brick", 19), ("grass", 3)):

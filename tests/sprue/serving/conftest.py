@@ -3,7 +3,6 @@
 import contextlib
 import io
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ import numpy as np
 import pytest
 import ray
 import torch
-import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -48,7 +46,6 @@ from sprue.tracking import registry
 from sprue.tracking.backbones import log_backbone
 from sprue.tracking.summary import detector_tags
 
-INFRA = Path(__file__).parents[3] / "infra"
 SIDE = 128
 SAMPLE = 0.5
 """Fraction of the images that are kept though they are neither alarms nor near the threshold."""
@@ -251,7 +248,7 @@ def plant(cluster: Path, ports: Callable[[int], list[int]]) -> Iterator[Plant]:
         plant = Plant(client, port, limits, keys, cluster, engine, detectors)
         for name, detector in detectors.items():
             plant.release(f"{DATASET}.{name}", detector)
-        admission = AdmissionLimits(max_queued=24, grace_s=1.0)
+        admission = AdmissionLimits(max_queued=24, default_timeout_s=30.0)
         decisions = DecisionLogSettings(str(cluster / "store" / FOLDER), sample=SAMPLE)
         url = serve_champions(
             port=port,
@@ -265,33 +262,6 @@ def plant(cluster: Path, ports: Callable[[int], list[int]]) -> Iterator[Plant]:
         assert url == f"http://127.0.0.1:{port}"
         yield plant
         stop_serving()
-
-
-@pytest.fixture
-def prometheus(cluster: Path, ports: Callable[[int], list[int]]) -> Iterator[Callable[[str], list[dict[str, Any]]]]:
-    """Asks a Prometheus that scrapes this Ray as our configuration says, but each second."""
-    config = yaml.safe_load((INFRA / "prometheus" / "prometheus.yaml").read_text())
-    config["global"]["scrape_interval"] = "1s"
-    # What Ray's dashboard, which the tests do without, writes into the file that the configuration names.
-    (scrape,), (node,) = config["scrape_configs"], ray.nodes()
-    assert scrape.pop("file_sd_configs")
-    scrape["static_configs"] = [{"targets": [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"]}]
-    file, (port,) = cluster / "prometheus.yaml", ports(1)
-    file.write_text(yaml.safe_dump(config))
-    listen, data_folder = f"--web.listen-address=127.0.0.1:{port}", f"--storage.tsdb.path={cluster / 'prometheus'}"
-    with subprocess.Popen(
-        ["prometheus", f"--config.file={file}", listen, data_folder, "--log.level=error"]
-    ) as server, httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:  # fmt: skip
-
-        def query(expression: str) -> list[dict[str, Any]]:
-            answer = client.get("/api/v1/query", params={"query": expression})
-            assert answer.status_code == 200, f"{expression}: {answer.text}"
-            return answer.json()["data"]["result"]
-
-        try:
-            yield query
-        finally:
-            server.kill()
 
 
 @pytest.fixture(scope="class")

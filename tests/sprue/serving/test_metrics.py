@@ -76,12 +76,14 @@ def test_a_client_that_leaves_counts_as_499(requests: Recorder) -> None:
 
 def test_every_report_has_the_version_of_every_champion(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray may miss a value, and has none to show for a model then."""
-    versions = Recorder()
+    versions, ages = Recorder(), Recorder()
     monkeypatch.setattr(metrics, "VERSIONS", versions)
+    monkeypatch.setattr(metrics, "REGISTRY_AGE", ages)
     champions = [RegisteredDetector("textures", "brick", 3, ""), RegisteredDetector("textures", "gräs", 1, "")]
     models: Any = SimpleNamespace(available=champions, failures={})
     admission: Any = SimpleNamespace(queued=0, reading=0)
     for _ in range(2):
-        report_state(admission, models, None)
+        report_state(admission, models, None, 1.5)
         assert versions.calls == [(3, {"model": "textures.brick"}), (1, {"model": "textures.gr%C3%A4s"})]
         versions.calls.clear()
+    assert ages.calls == [(1.5, None)] * 2

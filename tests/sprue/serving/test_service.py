@@ -320,7 +320,7 @@ def test_connections_without_a_body_disturb_nobody(plant: Any) -> None:
         assert plant.client.get("/livez").json() == {"status": "alive"}
         assert plant.client.get("/readyz").json()["status"] == "ready"
         for each in idle:
-            each.settimeout(10)
+            each.settimeout(30)
             received = b"".join(iter(partial(each.recv, 2**16), b""))  # until the service closes the connection
             assert received.startswith(b"HTTP/1.1 408 ") and b'"code":"slow_body"' in received
 
@@ -627,17 +627,6 @@ def test_a_request_that_is_refused_is_no_decision(plant: Any) -> None:
         plant.decisions.find("refused")
 
 
-def panels() -> dict[str, list[str]]:
-    """The queries of each panel of the board, of all models in the last half minute."""
-    board = json.loads((Path(__file__).parents[3] / "infra" / "grafana" / "serving.json").read_text())
-    return {
-        panel["title"]: [
-            target["expr"].replace("$__rate_interval", "30s").replace("$model", ".*") for target in panel["targets"]
-        ]
-        for panel in board["panels"]
-    }
-
-
 def values(query: Any, expression: str, by: str = "") -> dict[str, float]:
     """A query's values, by a label; by all labels without one."""
     found = query(expression)
@@ -655,9 +644,9 @@ COUNTS = {
 }
 
 
-def test_prometheus_has_what_every_panel_of_the_board_shows(plant: Any, prometheus: Any) -> None:
+def test_prometheus_has_what_every_panel_of_the_board_shows(plant: Any, prometheus: Any, panels: Any) -> None:
     alarm, fine = with_defect(plant.image("brick")), plant.image("gräs 2")
-    left = {query: title for title, queries in panels().items() for query in queries}
+    left = {query: title for title, queries in panels("serving.json", "30s").items() for query in queries}
     assert len(left) > 15
     deadline = time.monotonic() + 60
     while left and time.monotonic() < deadline:
