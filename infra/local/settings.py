@@ -31,7 +31,7 @@ class StackError(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """What the stack is told.
+    """The settings of the stack.
 
     Attributes:
         folder: Of all its files.

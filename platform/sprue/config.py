@@ -133,6 +133,8 @@ class FitSettings(Settings):
     """Save memory by recomputing the couplings' inputs in the backward pass."""
     workers: Annotated[int, Ge(1)] = 1
     """Processes that share a class's steps, each on its own GPU where there are any."""
+    min_workers: Annotated[int, Ge(1)] | None = None
+    """Fewest workers with which a fit goes on when machines leave, and begins before they join; null for all."""
     gpus: Annotated[float, Gt(0), Le(1)] = 1.0
     """Of a GPU that a worker takes, where there are any: with 0.25, four fits share one, which a small fit leaves idle
     most of the time. Several workers need 1."""
@@ -145,6 +147,8 @@ class FitSettings(Settings):
     def _workers_have_gpus(self) -> "FitSettings":
         if self.workers > 1 and self.gpus < 1:
             raise ValueError("gpus: workers that share a fit need a GPU each; set gpus to 1 or workers to 1")
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers: {self.min_workers} is more than workers, {self.workers}")
         return self
 
 

@@ -1,5 +1,7 @@
 """Commands on what the service has decided, and what people say of it."""
 
+import json
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,39 @@ def replay(store: str, request_id: str, as_json: bool) -> None:
     show(found.as_json(), str(found), as_json)
     if not found.equal:
         raise SprueError(f"{request_id}: the result differs from the recorded one")
+
+
+@main.command()
+@click.argument("name", metavar="[CLASS]", required=False)
+@click.option("--days", type=click.IntRange(1), default=1, show_default=True, help="Whose decisions are looked at.")
+@click.option(
+    "--replays", type=click.IntRange(0), default=3, show_default=True,
+    help="Of the newest kept samples of each class that are scored again.",
+)  # fmt: skip
+@as_json
+@click.pass_obj
+def recheck(store: str, name: str | None, days: int, replays: int, as_json: bool) -> None:
+    """Check the champions again, all or that of a CLASS: their files, their decisions, their alarms.
+
+    Meant for each night; exit status 1 where there is something to look at.
+    """
+    connect(store)
+    from sprue.release.decision_store import FOLDER as DECISIONS
+    from sprue.release.decision_store import DecisionStore
+    from sprue.release.recheck import recheck as check
+    from sprue.store import location
+    from sprue.tracking.registry import CHAMPION, champions, find_registered
+
+    chosen = [find_registered(name, CHAMPION)] if name else champions()
+    first = datetime.now(UTC).date() - timedelta(days)
+    found = []
+    for each in check(chosen, DecisionStore(location(store) / DECISIONS), first, replays):
+        found.append(each)
+        click.echo(each, err=as_json)
+    if as_json:
+        click.echo(json.dumps([each.as_json() for each in found], indent=2))
+    if wrong := [each.model_name for each in found if each.findings]:
+        raise SprueError(f"{len(wrong)} of {len(found)} champions need a look: {', '.join(wrong)}")
 
 
 @main.group()

@@ -21,7 +21,7 @@ from sprue.operations.archive import in_words
 from sprue.operations.findings import Finding
 
 NAMED = ("ray", "torch", "mlflow", "dvc", "openvino", "numpy")
-"""Packages whose versions are told."""
+"""Packages whose versions are listed."""
 SERVICES = {
     "Ray": re.compile(r"\bray::|\b(raylet|gcs_server|haproxy)\b|/ray/|\bray (start|job)"),
     "MLflow": re.compile(r"\bmlflow\b"),
@@ -66,9 +66,9 @@ def _version(name: str) -> str | None:
 def processor() -> list[Finding]:
     """Cores, vector instructions, memory and GPU, and what sprue chooses with them."""
     flags = _cpu_flags()
-    told = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16") if name in flags]
+    known = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16") if name in flags]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    words = f"{cores} cores {' '.join(told)}, {in_words(psutil.virtual_memory().total)} of memory"
+    words = f"{cores} cores {' '.join(known)}, {in_words(psutil.virtual_memory().total)} of memory"
     gpu, findings = _gpu(), []
     has_openvino = _version("openvino") is not None
     if gpu and _torch_cuda() is None:

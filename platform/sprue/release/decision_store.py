@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, date, datetime, timedelta
@@ -45,6 +46,10 @@ _TYPES: dict[str, pa.DataType] = {
     "batch": pa.int32(),
     "is_anomalous": pa.bool_(),
 } | dict.fromkeys(("score", "p_value", "alpha", "threshold", "latency_s"), pa.float64())
+
+
+class ImageGone(SprueError):
+    """An image was deleted for its age, or for lack of space."""
 
 
 @dataclass(frozen=True)
@@ -156,11 +161,12 @@ class DecisionStore:
         """The bytes of an image of a decision that was made at a time.
 
         Raises:
-            SprueError: If it was not kept, is no longer there, or is not the one that was scored.
+            ImageGone: If it was not kept, or is no longer there.
+            SprueError: If it is not the one that was scored.
         """
         path = self._images(at) / digest
         if not path.is_file():
-            raise SprueError(f"{path} is gone: images are deleted after some days, sooner where space is short")
+            raise ImageGone(f"{path} is gone: images are deleted after some days, sooner where space is short")
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != digest:
             raise SprueError(f"{path} is not the image that was scored: its SHA-256 is another")
@@ -194,6 +200,20 @@ class DecisionStore:
             rows = pa.concat_tables(parts).sort_by([("at", "descending")])
             for batch in (rows if kept else rows.slice(0, limit)).to_batches(max_chunksize=limit):
                 yield from map(_decision, batch.to_pylist())
+
+    def count_alarms(self, first: date) -> dict[tuple[str, int], tuple[int, int]]:
+        """Samples and alarms of each model's versions since a day, by model name and version."""
+        counts: Counter[tuple[str, int]] = Counter()
+        alarms: Counter[tuple[str, int]] = Counter()
+        by = ["dataset", "class_name", "version"]
+        for day, folder in _days(self.folder / "rows"):
+            for part in folder.glob("*.parquet") if day >= first else ():
+                grouped = _rows_of(part).group_by(by).aggregate([("is_anomalous", "count"), ("is_anomalous", "sum")])
+                for row in grouped.to_pylist():
+                    key = (f"{row['dataset']}.{row['class_name']}", row["version"])
+                    counts[key] += row["is_anomalous_count"]
+                    alarms[key] += row["is_anomalous_sum"]
+        return {key: (count, alarms[key]) for key, count in counts.items()}
 
     def get(self, at: datetime, key: str) -> Decision:
         """The decision that was made at a time and that a key identifies.
@@ -254,7 +274,7 @@ def _decisions(folder: UPath, filters: list[tuple[str, str, Any]]) -> list[Decis
     return sorted((_decision(row) for row in rows), key=lambda each: each.at)
 
 
-def _rows_of(part: UPath, filters: list[tuple[str, str, Any]]) -> pa.Table:
+def _rows_of(part: UPath, filters: list[tuple[str, str, Any]] | None = None) -> pa.Table:
     """The rows of a part that satisfy all filters. It is read at once: the newest is replaced as it grows."""
     try:
         table = pq.read_table(io.BytesIO(part.read_bytes()), filters=filters)

@@ -96,12 +96,16 @@ def replay(store: DecisionStore, request_id: str) -> Replay:
             other files than those that decided.
     """
     found = store.find(request_id)
-    recorded = found[-1]
+    return repeat(store, found[-1], len(found))
+
+
+def repeat(store: DecisionStore, recorded: Decision, same_id: int = 1) -> Replay:
+    """Repeats a decision of which `same_id` have its identifier; see `replay`."""
     kept = zip(recorded.images, store.read_images(recorded), strict=True)
     images = [open_image(data, f"image {digest[:16]}") for digest, data in kept]
     registered = find_registered(recorded.model_name, str(recorded.version))
     if file_digests(registered.tags) != recorded.files:
-        raise SprueError(f"{registered} has other files now than those that decided {request_id}")
+        raise SprueError(f"{registered} has other files now than those that decided {recorded.request_id}")
     detector = load_detector(registered)
     engine = registered_engine(detector)
     predictions = detector.predict([images], engine)
@@ -111,5 +115,5 @@ def replay(store: DecisionStore, request_id: str) -> Replay:
         float(predictions.p_value_B[0]),
         bool(predictions.is_anomalous_B[0]),
         engine.name,
-        len(found),
+        same_id,
     )

@@ -27,8 +27,9 @@ from sprue.search.trial import Trial, read_checkpoint, read_trial_data
 from sprue.training.checkpoint import Checkpoint
 from sprue.training.class_queue import ATTEMPTS
 from sprue.training.loop import Epoch, is_done
-from sprue.training.run import FitPlacement, fit_placement, storage_filesystem
+from sprue.training.placement import FitPlacement, fit_placement
 from sprue.training.spec import FitSpec
+from sprue.training.worker_groups import storage_filesystem
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +147,7 @@ def search_class(
     # The callbacks print; Ray Tune and Optuna stay silent.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    placement = fit_placement(settings.trials, spec.fit.workers, spec.fit.gpus)
+    placement = fit_placement(settings.trials, spec.fit)
     # Read in this process: another would first spend seconds on imports.
     data = ray.put(read_trial_data(spec, features))
     trial = Trial(spec, settings.epochs, data, features, placement, runs / "workers")

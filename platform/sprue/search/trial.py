@@ -20,7 +20,8 @@ from sprue.store import remove_folder
 from sprue.training.checkpoint import Checkpoint, Checkpoints
 from sprue.training.dataloader import InMemoryDataLoader, sample_size
 from sprue.training.loop import Epoch, train
-from sprue.training.run import FitPlacement, fit_classes
+from sprue.training.placement import FitPlacement
+from sprue.training.run import fit_classes
 from sprue.training.spec import FitSpec
 
 Maps = list[NDArray[np.float16]]

@@ -1,4 +1,4 @@
-"""The certificate under which the service speaks TLS: what is wrong with it is told before anything starts."""
+"""The certificate under which the service speaks TLS, checked before anything starts."""
 
 import socket
 import ssl

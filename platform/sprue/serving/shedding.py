@@ -52,7 +52,7 @@ class Shedding:
         connection = _connection(scope)
         left_s = self._turns.get(connection, 0.0) - self._now() if connection else 0.0
         if left_s > 0:
-            await _refuse("this client was told to wait", math.ceil(left_s), scope, receive, send)
+            await _refuse("this client was asked to wait", math.ceil(left_s), scope, receive, send)
         elif self._in_flight >= FEW and self.behind_s() > MAX_BEHIND_S:
             retry_s = random.randint(1, MAX_RETRY_AFTER_S)
             self._remember(connection, retry_s)

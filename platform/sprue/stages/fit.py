@@ -13,9 +13,10 @@ from sprue.tracking.runs import FitRun
 from sprue.tracking.server import connect, experiment_id
 from sprue.training.loop import Epoch
 from sprue.training.metrics import FitMetrics
+from sprue.training.placement import placement_of
 from sprue.training.plan import ClassPlan, read_plans
 from sprue.training.record import FitRecord
-from sprue.training.run import FitOutcome, fit_classes, placement_of
+from sprue.training.run import FitOutcome, fit_classes
 from sprue.training.spec import FitSpec
 
 logger = logging.getLogger(__name__)

@@ -18,9 +18,9 @@ from sprue.store import remove_folder, write_bytes
 from sprue.tracking.provenance import commit, provenance
 from sprue.tracking.runs import FitRun
 from sprue.tracking.server import connect, experiment_id
+from sprue.training.placement import fit_placement
 from sprue.training.plan import ClassPlan
 from sprue.training.record import FitRecord
-from sprue.training.run import fit_placement
 from sprue.training.spec import FitSpec
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def _search_class(context: Context, spec: FitSpec) -> None:
             run.end("FAILED" if trial.failure else "FINISHED" if trial.completed else "KILLED")
     record = _report(context, spec, outcome, parent)
     best = outcome.checkpoint(outcome.best.number)
-    cpus = fit_placement(settings.trials, spec.fit.workers, spec.fit.gpus).cpus
+    cpus = fit_placement(settings.trials, spec.fit).cpus
     fit = record.plan(spec, settings)
     record.write(folder, FitRecord(fit, best.epoch, outcome.best.history, commit(), cpus, best.flow))
     remove_folder(runs / search_name(spec, settings))

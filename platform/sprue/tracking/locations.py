@@ -172,7 +172,7 @@ def _is_below(place: str, store: UPath) -> bool:
 
 
 def _has_files(place: str) -> bool:
-    """Whether anything is at a local location; what is at others can't be told."""
+    """Whether anything is at a local location; others are not looked at."""
     parsed = urlparse(place)
     if parsed.scheme not in ("", "file"):
         return True

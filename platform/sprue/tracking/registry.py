@@ -227,6 +227,16 @@ def load_detector(registered: RegisteredDetector) -> Detector:
     )
 
 
+def require_registered_files(registered: RegisteredDetector) -> None:
+    """Checks that the registry still has the files that were registered, whatever the user's cache folder has.
+
+    Raises:
+        SprueError: If they can't be had, or are others.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        _download(registered, Path(folder))
+
+
 def is_downloaded(registered: RegisteredDetector) -> bool:
     """Whether the user's cache folder has a registered detector; its files may be damaged."""
     return (cache_folder() / _cache_name(registered)).exists()

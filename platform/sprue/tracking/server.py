@@ -26,7 +26,8 @@ def connect(store: UPath) -> str:
         The URI.
 
     Raises:
-        SprueError: If the server does not answer within seconds, or the store was moved and its database was not told.
+        SprueError: If the server does not answer within seconds, or the store was moved and its database names the
+            old place.
     """
     # MLflow's progress bars and notices would hide a stage's own output.
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 ATTEMPTS = 3
-"""How often a fit resumes after its last checkpoint when one of its processes or machines has died."""
+"""How often in a row a fit resumes at the same epoch when one of its processes or machines has died.
+
+Machines that are preempted often do not count as long as the fit finishes an epoch in between.
+"""
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,8 @@ class Event:
 class ClassQueue:
     """Hands out fits to worker groups and collects their events.
 
-    A worker group is one run of Ray Train. When one of its processes dies, Ray Train restarts the group, which asks
-    again and gets the fit that it had, up to `ATTEMPTS` times.
+    When one of the processes of a worker group dies, Ray Train restarts the group, which asks again and gets the fit
+    that it had, up to `ATTEMPTS` times without a new epoch.
     """
 
     def __init__(self, fits: Sequence[str], groups: int, synchronous: bool = False) -> None:
@@ -51,6 +54,8 @@ class ClassQueue:
         self.current: dict[int, str] = {}
         self.groups = groups
         self.attempts: Counter[str] = Counter()
+        self.resumed: set[str] = set()
+        self.progress: Counter[int] = Counter()
         self.errors: dict[str, str] = {}
         self.last_epochs: dict[str, int] = {}
         self.events: asyncio.Queue[Event] = asyncio.Queue()
@@ -68,6 +73,7 @@ class ClassQueue:
             await self.end(group, current, f"{reason} (tried {ATTEMPTS + 1} times)", lost=True)
         elif current is not None:
             self.attempts[current] += 1
+            self.resumed.add(current)
             self.errors.pop(current, None)
             return current
         if not self.waiting:
@@ -78,6 +84,8 @@ class ClassQueue:
     async def report_epoch(self, fit: str, metrics: dict[str, Any]) -> bool:
         """Reports an epoch whose checkpoint is stored. Returns whether to continue."""
         self.last_epochs[fit] = metrics["epoch"]
+        self.attempts[fit] = 0
+        self._advance(fit)
         acknowledged = self.acknowledged[fit] = asyncio.Event()
         await self.events.put(Event(fit, metrics))
         if self.synchronous and not self.cancelled:
@@ -86,7 +94,7 @@ class ClassQueue:
 
     async def resume(self, fit: str, metrics: dict[str, Any]) -> bool:
         """Resumes after a checkpoint; reports its epoch if the dead worker had not. Returns whether to continue."""
-        if self.attempts[fit] and metrics["epoch"] > self.last_epochs.get(fit, 0):
+        if fit in self.resumed and metrics["epoch"] > self.last_epochs.get(fit, 0):
             return await self.report_epoch(fit, metrics)
         self.last_epochs[fit] = metrics["epoch"]
         return not self.cancelled
@@ -109,8 +117,20 @@ class ClassQueue:
     async def end(self, group: int, fit: str, failure: str = "", lost: bool = False) -> None:
         """Ends a fit; where all processes of a group fail, the first report counts."""
         if self.current.get(group) == fit:
+            self._advance(fit)
             del self.current[group]
             await self.events.put(Event(fit, failure=failure, lost=lost))
+
+    async def open(self) -> None:
+        """Opens another worker group."""
+        self.groups += 1
+
+    async def finished(self, group: int) -> int:
+        """How many epochs and fits a worker group has finished."""
+        return self.progress[group]
+
+    def _advance(self, fit: str) -> None:
+        self.progress.update(group for group, current in self.current.items() if current == fit)
 
     async def close(self, group: int, reason: str) -> None:
         """Closes a worker group; the fit that it leaves fails, and after the last group all that still wait."""

@@ -53,7 +53,8 @@ class FitSpec(Settings):
     def key(self) -> str:
         """12 hexadecimal digits that name a fit by everything its weights depend on, versions of the code included."""
         facts = self.model_dump(mode="json", exclude={"features", "scoring", "fold", "manifest", "origin"})
-        del facts["fit"]["gpus"]  # the room that it takes
+        for room in ("gpus", "min_workers"):
+            del facts["fit"][room]
         facts["features"] = self.features.fingerprint
         facts["versions"] = {"flow": FLOWS[self.flow_name].version, "loop": VERSION}
         if self.weighted:

@@ -18,8 +18,8 @@ from sprue.search.run import (
     tune_config,
 )
 from sprue.search.space import search_space
+from sprue.training.placement import FitPlacement
 from sprue.training.record import FitRecord
-from sprue.training.run import FitPlacement
 from sprue.training.worker import fit_flow
 
 SETTINGS = SearchSettings(

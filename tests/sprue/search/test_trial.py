@@ -11,7 +11,7 @@ from upath import UPath
 from sprue.search.objective import Objective
 from sprue.search.trial import Trial, read_checkpoint, read_trial_data
 from sprue.training.dataloader import InMemoryDataLoader
-from sprue.training.run import FitPlacement
+from sprue.training.placement import FitPlacement
 from sprue.training.worker import fit_flow
 
 POINT = {"flow.steps": 2, "fit.learning_rate": 0.02}

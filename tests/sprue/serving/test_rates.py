@@ -1,4 +1,4 @@
-"""A client gets its rate and no more, whatever it asks for, and is told when to come again."""
+"""A client gets its rate and no more, whatever it asks for, and learns when to come again."""
 
 import math
 

@@ -603,6 +603,33 @@ def test_an_alarm_is_replayed(plant: Any) -> None:
         assert done.exit_code == 1 and words in done.output
 
 
+def test_champions_are_checked_again(plant: Any) -> None:
+    def run() -> Any:
+        command = ["--store", str(plant.folder / "store"), "recheck", "gräs 2", "--json"]
+        environment = {"MLFLOW_TRACKING_URI": mlflow.get_tracking_uri()}
+        done = CliRunner().invoke(main, command, prog_name="sprue", env=environment, catch_exceptions=False)
+        (found,) = json.loads(done.stdout)
+        return done, found
+
+    recorded = plant.decision(plant.post("gräs 2", with_defect(plant.image("gräs 2"))))
+    done, found = run()
+    assert done.exit_code == 0, done.output
+    assert found["samples"] >= found["alarms"] >= 1 and found["chance"] > 0.001
+    assert found["replayed"] >= 1 and found["findings"] == []
+
+    # More alarms than good samples can have, and a score that the detector does not give.
+    now = datetime.now(UTC)
+    alarms = [replace(recorded, request_id="alarm", kept="", at=now) for _ in range(40 + 10 * found["samples"])]
+    other = replace(recorded, request_id="other", score=recorded.score * 1.01, at=now)
+    plant.decisions.write_part(now.date(), "recheck", rows_of([*alarms, other]))
+    done, found = run()
+    assert done.exit_code == 1 and "1 of 1 champions need a look: textures.gräs 2" in done.output
+    many, one = found["findings"]
+    assert "of the samples are alarms; among good ones alone, the chance of as many is" in many
+    assert one.startswith("other of ") and f"and had {other.score!r}" in one
+    (plant.decisions.folder / "rows" / f"date={now.date()}" / "recheck.parquet").unlink()
+
+
 def test_a_store_that_takes_no_decisions_is_named(plant: Any) -> None:
     rows = plant.folder / "store" / FOLDER / "rows"
     plant.decision(plant.post("brick", plant.image("brick")))

@@ -22,24 +22,24 @@ def test_a_connection_that_comes_back_too_early_reaches_no_replica() -> None:
 
     app = Shedding(replica, lambda: now)
 
-    def told(port: int, path: str = "/v1/classes/brick/score", **headers: str) -> str:
+    def answer(port: int, path: str = "/v1/classes/brick/score", **headers: str) -> str:
         """Retry-After of the answer, and "early" where no replica was asked for it."""
         before = len(asked)
-        answer = TestClient(app, client=("10.0.0.7", port)).post(path, headers=headers)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (503, code)
-        return answer.headers["retry-after"] + ("" if len(asked) > before else " early")
+        response = TestClient(app, client=("10.0.0.7", port)).post(path, headers=headers)
+        assert (response.status_code, response.json()["error"]["code"]) == (503, code)
+        return response.headers["retry-after"] + ("" if len(asked) > before else " early")
 
-    assert [told(1), told(1), told(2)] == ["3", "3 early", "3"]
+    assert [answer(1), answer(1), answer(2)] == ["3", "3 early", "3"]
     now += 2.5
-    assert told(1) == "1 early"
+    assert answer(1) == "1 early"
     # Other requests, and connections of many clients, are none of its business.
-    assert told(1, "/v1/classes") == "3"
-    assert told(1, **{"X-Forwarded-For": "10.0.0.8"}) == "3"
+    assert answer(1, "/v1/classes") == "3"
+    assert answer(1, **{"X-Forwarded-For": "10.0.0.8"}) == "3"
     now += 0.5
-    assert [told(1), told(1)] == ["3", "3 early"]
+    assert [answer(1), answer(1)] == ["3", "3 early"]
     # Of other errors it learns nothing: another class may be there.
     code = "class_unavailable"
-    assert [told(3), told(3)] == ["3", "3"]
+    assert [answer(3), answer(3)] == ["3", "3"]
 
 
 def test_connections_are_remembered_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:

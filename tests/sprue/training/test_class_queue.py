@@ -54,6 +54,21 @@ def test_a_class_whose_processes_keep_dying_is_given_up():
     ]
 
 
+def test_deaths_between_epochs_do_not_add_up():
+    """A spot machine may be taken away any number of times, as long as an epoch is finished in between."""
+    queue = ClassQueue(["brick"], groups=1)
+
+    async def fits():
+        await queue.take(0)
+        for epoch in range(1, 2 * ATTEMPTS):
+            assert await queue.take(0) == "brick"
+            await queue.report_epoch("brick", {"epoch": epoch})
+        return await queue.finished(0)
+
+    assert asyncio.run(fits()) == 2 * ATTEMPTS - 1
+    assert [event.failure for event in events_of(queue)] == [""] * (2 * ATTEMPTS - 1)
+
+
 def test_classes_that_closed_groups_leave_have_failed():
     queue = ClassQueue(["brick", "grass", "gravel"], groups=2)
 

@@ -10,7 +10,7 @@ from ray.util.state import list_actors, list_tasks
 from upath import UPath
 
 from sprue.errors import SprueError
-from sprue.training.run import fit_classes, fit_placement
+from sprue.training.run import fit_classes
 from sprue.training.worker import fit_flow
 
 MULTIFLOW = {"name": "multiflow", "hidden": 4, "steps": 2, "adaptation": "whiten", "views": 2}
@@ -95,34 +95,6 @@ def test_after_the_death_of_its_process_a_fit_resumes(cluster, make_spec, tmp_pa
         states = {epoch.epoch: checkpoint.flow for epoch, checkpoint in fitted_here(spec, tmp_path)}
         expected = states[fitted.best.epoch]
         assert all(torch.equal(value, fitted.best.flow[key]) for key, value in expected.items())
-
-
-@pytest.mark.parametrize(
-    ("cores", "workers", "expected"),
-    [([8, 8], 3, (1, 4)), ([5, 5], 3, (1, 2)), ([3, 3, 3], 4, (1, 1)), ([4, 4], 3, (1, 2)), ([16], 1, (1, 16))],
-)
-def test_workers_that_span_machines_find_room(monkeypatch, cores, workers, expected):
-    nodes = [{"Alive": True, "Resources": {"CPU": float(count)}} for count in cores]
-    monkeypatch.setattr("ray.nodes", lambda: nodes)
-    placement = fit_placement(1, workers)
-    assert (placement.groups, placement.cpus) == expected
-
-
-@pytest.mark.parametrize(
-    ("fits", "workers", "gpus", "expected"),
-    [(9, 1, 1.0, (3, 1.0)), (9, 1, 0.25, (6, 0.25)), (2, 1, 0.25, (2, 0.25)), (9, 2, 1.0, (1, 1.0))],
-)
-def test_fits_share_gpus_as_far_as_there_are_cores_beside_them(monkeypatch, fits, workers, gpus, expected):
-    resources = [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 2.0, "GPU": 2.0}, {"CPU": 16.0}, {"GPU": 1.0}]
-    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": each} for each in resources])
-    placement = fit_placement(fits, workers, gpus)
-    assert (placement.groups, placement.gpus) == expected
-
-
-def test_cores_are_divided_among_fits(cluster):
-    if torch.cuda.is_available():
-        pytest.skip("where there is a GPU, fits share it")
-    assert [(fit_placement(count).groups, fit_placement(count).cpus) for count in (1, 2, 3)] == [(1, 2), (2, 1), (2, 1)]
 
 
 def test_samples_of_several_views_are_fitted_together(dataset):

@@ -1,0 +1,131 @@
+"""Worker groups: runs of Ray Train that take fits from a queue, more of them as machines join the cluster."""
+
+import logging
+import time
+from threading import Thread
+from typing import Any
+
+import ray
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+# No public module exports the trainer without torch, whose controller starts seconds sooner.
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from upath import UPath
+
+from sprue.training.class_queue import ATTEMPTS
+from sprue.training.placement import FitPlacement
+from sprue.training.worker import fit_worker
+
+logger = logging.getLogger(__name__)
+
+SHUTDOWN_S = 10.0
+"""How long a worker group may take to end after the last fit."""
+
+RESIZE_S = 30.0
+"""How often a fit with fewer workers than it may have looks for room, and resumes with more after its last epoch."""
+
+JOINED_S = 10.0
+"""How often a look at the cluster finds machines that have joined."""
+
+FOLDER = "worker-groups"
+"""The folder that Ray Train writes to."""
+
+
+class WorkerGroups:
+    """The worker groups of a queue, each a thread that waits for a run of Ray Train."""
+
+    def __init__(self, config: dict[str, Any], placement: FitPlacement, runs: UPath) -> None:
+        """Starts as many as the placement says.
+
+        Args:
+            config: What `sprue.training.worker.fit_worker` gets, but for ``group``.
+            placement: How many there are, and what each gets.
+            runs: Folder or s3 URL that every node sees.
+        """
+        self._config, self._placement, self._runs = config, placement, runs
+        self._threads: list[Thread] = []
+        self._looked = time.monotonic()
+        self._start(placement.groups)
+
+    def grow(self, unfinished: int) -> None:
+        """Starts more where machines have joined, up to one for each fit that is not finished."""
+        if time.monotonic() < self._looked + JOINED_S:
+            return
+        self._looked = time.monotonic()
+        more = min(unfinished, self._placement.room()) - len(self._threads)
+        if more > 0:
+            logger.info("the cluster has grown: %d more fits at a time", more)
+            for _ in range(more):
+                self._config["queue"].open.remote()
+            self._start(more)
+
+    def join(self) -> None:
+        """Waits until all have ended, but not for long."""
+        for thread in self._threads:
+            thread.join(SHUTDOWN_S)
+
+    def _start(self, count: int) -> None:
+        for number in range(len(self._threads), len(self._threads) + count):
+            config = self._config | {"group": number}
+            self._threads.append(Thread(target=_run, args=(config, self._placement, self._runs), daemon=True))
+            self._threads[-1].start()
+
+
+def storage_filesystem(folder: UPath) -> PyFileSystem | None:
+    """The store's own way to a remote folder, so that Ray needs no endpoint and no keys of its own."""
+    return None if folder.protocol in ("", "file") else PyFileSystem(FSSpecHandler(folder.fs))
+
+
+def _run(config: dict[str, Any], placement: FitPlacement, runs: UPath) -> None:
+    """Runs a worker group to its end; tells the queue why, should it leave a fit unfinished.
+
+    A run of Ray Train bears as many deaths as a fit. Where epochs or fits were finished in it, another run follows: so
+    machines may come and go for as long as the fits make progress.
+    """
+    queue, group = config["queue"], config["group"]
+    name = f"{runs.parent.name}-fits-{group + 1}"
+    reason, finished, before = "its run of Ray Train ended before it", 0, -1
+    try:
+        while finished > before:
+            before = finished
+            try:
+                _trainer(name, config, placement, runs).fit()
+                break
+            except Exception as error:  # whatever it is, it becomes the reason of the fits' failure
+                logger.debug("%s failed", name, exc_info=error)
+                reason = _innermost(error)
+            finished = ray.get(queue.finished.remote(group))
+    finally:
+        queue.close.remote(group, reason)
+
+
+def _trainer(name: str, config: dict[str, Any], placement: FitPlacement, runs: UPath) -> DataParallelTrainer:
+    fewest, workers = placement.min_workers or placement.workers, placement.workers
+    # A single worker needs no process group.
+    return (TorchTrainer if workers > 1 else DataParallelTrainer)(
+        fit_worker,
+        train_loop_config=config,
+        scaling_config=ScalingConfig(
+            num_workers=workers if fewest == workers else (fewest, workers),
+            use_gpu=placement.gpus > 0,
+            resources_per_worker={"CPU": placement.cpus} | ({"GPU": placement.gpus} if placement.gpus else {}),
+            elastic_resize_monitor_interval_s=RESIZE_S,
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=(runs / FOLDER).path,
+            storage_filesystem=storage_filesystem(runs),
+            failure_config=FailureConfig(max_failures=ATTEMPTS),
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+
+
+def _innermost(error: BaseException) -> str:
+    """The last line of what Ray has wrapped several times."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
