@@ -254,3 +254,13 @@ def test_monitoring_keeps_what_prometheus_keeps_elsewhere(render: Render) -> Non
     workers = of_kind(objects, "PodMonitor")["line-workers"]["spec"]["podMetricsEndpoints"]
     for (endpoint,) in (heads, workers):
         assert endpoint["metricRelabelings"][0]["regex"] == kept["regex"]
+        assert endpoint["relabelings"] == [
+            {"targetLabel": "job", "replacement": local["scrape_configs"][0]["job_name"]}
+        ]
+
+
+def test_the_alerts_are_those_of_the_local_stack(render: Render) -> None:
+    alerts = yaml.safe_load((Path(__file__).parents[2] / "infra" / "prometheus" / "alerts.yaml").read_text())
+    (rule,) = of_kind(render("plant"), "PrometheusRule").values()
+    assert rule["spec"] == alerts
+    assert rule["metadata"]["labels"]["release"] == "prometheus"

@@ -80,8 +80,8 @@ def _check_decisions(
         if chance < UNLIKELY:
             findings.append(
                 f"{found.alarms / found.samples:.1%} of the samples are alarms; among good ones alone, the chance of "
-                f"as many is {chance:.1g} at alpha {calibration.alpha:g}. Review them; if they are good, the parts, the "
-                "camera or the light have changed: calibrate anew"
+                f"as many is {chance:.1g} at alpha {calibration.alpha:g}. Review them; if they are good, the parts, "
+                "the camera or the light have changed: calibrate anew"
             )
     replayed = 0
     for decision in store.newest(champion.model_name, replays, kept=("alarm", "near", "sample")):
