@@ -17,6 +17,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 import contextlib
 import gc
 import json
+import logging
 import random
 import secrets
 import socket
@@ -56,6 +57,13 @@ def pytest_collection_finish() -> None:
     """Looks for garbage again, but not in what was collected."""
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture(autouse=True)
+def log_levels() -> None:
+    """Sets Python's own levels again: commands that tests call in their process have others."""
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("sprue").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,6 +1,5 @@
 """The features stage refuses a class with foreign images until the user has decided about each of them."""
 
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +60,6 @@ def run(tmp_path, monkeypatch):
 
 
 def test_foreign_images_need_a_decision(run, caplog):
-    caplog.set_level(logging.WARNING)  # the commands, which other tests call, raise it
     failures, page = run()
     assert failures.keys() == {"brick"}
     assert "has 2 good training images that look foreign" in failures["brick"]
