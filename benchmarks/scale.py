@@ -285,8 +285,9 @@ def show(rows: list[dict[str, Any]]) -> None:
     console = Console(width=130)
     for row in rows:
         classes = row["classes"]
-        table = Table("stage", "seconds", "ms a class", "CPU ms a class", "driver, MiB", "requests a class",
-                      *(f"{kind} a class" for kind in KINDS), title=f"{row['nodes']} nodes, {classes} classes")  # fmt: skip
+        headings = ("seconds", "ms a class", "CPU ms a class", "driver, MiB", "requests a class")
+        title = f"{row['nodes']} nodes, {classes} classes"
+        table = Table("stage", *headings, *(f"{kind} a class" for kind in KINDS), title=title)
         for stage, found in row["stages"].items():
             table.add_row(
                 stage, f"{found['seconds']:.1f}", f"{1000 * found['seconds'] / classes:.0f}",
@@ -303,8 +304,8 @@ def show(rows: list[dict[str, Any]]) -> None:
         few, many = found[0], found[-1]
         if few is many:
             continue
-        table = Table("stage", "time", "requests", *KINDS, "driver's memory",
-                      title=f"{nodes} nodes: a class of {many['classes']}, as a multiple of one of {few['classes']}")  # fmt: skip
+        title = f"{nodes} nodes: a class of {many['classes']}, as a multiple of one of {few['classes']}"
+        table = Table("stage", "time", "requests", *KINDS, "driver's memory", title=title)
         for stage in STAGES:
             one, other = few["stages"][stage], many["stages"][stage]
             table.add_row(
@@ -323,8 +324,10 @@ def _ratio(few: float, many: float) -> str:
 def main() -> None:
     """Measures what is missing, and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", default=["1x64", "2x64", "4x64", "8x64", "2x1000"], metavar="NODESxCLASSES",
-                        help="what is measured, in this order (default: %(default)s)")  # fmt: skip
+    default = ["1x64", "2x64", "4x64", "8x64", "2x1000"]
+    parser.add_argument(
+        "--rows", nargs="+", default=default, metavar="NODESxCLASSES", help="in this order (default: %(default)s)"
+    )
     parser.add_argument("--folder", type=Path, default=ROOT / "store" / "scale", help="(default: %(default)s)")
     arguments = parser.parse_args()
     folder = arguments.folder.absolute()

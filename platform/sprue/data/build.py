@@ -49,11 +49,13 @@ def build_manifest(root: UPath, dataset: str, settings: ManifestSettings, calibr
     records, leaked = _without_leaks(records, found)
     records, copied = without_near_duplicates(records, found, settings.keep)
     skipped += dropped + leaked + copied
+    of_class: dict[str, list[ImageRecord]] = defaultdict(list)
+    for record in records:
+        of_class[record.class_name].append(record)
     rows: list[dict[str, Any]] = []
     for name in class_names:
-        of_class = [record for record in records if record.class_name == name]
         try:
-            complete, incomplete = complete_samples(of_class)
+            complete, incomplete = complete_samples(of_class[name])
             skipped += incomplete
             split_of = _split_training(name, complete, found, skipped, settings, calibration)
         except SprueError as error:

@@ -4,6 +4,7 @@ import io
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Self
 
 import fastparquet
@@ -60,10 +61,33 @@ class Manifest:
     skipped: tuple[SkippedFile, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
 
+    @cached_property
+    def _rows(self) -> dict[str, pd.DataFrame]:
+        """The rows of each class: found once, for a search through all rows for each class takes quadratic time."""
+        return {str(name): rows for name, rows in self.frame.groupby("class_name")}
+
     @property
     def classes(self) -> list[str]:
         """Names of the classes, sorted."""
-        return sorted(self.frame["class_name"].unique())
+        return sorted(self._rows)
+
+    def rows(self, class_name: str) -> pd.DataFrame:
+        """All rows of a class, in the manifest's order and with its numbers.
+
+        Raises:
+            SprueError: If the class is unknown.
+        """
+        if class_name not in self._rows:
+            raise SprueError(f"class {class_name!r} is not in the manifest, which holds {', '.join(self.classes)}")
+        return self._rows[class_name]
+
+    def of_class(self, class_name: str) -> Self:
+        """The manifest of one class alone, to be sent to another process.
+
+        Raises:
+            SprueError: If the class is unknown.
+        """
+        return type(self)(self.dataset, self.settings, self.rows(class_name))
 
     def select(self, class_name: str, split: str) -> pd.DataFrame:
         """Rows of one class and split in the manifest's order, numbered from 0; there may be none.
@@ -71,14 +95,16 @@ class Manifest:
         Raises:
             SprueError: If the class is unknown.
         """
-        if class_name not in self.classes:
-            raise SprueError(f"class {class_name!r} is not in the manifest, which holds {', '.join(self.classes)}")
-        chosen = (self.frame["class_name"] == class_name) & (self.frame["split"] == split)
-        return self.frame[chosen].reset_index(drop=True)
+        rows = self.rows(class_name)
+        return rows[rows["split"] == split].reset_index(drop=True)
 
     def folds(self, class_name: str) -> list[pd.DataFrame]:
-        """The rows of each fold of a class, in order; none where a calibration set is held out."""
-        rows = self.frame[self.frame["class_name"] == class_name]
+        """The rows of each fold of a class, in order; none where a calibration set is held out.
+
+        Raises:
+            SprueError: If the class is unknown.
+        """
+        rows = self.rows(class_name)
         return [of_fold.reset_index(drop=True) for _, of_fold in rows.groupby(rows["split"].map(fold_of))]
 
     def fit_rows(self, class_name: str, fold: int | None) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -104,7 +130,8 @@ class Manifest:
 
     def rows_of(self, class_name: str, samples: Collection[Sample]) -> pd.DataFrame:
         """The rows of some samples of a class, in the manifest's order."""
-        rows = self.frame[(self.frame["class_name"] == class_name) & (self.frame["split"] != TEST)]
+        rows = self.rows(class_name)
+        rows = rows[rows["split"] != TEST]
         wanted = set(samples)
         chosen = rows.groupby("sample_id", sort=False)["sha256"].transform(lambda digests: tuple(digests) in wanted)
         return rows[chosen.astype(bool)].reset_index(drop=True)

@@ -14,7 +14,6 @@ from defectflow import Gaussian
 from sprue.data.layouts import COPY
 from sprue.data.manifest import Manifest
 from sprue.data.splits import TEST
-from sprue.errors import SprueError
 from sprue.evaluation import evaluate as evaluation
 from sprue.evaluation.baseline import baseline_maps
 from sprue.evaluation.calibrate import HeldOut, calibrate
@@ -27,6 +26,7 @@ from sprue.evaluation.summary import Summary, write_summary
 from sprue.inference import calibration
 from sprue.inference.detector import Detector
 from sprue.inference.memory import keep_freed_memory
+from sprue.stages.class_tasks import for_each_class
 from sprue.stages.failures import all_failures, close_stage, failed_before, write_failures
 from sprue.stages.runtime import Context
 from sprue.store import digest, read_json, remove_folder, replace_folder, write_bytes, write_json
@@ -57,16 +57,11 @@ def main(context: Context) -> None:
     keep_freed_memory()
     manifest = Manifest.read(context.folder / "manifest.parquet")
     skipped = failed_before(context.folder, "evaluate")
-    done, failures = [], {}
-    for plan in read_plans(context.folder):
-        if plan.class_name in skipped:
-            continue
-        try:
-            _bring_up_to_date(context, manifest, plan)
-        except (SprueError, OSError) as error:
-            failures[plan.class_name] = str(error)
-        else:
-            done.append(plan.class_name)
+    plans = [plan for plan in read_plans(context.folder) if plan.class_name not in skipped]
+    arguments = ((plan.class_name, (context, manifest.of_class(plan.class_name), plan)) for plan in plans)
+    outcomes = list(for_each_class(bring_up_to_date, arguments, len(plans)))
+    failures = {outcome.class_name: outcome.failure for outcome in outcomes if outcome.failure}
+    done = [plan.class_name for plan in plans if plan.class_name not in failures]
     _remove_others(context, done)
     write_failures(context.folder, "evaluate", failures)
     _write_overview(context, manifest, done)
@@ -82,8 +77,12 @@ def _write_overview(context: Context, manifest: Manifest, done: Sequence[str]) -
     write_bytes(context.folder / "evaluation" / "index.html", page.encode())
 
 
-def _bring_up_to_date(context: Context, manifest: Manifest, plan: ClassPlan) -> None:
-    """Evaluates a class, unless that has been done; raises SprueError if its fits are not those that are planned."""
+def bring_up_to_date(context: Context, manifest: Manifest, plan: ClassPlan) -> None:
+    """Evaluates a class, unless that has been done; `manifest` may be that of the class alone.
+
+    Raises:
+        SprueError: If its fits are not those that are planned, or can't be evaluated.
+    """
     fit = ClassFit.read(context.folder / "fits", plan)
     key = _key(context, manifest, fit)
     file = context.folder / "evaluation" / plan.class_name / MARKER

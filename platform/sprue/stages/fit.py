@@ -1,16 +1,15 @@
 """Fits one flow per class on the stored features; a class whose plan has not changed is kept as it is."""
 
 import logging
-from dataclasses import asdict
 
 import torch
 
 from sprue.stages.failures import close_stage, failed_before
+from sprue.stages.fit_runs import FitRuns
 from sprue.stages.runtime import Context, connect_ray
 from sprue.store import remove_folder
-from sprue.tracking.provenance import commit, provenance
-from sprue.tracking.runs import FitRun
-from sprue.tracking.server import connect, experiment_id
+from sprue.tracking.provenance import commit
+from sprue.tracking.server import connect
 from sprue.training.loop import Epoch
 from sprue.training.metrics import FitMetrics
 from sprue.training.placement import placement_of
@@ -49,49 +48,27 @@ def _take_searched_fit(context: Context, spec: FitSpec) -> None:
 def fit(context: Context, plans: list[ClassPlan], specs: list[FitSpec]) -> dict[str, str]:
     """Does some of the plans' fits, and stores each as soon as it is done; returns why the classes that failed did."""
     connect_ray()
-    placement = placement_of(specs)
-    runs = _open_runs(context, plans, specs)
-    history: dict[str, list[dict[str, object]]] = {name: [] for name in runs}
+    placement, code = placement_of(specs), commit()
+    runs = FitRuns(context, plans, specs)
     failures: dict[str, str] = {}
     metrics = FitMetrics(context.dataset, specs)
 
     def on_epoch(name: str, epoch: Epoch) -> None:
         logger.info("%-20s %s", name, epoch)
         metrics.epoch(name, epoch)
-        history[name].append(asdict(epoch))
-        runs[name].log_epochs(history[name])
+        runs.log_epoch(name, epoch)
 
     def on_outcome(spec: FitSpec, outcome: FitOutcome) -> None:
-        run, best = runs[spec.name], outcome.best
+        best = outcome.best
         metrics.outcome(spec.name, failed=best is None)
         if best is None:
             failures.setdefault(spec.class_name, f"{spec.name}: {outcome.failure}" if spec.fold else outcome.failure)
-            run.end("FAILED")
-            runs[spec.class_name].end("FAILED")
+            runs.fail(spec)
             return
-        record = FitRecord(spec, best.epoch, outcome.history, commit(), placement.cpus, best.flow)
+        record = FitRecord(spec, best.epoch, outcome.history, code, placement.cpus, best.flow)
         record.write(context.folder / "fits" / spec.name)
         remove_folder(context.folder / "runs" / spec.checkpoints)
-        run.log_epochs(outcome.history)
-        if spec.fold:  # the class's run is the one that goes on
-            run.end("FINISHED")
+        runs.complete(spec, outcome.history)
 
     fit_classes(specs, context.features, context.folder / "runs", on_epoch, on_outcome, placement)
     return failures
-
-
-def _open_runs(context: Context, plans: list[ClassPlan], specs: list[FitSpec]) -> dict[str, FitRun]:
-    """A run for each fit, by its name; and one for each class that has folds, whose fits' runs are below it."""
-    experiment = experiment_id(context.dataset, context.store)
-    tags = {plan.class_name: provenance(plan.first.manifest, plan.first.features.fingerprint) for plan in plans}
-    names = {spec.class_name for spec in specs if spec.fold}
-    parents = {
-        plan.class_name: FitRun.open(experiment, plan.class_name, plan.key, plan.params, tags[plan.class_name])
-        for plan in plans
-        if plan.class_name in names
-    }
-    runs = dict(parents)
-    for spec in specs:
-        parent = parents[spec.class_name].run_id if spec.fold else None
-        runs[spec.name] = FitRun.open(experiment, spec.name, spec.key, spec.params, tags[spec.class_name], parent)
-    return runs

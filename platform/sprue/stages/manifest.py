@@ -4,6 +4,7 @@ import logging
 
 from sprue.data.build import build_manifest
 from sprue.data.manifest import Manifest
+from sprue.data.splits import TEST
 from sprue.stages.failures import close_stage
 from sprue.stages.runtime import Context
 
@@ -30,7 +31,8 @@ def _warn_of_few(context: Context, manifest: Manifest, class_name: str) -> None:
     alpha = manifest.calibration(class_name, wanted).alpha
     if alpha == wanted.alpha:
         return
-    good = manifest.frame.query("class_name == @class_name and split != 'test'")
+    rows = manifest.rows(class_name)
+    good = rows[rows["split"] != TEST]
     calibrating = manifest.calibration_rows(class_name)["sample_id"].nunique()
     what = "images" if good["view"].eq("").all() else "samples"
     sure = f" with {100 * wanted.confidence:.3g} % confidence" if wanted.guarantee == "conditional" else ""

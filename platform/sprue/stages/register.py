@@ -88,8 +88,8 @@ def _register(context: Context, manifest: Manifest, plan: ClassPlan, key: str) -
     run = FitRun.open(experiment_id(spec.dataset, context.store), class_name, plan.key, plan.params)
     if len(fit.records) == 1:
         run.log_epochs(fit.records[0].history)
-    images = manifest.frame[manifest.frame["class_name"] == class_name]
-    Lineage(tuple(record.facts for record in fit.records), _tracked_digest(context.data), images).log(run.run_id, key)
+    facts, images = tuple(record.facts for record in fit.records), manifest.rows(class_name)
+    Lineage(facts, _tracked_digest(context.data), images).log(run.run_id, key)
     weights = log_backbone(spec.features.weights_digest, context.backbone(spec.features), context.store)
     with local_copy(context.folder / "detectors" / class_name) as folder:
         uri = log_detector(folder, weights, run.run_id, key, example, tags)

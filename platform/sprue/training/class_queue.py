@@ -7,7 +7,7 @@ The queue is a Ray actor. It sees names and metrics alone, so that its process i
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,14 +42,19 @@ class ClassQueue:
     that it had, up to `ATTEMPTS` times without a new epoch.
     """
 
-    def __init__(self, fits: Sequence[str], groups: int, synchronous: bool = False) -> None:
+    def __init__(
+        self, fits: Sequence[str], groups: int, synchronous: bool = False, specs: Mapping[str, Any] | None = None
+    ) -> None:
         """Fills the queue.
 
         Args:
             fits: Their names, in the order in which they are fitted.
             groups: How many worker groups there are.
             synchronous: Whether a fit waits after each epoch for `acknowledge` or `cancel`.
+            specs: Ray's reference to each fit's `sprue.training.spec.FitSpec`. They are kept here alone: if each worker
+                group were given all, Ray would count fits times groups of references.
         """
+        self.specs = dict(specs or {})
         self.waiting = deque(fits)
         self.current: dict[int, str] = {}
         self.groups = groups
@@ -81,6 +86,10 @@ class ClassQueue:
         self.current[group] = self.waiting.popleft()
         return self.current[group]
 
+    async def spec(self, fit: str) -> Any:
+        """Ray's reference to what a fit is."""
+        return self.specs[fit]
+
     async def report_epoch(self, fit: str, metrics: dict[str, Any]) -> bool:
         """Reports an epoch whose checkpoint is stored. Returns whether to continue."""
         self.last_epochs[fit] = metrics["epoch"]
@@ -100,8 +109,8 @@ class ClassQueue:
         return not self.cancelled
 
     async def acknowledge(self, fit: str, epoch: int) -> None:
-        """Lets a synchronous fit continue after an epoch."""
-        if epoch == self.last_epochs[fit]:
+        """Lets a synchronous fit continue after an epoch; nothing is done if it has ended since."""
+        if fit in self.acknowledged and epoch == self.last_epochs[fit]:
             self.acknowledged[fit].set()
 
     async def cancel(self) -> None:
@@ -119,6 +128,7 @@ class ClassQueue:
         if self.current.get(group) == fit:
             self._advance(fit)
             del self.current[group]
+            self._forget(fit)
             await self.events.put(Event(fit, failure=failure, lost=lost))
 
     async def open(self) -> None:
@@ -140,8 +150,14 @@ class ClassQueue:
             unfinished += self.waiting
             self.waiting.clear()
         for fit in unfinished:
+            self._forget(fit)
             await self.events.put(Event(fit, failure=reason, lost=True))
 
     async def next_event(self) -> Event:
         """Waits for the next event."""
         return await self.events.get()
+
+    def _forget(self, fit: str) -> None:
+        """Drops what is no longer needed of a fit that has ended."""
+        self.specs.pop(fit, None)
+        self.acknowledged.pop(fit, None)

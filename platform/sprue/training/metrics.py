@@ -5,9 +5,11 @@ export soon after it ends; Prometheus keeps what it has read.
 """
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 
-from ray.util.metrics import Counter, Gauge, Histogram
+from ray.util import metrics
+from ray.util.metrics import Gauge, Histogram
 
 from sprue.tracking.names import label
 from sprue.training.loop import Epoch
@@ -19,7 +21,7 @@ MOST_CLASSES = 100
 SECONDS = [10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 14400, 43200]
 
 FITS = Gauge("sprue_fits", "Fits of the running stage by state: waiting, running, done or failed", ("dataset", "state"))
-EPOCHS = Counter("sprue_fit_epochs", "Epochs that were finished", ("dataset",))
+EPOCHS = metrics.Counter("sprue_fit_epochs", "Epochs that were finished", ("dataset",))
 LOSSES = Gauge("sprue_fit_loss", "Loss of a fit's last epoch in nats per dimension", ("model", "split"))
 DURATIONS = Histogram("sprue_fit_seconds", "Seconds from a fit's start to its outcome", SECONDS, ("dataset", "outcome"))
 IMAGES = Gauge("sprue_fit_images_per_second", "Training images a second in a fit's last epoch", ("model",))
@@ -36,15 +38,18 @@ class FitMetrics:
     def __init__(self, dataset: str, specs: Sequence[FitSpec]) -> None:
         """All fits wait."""
         self._dataset = label(dataset)
-        self._states = {spec.name: "waiting" for spec in specs}
-        self._shown = set(list(self._states)[:MOST_CLASSES])
+        self._counts = Counter(waiting=len(specs))
+        self._running: set[str] = set()
+        self._shown = {spec.name for spec in specs[:MOST_CLASSES]}
         self._started: dict[str, float] = {}
         self._report()
 
     def epoch(self, name: str, epoch: Epoch) -> None:
         """Takes a fit's epoch."""
         self._started.setdefault(name, time.monotonic() - epoch.seconds)
-        self._states[name] = "running"
+        if name not in self._running:
+            self._running.add(name)
+            self._move("waiting", "running")
         EPOCHS.inc(1, {"dataset": self._dataset})
         if name in self._shown:
             model = {"model": f"{self._dataset}.{label(name)}"}
@@ -55,14 +60,18 @@ class FitMetrics:
 
     def outcome(self, name: str, failed: bool) -> None:
         """Takes a fit's end."""
-        self._states[name] = "failed" if failed else "done"
-        if (started := self._started.get(name)) is not None:
+        self._move("running" if name in self._running else "waiting", "failed" if failed else "done")
+        self._running.discard(name)
+        if (started := self._started.pop(name, None)) is not None:
             DURATIONS.observe(
                 time.monotonic() - started, {"dataset": self._dataset, "outcome": "failed" if failed else "done"}
             )
         self._report()
 
+    def _move(self, before: str, after: str) -> None:
+        self._counts[before] -= 1
+        self._counts[after] += 1
+
     def _report(self) -> None:
         for state in STATES:
-            count = sum(each == state for each in self._states.values())
-            FITS.set(count, {"dataset": self._dataset, "state": state})
+            FITS.set(self._counts[state], {"dataset": self._dataset, "state": state})

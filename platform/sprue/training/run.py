@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 QUIET_S = 10.0
 """How long the driver waits for an event before it looks whether machines have joined."""
 
+NAMED = 3
+"""Fits that the name of the queue's actor has, at most."""
+
 
 @dataclass(frozen=True)
 class FitOutcome:
@@ -64,12 +67,13 @@ def fit_classes(
         features: Folder or s3 URL of the dataset's features, as every node sees it.
         runs: Folder or s3 URL of the checkpoints, as every node sees it.
         on_epoch: Called in this thread with the fit's name after each epoch, whose checkpoint is stored.
-        on_outcome: Called in this thread as soon as a fit is finished or has failed.
+        on_outcome: Called in this thread as soon as a fit is finished or has failed; takes the outcomes one by one, for
+            the weights of all fits together would not fit this process's memory.
         placement: How many fits run side by side, and what each gets; all of the cluster by default.
         synchronous: Whether a fit, and its last checkpoint, wait after each epoch until `on_epoch` has returned.
 
     Returns:
-        An outcome for each spec, in their order.
+        An outcome for each spec, in their order; none if `on_outcome` takes them.
     """
     placement = placement or placement_of(specs)
     logger.info(
@@ -79,18 +83,13 @@ def fit_classes(
     by_name = {spec.name: spec for spec in specs}
     queue = _start_queue(by_name, placement, synchronous)
     remove_folder(runs / FOLDER)
-    config = {
-        "queue": queue,
-        "specs": {name: ray.put(spec) for name, spec in by_name.items()},
-        "features": str(features),
-        "runs": str(runs),
-        "threads": placement.cpus,
-    }
+    config = {"queue": queue, "features": str(features), "runs": str(runs), "threads": placement.cpus}
     groups = WorkerGroups(config, placement, runs)
     outcomes: dict[str, FitOutcome] = {}
+    ended = 0
     try:
         for event in _events(queue):
-            groups.grow(len(specs) - len(outcomes))
+            groups.grow(len(specs) - ended)
             if event is None:
                 continue
             spec = by_name[event.fit]
@@ -98,17 +97,19 @@ def fit_classes(
                 on_epoch(event.fit, Epoch(**event.epoch))
                 queue.acknowledge.remote(event.fit, event.epoch["epoch"])
                 continue
-            outcomes[event.fit] = _outcome(spec, runs, event)
+            ended, outcome = ended + 1, _outcome(spec, runs, event)
             if on_outcome is not None:
-                on_outcome(spec, outcomes[event.fit])
-            if len(outcomes) == len(specs):
+                on_outcome(spec, outcome)
+            else:
+                outcomes[event.fit] = outcome
+            if ended == len(specs):
                 break
     finally:
         # Releases worker groups for which there was no room.
         queue.cancel.remote()
     groups.join()
     remove_folder(runs / FOLDER)
-    return [outcomes[spec.name] for spec in specs]
+    return [outcomes[spec.name] for spec in specs if spec.name in outcomes]
 
 
 def _events(queue: ActorHandle) -> Iterator[Event | None]:
@@ -127,9 +128,11 @@ def _start_queue(by_name: dict[str, FitSpec], placement: FitPlacement, synchrono
     # On this node, so that the queue outlives any other machine.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # `ray list actors` shows the name.
-    name = f"fits of {', '.join(order)} ({uuid.uuid4().hex[:4]})"
+    more = f" and {len(order) - NAMED} more" if len(order) > NAMED else ""
+    name = f"fits of {', '.join(order[:NAMED])}{more} ({uuid.uuid4().hex[:4]})"
     options = {"name": name, "num_cpus": 0, "scheduling_strategy": here}
-    return ray.remote(ClassQueue).options(**options).remote(order, placement.groups, synchronous)
+    specs = {name: ray.put(spec) for name, spec in by_name.items()}
+    return ray.remote(ClassQueue).options(**options).remote(order, placement.groups, synchronous, specs)
 
 
 def _outcome(spec: FitSpec, runs: UPath, event: Event) -> FitOutcome:

@@ -32,8 +32,8 @@ def fit_worker(config: dict[str, Any]) -> None:
 
     Args:
         config: ``queue``, the `sprue.training.class_queue.ClassQueue`; ``group``, the number of this worker group;
-            ``specs``, Ray's reference to each fit's `FitSpec`, by name; ``features`` and ``runs``, folders of the
-            features and of the checkpoints; ``threads``, how many to fit with.
+            ``features`` and ``runs``, folders of the features and of the checkpoints; ``threads``, how many to fit
+            with.
 
     Raises:
         SprueError: If a fit is impossible and other workers wait for this one.
@@ -51,7 +51,7 @@ def fit_worker(config: dict[str, Any]) -> None:
     while (name := take()) is not None:
         failure = ""
         try:
-            spec: FitSpec = ray.get(config["specs"][name])
+            spec: FitSpec = ray.get(ray.get(queue.spec.remote(name)))
             checkpoints = Checkpoints(location(config["runs"]) / spec.checkpoints)
             _run_fit(spec, location(config["features"]), checkpoints, queue, group)
         except Cancelled:
