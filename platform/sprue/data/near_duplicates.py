@@ -10,6 +10,8 @@ Shapes: N images, D = 32 * 32 pixels of a thumbnail.
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,15 +43,13 @@ def without_near_duplicates(
 
     All images must be undamaged. Returns the other images, and the skipped ones.
     """
-    tested = [record for record in records if record.split == TEST]
+    tested = _Tested.of([record for record in records if record.split == TEST], found)
     twin_of: dict[str, str] = {}
-    if tested:
-        search = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(_vectors(tested, found))
-        for training in _training(records).values():
-            vectors_ND = _vectors(training, found)
-            distances_N1, nearest_N1 = search.kneighbors(vectors_ND)
-            is_copy_N = distances_N1[:, 0] < _limits(vectors_ND)
-            twin_of |= {training[index].path: tested[nearest_N1[index, 0]].path for index in np.flatnonzero(is_copy_N)}
+    for training in _training(records).values() if tested.records else ():
+        vectors_ND = _vectors(training, found)
+        for record, vector_D, limit in zip(training, vectors_ND, _limits(vectors_ND), strict=True):
+            if twin := tested.twin(vector_D, limit):
+                twin_of[record.path] = twin.path
     skipped = [
         SkippedFile(
             path,
@@ -60,6 +60,38 @@ def without_near_duplicates(
     ]
     gone = {entry.path for entry in skipped}
     return [record for record in records if record.path not in gone], skipped
+
+
+@dataclass(frozen=True)
+class _Tested:
+    """The test images, by their mean grey level."""
+
+    records: list[ImageRecord]
+    vectors_ND: NDArray[np.float64]
+    means_N: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, records: Sequence[ImageRecord], found: Mapping[str, Inspection]) -> Self:
+        vectors_ND = _vectors(records, found) if records else np.empty((0, 1))
+        means_N = _means(vectors_ND)
+        order_N = np.argsort(means_N, kind="stable")
+        return cls([records[index] for index in order_N], vectors_ND[order_N], means_N[order_N])
+
+    def twin(self, vector_D: NDArray[np.float64], limit: float) -> ImageRecord | None:
+        """The nearest test image, if it is nearer than a limit.
+
+        The means of two images differ by no more than the images do. So of thousands of classes' test images, few have
+        to be looked at.
+        """
+        start, end = np.searchsorted(self.means_N, _means(vector_D) + np.array([-limit, limit]))
+        distance_N = np.linalg.norm(self.vectors_ND[start:end] - vector_D, axis=1)
+        nearest = int(distance_N.argmin()) if len(distance_N) else None
+        return None if nearest is None or distance_N[nearest] >= limit else self.records[start + nearest]
+
+
+def _means(vectors_ND: NDArray[np.float64]) -> Any:
+    """Mean grey level of each image, or of the only one."""
+    return vectors_ND.mean(axis=-1) * np.sqrt(vectors_ND.shape[-1])
 
 
 def shared_digests(records: Sequence[ImageRecord], found: Mapping[str, Inspection]) -> dict[str, str]:

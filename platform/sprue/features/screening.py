@@ -16,11 +16,12 @@ ratio of the distances to the own and to the nearest other class is at most 0.8 
 images of another of these classes, the least between grass and gravel. A foreign image that is of no class and not
 uniform lies at 2.4 (among pcb, which is missed) to 17.
 
-Shapes: N images, C channels, H rows, W columns of a map, D entries of a vector.
+Shapes: N images, C channels, H rows, W columns of a map, D entries of a vector, G groups, K candidates.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -43,6 +44,9 @@ than is typical of the images around it."""
 
 NAMED = 5
 """Images that a reason names at most."""
+
+CANDIDATES = 8
+"""Other classes that each image is held against, where there are more."""
 
 BATCH = 64
 """Images whose maps are in memory together."""
@@ -97,42 +101,59 @@ class Screening:
 
 
 @dataclass(frozen=True)
-class _Group:
-    """The good training images of one view of a class, each content once, with the paths of its files."""
+class Group:
+    """The good training images of one view of a class, each content once.
+
+    Attributes:
+        class_name: The class.
+        paths: Of the files of each image.
+        mean_ND: Means over the positions of each channel of the image's maps.
+        distance_N: Distance of each image to the fifth of the others, as a multiple of the typical one; None if nothing
+            can be said, for there are too few or all are alike.
+    """
 
     class_name: str
     paths: tuple[tuple[str, ...], ...]
-    mean_ND: NDArray[np.float64]
-    spread_ND: NDArray[np.float64]
+    mean_ND: NDArray[np.float32]
+    distance_N: NDArray[np.float64] | None
 
 
-def screen(images: pd.DataFrame, tables: Mapping[str, FeatureTable], keep: Collection[str]) -> dict[str, Screening]:
+def describe(class_name: str, images: pd.DataFrame, table: FeatureTable) -> list[Group]:
+    """What the screening has to know of a class, one group for each view; reads all its maps.
+
+    Args:
+        class_name: The class.
+        images: Its rows of the manifest; those of the test split are not looked at.
+        table: Its table, which holds all its images.
+
+    Raises:
+        SprueError: If the table lacks an image or can't be read.
+    """
+    return [_group(class_name, rows, table) for _, rows in images[images["split"] != TEST].groupby("view")]
+
+
+def screen(groups: Sequence[Group], keep: Collection[str]) -> dict[str, Screening]:
     """Screens the good training images of all classes.
 
     Args:
-        images: The manifest's rows; those of the test split are not looked at.
-        tables: The table of each class, which holds all its images.
+        groups: Of all classes and views; see `describe`.
         keep: Paths of images that are good whatever they look like. They are not reported.
-
-    Raises:
-        SprueError: If a table lacks an image or can't be read.
     """
-    groups = [
-        _group(str(class_name), rows, tables[str(class_name)])
-        for (class_name, _), rows in images[images["split"] != TEST].groupby(["class_name", "view"])
-    ]
+    if not groups:
+        return {}
     deviations_D = _floored(np.median([_deviations(group.mean_ND) for group in groups], axis=0))
+    large = [group for group in groups if len(group.paths) >= NEIGHBOURS]
+    centres_GD = np.array([(group.mean_ND / deviations_D).mean(axis=0) for group in large])
     screenings: dict[str, Screening] = {}
     for group in groups:
-        others = [other for other in groups if other.class_name != group.class_name]
         before = screenings.get(group.class_name, Screening((), ()))
-        found = _screen(group, others, deviations_D, keep)
+        found = _screen(group, large, centres_GD, deviations_D, keep)
         suspicious = sorted(before.suspicious + found.suspicious, key=lambda each: (-each.distance, each.path))
         screenings[group.class_name] = Screening(tuple(suspicious), before.typical or found.typical)
     return screenings
 
 
-def _group(class_name: str, rows: pd.DataFrame, table: FeatureTable) -> _Group:
+def _group(class_name: str, rows: pd.DataFrame, table: FeatureTable) -> Group:
     paths_of = {str(digest): tuple(paths) for digest, paths in rows.groupby("sha256")["path"]}
     # Images that are stored together are read together.
     digests = sorted(paths_of, key=table.location)
@@ -141,52 +162,78 @@ def _group(class_name: str, rows: pd.DataFrame, table: FeatureTable) -> _Group:
         maps = table.read(digests[start : start + BATCH])
         means.append(np.concatenate([map_NCHW.mean((2, 3), np.float64) for map_NCHW in maps], axis=1))
         spreads.append(np.concatenate([map_NCHW.std((2, 3), np.float64) for map_NCHW in maps], axis=1))
+    mean_ND = np.concatenate(means)
     paths = tuple(paths_of[digest] for digest in digests)
-    return _Group(class_name, paths, np.concatenate(means), np.concatenate(spreads))
+    distance_N = _relative_distances(mean_ND, np.concatenate(spreads))
+    return Group(class_name, paths, mean_ND.astype(np.float32), distance_N)
+
+
+def _relative_distances(mean_ND: NDArray[np.float64], spread_ND: NDArray[np.float64]) -> NDArray[np.float64] | None:
+    if len(mean_ND) < LEAST_IMAGES:
+        return None
+    distance_N = _distances_within(_description(mean_ND, spread_ND))
+    typical = float(np.median(distance_N))
+    return distance_N / typical if typical else None
 
 
 def _screen(
-    group: _Group, others: Sequence[_Group], deviations_D: NDArray[np.float64], keep: Collection[str]
+    group: Group,
+    large: Sequence[Group],
+    centres_GD: NDArray[np.float64],
+    deviations_D: NDArray[np.float64],
+    keep: Collection[str],
 ) -> Screening:
-    if len(group.paths) < LEAST_IMAGES:
+    if group.distance_N is None:
         return Screening((), ())
-    distance_N = _distances_within(_description(group))
-    typical = float(np.median(distance_N))
-    if typical == 0:
-        return Screening((), ())
-    distance_N /= typical
-    ratio_N, products = _nearer(group, others, deviations_D)
+    ratio_N, products = _nearer(group, large, centres_GD, deviations_D)
     is_foreign_N = (ratio_N > 1) & (ratio_N > FAR_FROM_TYPICAL * np.median(ratio_N))
     suspicious = [
-        Suspicion(path, float(distance_N[index]), products[index] if ratio_N[index] > 1 else "")
-        for index in np.flatnonzero((distance_N >= FAR) | is_foreign_N)
+        Suspicion(path, float(group.distance_N[index]), products[index] if ratio_N[index] > 1 else "")
+        for index in np.flatnonzero((group.distance_N >= FAR) | is_foreign_N)
         for path in group.paths[index]
         if path not in keep
     ]
-    return Screening(tuple(suspicious), tuple(group.paths[index][0] for index in np.argsort(distance_N)[:3]))
+    return Screening(tuple(suspicious), tuple(group.paths[index][0] for index in np.argsort(group.distance_N)[:3]))
 
 
-def _description(group: _Group) -> NDArray[np.float64]:
+def _description(mean_ND: NDArray[np.float64], spread_ND: NDArray[np.float64]) -> NDArray[np.float64]:
     """Mean and logarithmic spread, in units of the class's deviations: in a uniform image nothing varies."""
-    median_D = np.median(group.spread_ND, axis=0)
-    spread_ND = np.log(group.spread_ND / np.where(median_D > 0, median_D, 1) + _SPREAD_FLOOR)
-    described_ND = np.concatenate([group.mean_ND, spread_ND], axis=1)
+    median_D = np.median(spread_ND, axis=0)
+    spread_ND = np.log(spread_ND / np.where(median_D > 0, median_D, 1) + _SPREAD_FLOOR)
+    described_ND = np.concatenate([mean_ND, spread_ND], axis=1)
     return described_ND / _floored(_deviations(described_ND))
 
 
 def _nearer(
-    group: _Group, others: Sequence[_Group], deviations_D: NDArray[np.float64]
+    group: Group, large: Sequence[Group], centres_GD: NDArray[np.float64], deviations_D: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], list[str]]:
     """How many times as far each image is from its class as from the nearest other class, and that class's name."""
-    large = [other for other in others if len(other.paths) >= NEIGHBOURS]
-    if not large:
-        return np.zeros(len(group.paths)), [""] * len(group.paths)
     own_ND = group.mean_ND / deviations_D
-    distances_GN = np.stack([_distances_to(other.mean_ND / deviations_D, own_ND) for other in large])
+    others = [large[index] for index in _candidates(group, own_ND, large, centres_GD)]
+    if not others:
+        return np.zeros(len(group.paths)), [""] * len(group.paths)
+    distances_GN = np.stack([_distances_to(other.mean_ND / deviations_D, own_ND) for other in others])
     nearest_N = distances_GN.argmin(axis=0)
     # An image that is in two classes has copies there; it is not at all far from either.
     least_N = np.maximum(distances_GN.min(axis=0), np.finfo(float).tiny)
-    return _distances_within(own_ND) / least_N, [large[index].class_name for index in nearest_N]
+    return _distances_within(own_ND) / least_N, [others[index].class_name for index in nearest_N]
+
+
+def _candidates(
+    group: Group, own_ND: NDArray[np.float64], large: Sequence[Group], centres_GD: NDArray[np.float64]
+) -> list[int]:
+    """The other classes' groups that may be nearest to an image: those with the nearest centres.
+
+    Among thousands of classes, each against each would take hours.
+    """
+    others_G = np.array([index for index, other in enumerate(large) if other.class_name != group.class_name], int)
+    if len(others_G) <= CANDIDATES:
+        return others_G.tolist()
+    centres_GD = centres_GD[others_G]
+    # The image's own length does not matter for what is nearest to it.
+    distances_NG = (centres_GD**2).sum(axis=1) - 2 * own_ND @ centres_GD.T
+    nearest_NK = np.argpartition(distances_NG, CANDIDATES, axis=1)[:, :CANDIDATES]
+    return others_G[np.unique(nearest_NK)].tolist()
 
 
 def _distances_within(vectors_ND: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -200,7 +247,7 @@ def _distances_to(references_ND: NDArray[np.float64], vectors_ND: NDArray[np.flo
     return np.asarray(search.kneighbors(vectors_ND)[0][:, -1])
 
 
-def _deviations(vectors_ND: NDArray[np.float64]) -> NDArray[np.float64]:
+def _deviations(vectors_ND: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     """The median absolute deviation of each entry, which a few foreign images do not change."""
     return np.median(np.abs(vectors_ND - np.median(vectors_ND, axis=0)), axis=0)
 

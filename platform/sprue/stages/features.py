@@ -6,10 +6,11 @@ from upath import UPath
 
 from sprue.data.manifest import Manifest
 from sprue.features.extraction import extract
-from sprue.features.screening import screen
+from sprue.features.screening import Group, describe, screen
 from sprue.features.screening_page import write_page
 from sprue.features.spec_file import write_spec
 from sprue.features.tables import FeatureTable
+from sprue.stages.class_tasks import for_each_class
 from sprue.stages.failures import close_stage
 from sprue.stages.runtime import Context, connect_ray
 from sprue.store import write_bytes
@@ -37,15 +38,28 @@ def main(context: Context) -> None:
     _screen(context, manifest, context.features / spec.fingerprint)
 
 
+def describe_class(manifest: Manifest, class_name: str, folder: UPath) -> list[Group]:
+    """What the screening has to know of a class; `manifest` may be that of the class alone, `folder` is its table.
+
+    Raises:
+        SprueError: If the table lacks an image or can't be read.
+    """
+    return describe(class_name, manifest.rows(class_name), FeatureTable(folder))
+
+
 def _screen(context: Context, manifest: Manifest, tables: UPath) -> None:
     """Writes the page of images that look foreign, and records their classes as failed."""
-    of_class = {name: FeatureTable(tables / name) for name in manifest.classes}
-    screenings = screen(manifest.frame, of_class, manifest.settings.keep)
+    arguments = ((name, (manifest.of_class(name), name, tables / name)) for name in manifest.classes)
+    described = {done.class_name: done for done in for_each_class(describe_class, arguments, len(manifest.classes))}
+    failures = {name: done.failure for name, done in described.items() if done.failure}
+    groups = [group for name in manifest.classes for group in described[name].value or ()]
+    screenings = screen(groups, manifest.settings.keep)
     page = context.features / "screening.html"
     write_page(page, context.dataset, context.data, screenings)
-    failures = {
+    foreign = {
         name: screening.reason(context.dataset, name) for name, screening in screenings.items() if screening.suspicious
     }
-    if failures:
+    if foreign:
         logger.warning("images that look foreign: %s", page)
+    failures |= foreign
     close_stage(context.folder, "features", failures, [name for name in manifest.classes if name not in failures])

@@ -18,6 +18,7 @@ from sprue.evaluation.report import guarantee_in_words
 from sprue.inference.calibration import Calibration
 from sprue.inference.detector import Detector
 from sprue.release.aliases import assign_alias
+from sprue.stages.class_tasks import for_each_class
 from sprue.stages.failures import all_failures, failed_before, report, write_failures
 from sprue.stages.runtime import Context
 from sprue.store import digest, local_copy, read_json
@@ -26,7 +27,7 @@ from sprue.tracking.lineage import Lineage
 from sprue.tracking.packaging import log_detector
 from sprue.tracking.registry import CHALLENGER, find_version, model_name, register
 from sprue.tracking.runs import FitRun
-from sprue.tracking.server import connect, experiment_id
+from sprue.tracking.server import connect, experiment_id, use
 from sprue.tracking.summary import detector_tags
 from sprue.training.plan import ClassPlan, read_plans
 from sprue.training.record import ClassFit
@@ -45,22 +46,33 @@ def main(context: Context) -> None:
     """
     uri = connect(context.store)
     manifest, skipped = Manifest.read(context.folder / "manifest.parquet"), failed_before(context.folder, "register")
-    failures = {}
-    for plan in read_plans(context.folder):
-        if plan.class_name in skipped:
-            continue
-        try:
-            _add_version(context, manifest, plan)
-        except (SprueError, OSError) as error:
-            failures[plan.class_name] = str(error)
+    plans = [plan for plan in read_plans(context.folder) if plan.class_name not in skipped]
+    for spec in {plan.first.features.fingerprint: plan.first.features for plan in plans}.values():
+        log_backbone(spec.weights_digest, context.backbone(spec), context.store)  # before tasks do it side by side
+    arguments = ((plan.class_name, (context, manifest.of_class(plan.class_name), plan, uri)) for plan in plans)
+    # A database file takes one writer at a time.
+    together = len(plans) if uri.startswith(("http://", "https://")) else 0
+    outcomes = for_each_class(add_version, arguments, together)
+    failures = {outcome.class_name: outcome.failure for outcome in outcomes if outcome.failure}
     logger.info("the registry is at %s", uri)
     write_failures(context.folder, "register", failures)
     if failed := all_failures(context.folder):
         raise SprueError(report(context.folder, failed))
 
 
-def _add_version(context: Context, manifest: Manifest, plan: ClassPlan) -> None:
-    """Registers a class's detector, unless the registry holds it, and gives the version its alias."""
+def add_version(context: Context, manifest: Manifest, plan: ClassPlan, uri: str) -> None:
+    """Registers a class's detector, unless the registry holds it, and gives the version its alias.
+
+    Args:
+        context: What the stage works on.
+        manifest: May be that of the class alone.
+        plan: The class's.
+        uri: The tracking server's. Its user and password, if it asks for any, are in this process's environment.
+
+    Raises:
+        SprueError: If what earlier stages have written of the class is missing or damaged.
+    """
+    use(uri)
     model = model_name(context.dataset, plan.class_name)
     key = digest(context.folder / "detectors" / plan.class_name)[:12]
     found = find_version(model, key)

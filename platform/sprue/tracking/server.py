@@ -29,9 +29,6 @@ def connect(store: UPath) -> str:
         SprueError: If the server does not answer within seconds, or the store was moved and its database names the
             old place.
     """
-    # MLflow's progress bars and notices would hide a stage's own output.
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
     uri = os.environ.get("MLFLOW_TRACKING_URI") or own_database(store)
     if uri.startswith("sqlite:///"):
         _create_database(uri)
@@ -47,9 +44,17 @@ def connect(store: UPath) -> str:
         raise SprueError(
             f"MLFLOW_TRACKING_URI={uri} is a folder, which has no model registry: use a server or sqlite:///FILE"
         )
+    use(uri)
+    return uri
+
+
+def use(uri: str) -> None:
+    """Points MLflow to a tracking server that `connect` has found."""
+    # MLflow's progress bars and notices would hide a stage's own output.
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
-    return uri
 
 
 def _create_database(uri: str) -> None:

@@ -1,6 +1,7 @@
 """Foreign images among a class's good ones are found in real features; good ones are not reported."""
 
 import hashlib
+import itertools
 import shutil
 
 import numpy as np
@@ -12,7 +13,7 @@ from upath import UPath
 
 from sprue.config import FeatureSettings
 from sprue.errors import SprueError
-from sprue.features.screening import NAMED, Screening, Suspicion, screen
+from sprue.features.screening import CANDIDATES, NAMED, Group, Screening, Suspicion, describe, screen
 from sprue.features.screening_page import write_page
 from sprue.features.tables import FeatureTable, write_part
 from sprue.inference.backbone import resolve
@@ -66,8 +67,9 @@ class Dataset:
         return paths
 
     def screen(self, keep=()):
-        frame = pd.DataFrame(self.rows)
-        return screen(frame, {name: FeatureTable(self.tables / name) for name in frame["class_name"].unique()}, keep)
+        classes = pd.DataFrame(self.rows).groupby("class_name")
+        groups = [describe(name, rows, FeatureTable(self.tables / name)) for name, rows in classes]
+        return screen(list(itertools.chain.from_iterable(groups)), keep)
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +180,25 @@ def test_of_a_few_images_nothing_is_said(tmp_path, engine):
     dataset = Dataset(tmp_path, engine)
     dataset.add("brick", [*crops("brick", 8, 0), Image.new("L", (96, 96), 9)])
     assert dataset.screen()["brick"].suspicious == ()
+
+
+def test_among_many_classes_each_image_is_held_against_the_nearest_alone(monkeypatch):
+    rng = np.random.default_rng(0)
+    centres = rng.normal(0, 4, (5 * CANDIDATES, 20))
+    groups = []
+    for number, centre in enumerate(centres):
+        vectors = centre + rng.normal(0, 0.5, (20, 20))
+        if number % 4 == 0:
+            vectors[0] = centres[(number + 7) % len(centres)] + rng.normal(0, 0.5, 20)
+        paths = tuple((f"{number}/{image}.png",) for image in range(20))
+        groups.append(Group(f"part{number:02}", paths, vectors.astype(np.float32), np.ones(20)))
+    few = screen(groups, ())
+    assert {name: len(screening.suspicious) for name, screening in few.items()} == {
+        group.class_name: int(number % 4 == 0) for number, group in enumerate(groups)
+    }
+    assert few["part00"].suspicious[0].product == "part07"
+    monkeypatch.setattr("sprue.features.screening.CANDIDATES", len(groups))
+    assert screen(groups, ()) == few
 
 
 def test_missing_features_are_named(dataset):
