@@ -5,7 +5,8 @@ classes, every stage runs as a process of its own: manifest, features, search wi
 The classes are tiny (64 pixels, 18 images), the flow is the smallest and has one epoch: what is measured is the
 platform, not the arithmetic. For each stage it prints
 
-- seconds, and seconds a class;
+- seconds, and milliseconds a class; and milliseconds of CPU a class, of the driver, of all processes of the cluster
+  and of the tracking server, which say more than seconds where nodes share cores;
 - the peak memory of the stage's process, the driver;
 - requests a class that the tracking server (``mlflow server`` on SQLite, over HTTP) has in its access log;
 - files a class in the store and the dataset that all Python processes together opened to read, opened to write,
@@ -19,6 +20,7 @@ A finished row is kept in ``scale.json`` in the folder; a run that was interrupt
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -30,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -128,6 +130,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def cpu_seconds(processes: list[subprocess.Popen[bytes]]) -> float:
+    """Seconds of CPU of processes and all that they have started, also of those that have ended."""
+    total = 0.0
+    for process in processes:
+        for each in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = each.cpu_times()
+                total += times.user + times.system + times.children_user + times.children_system
+    return total
+
+
 def kill_all(process: subprocess.Popen[bytes]) -> None:
     """Kills a process and all that it has started."""
     if process.poll() is None:
@@ -136,9 +149,18 @@ def kill_all(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+def wait_until(happened: Callable[[], bool], log: Path, patience_s: float = 300.0) -> None:
+    """Waits for something that a process with that log does; a busy machine may need minutes."""
+    deadline = time.monotonic() + patience_s
+    while not happened():
+        if time.monotonic() > deadline:
+            raise SystemExit(f"a process does not start:\n{log.read_text()[-3000:]}")
+        time.sleep(0.5)
+
+
 @contextmanager
-def cluster(nodes: int, environment: dict[str, str]) -> Iterator[str]:
-    """Ray nodes as processes, each with one CPU; the address."""
+def cluster(nodes: int, environment: dict[str, str]) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
+    """Ray nodes as processes, each with one CPU; the address, and the processes."""
     processes: list[subprocess.Popen[bytes]] = []
     # Not below the benchmark's folder: the paths of Ray's sockets would be too long.
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
@@ -151,22 +173,29 @@ def cluster(nodes: int, environment: dict[str, str]) -> Iterator[str]:
                     "ray", "start", "--block", "--num-cpus=1", "--object-store-memory=200000000",
                     f"--dashboard-agent-listen-port={free_port()}", *role,
                 ]  # fmt: skip
-                processes.append(
-                    subprocess.Popen(
-                        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                        start_new_session=True,
+                log = Path(folder, f"node{number}.log")
+                with log.open("wb") as output:
+                    processes.append(
+                        subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
                     )
-                )  # fmt: skip
-                time.sleep(15 if not number else 5)
-            yield f"127.0.0.1:{port}"
+                wait_until(lambda log=log: "runtime started" in log.read_text(), log)
+            yield f"127.0.0.1:{port}", processes
         finally:
             for process in reversed(processes):
                 kill_all(process)
 
 
+def answers(url: str) -> bool:
+    """Whether there is an answer."""
+    try:
+        return requests.get(url, timeout=1).ok
+    except requests.RequestException:
+        return False
+
+
 @contextmanager
-def tracking_server(folder: Path) -> Iterator[str]:
-    """A tracking server in a process of its own, its access log in ``access.log``; its URI."""
+def tracking_server(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A tracking server in a process of its own, its access log in ``access.log``; its URI, and the process."""
     uri = f"http://127.0.0.1:{(port := free_port())}"
     command = [
         sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
@@ -176,13 +205,8 @@ def tracking_server(folder: Path) -> Iterator[str]:
     with (folder / "access.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
         try:
-            for _ in range(120):
-                try:
-                    requests.get(f"{uri}/health", timeout=1).raise_for_status()
-                    break
-                except requests.RequestException:
-                    time.sleep(0.5)
-            yield uri
+            wait_until(lambda: answers(f"{uri}/health"), folder / "access.log")
+            yield uri, process
         finally:
             kill_all(process)
 
@@ -191,7 +215,8 @@ class Site:
     """One store with its tracking server and cluster, on which the stages run."""
 
     def __init__(self, folder: Path, data: Path, classes: int) -> None:
-        self.folder, self.data, self.classes = folder, data, classes
+        self.folder = folder
+        self.processes: dict[str, list[subprocess.Popen[bytes]]] = {}
         self.store, self.server, self.counts = folder / "store", folder / "server", folder / "counts"
         for each in (self.store, self.server, self.counts, folder / "hook"):
             each.mkdir(parents=True)
@@ -225,9 +250,13 @@ class Site:
             "requests": self.requests()
         }
 
+    def busy(self) -> dict[str, float]:
+        """Seconds of CPU that the cluster and the tracking server have taken so far."""
+        return {f"{name}_cpu_seconds": cpu_seconds(processes) for name, processes in self.processes.items()}
+
     def run(self, stage: str) -> dict[str, Any]:
         """Runs a stage; returns what was measured."""
-        before, started = self.counted(), time.perf_counter()
+        before, started = self.counted() | self.busy(), time.perf_counter()
         command = [
             sys.executable, str(ROOT / "pipelines" / f"{stage}.py"), "--params", str(self.folder / "params.yaml"),
             "--data", str(self.data_view), "--store", str(self.store),
@@ -239,10 +268,10 @@ class Site:
         seconds = time.perf_counter() - started
         if status:
             raise SystemExit(f"the stage {stage} failed:\n" + log.read_text()[-3000:])
-        counts = {name: count - before[name] for name, count in self.counted().items()}
+        counts = {name: round(count - before[name], 2) for name, count in (self.counted() | self.busy()).items()}
         return {
             "seconds": round(seconds, 2),
-            "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
+            "driver_cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
             "driver_mib": usage.ru_maxrss // 1024,
             **counts,
         }
@@ -269,10 +298,11 @@ def measure(folder: Path, data: Path, nodes: int, classes: int) -> dict[str, Any
     shutil.rmtree(folder, ignore_errors=True)
     site = Site(folder, data, classes)
     row: dict[str, Any] = {"nodes": nodes, "classes": classes, "date": datetime.now(UTC).date().isoformat()}
-    with tracking_server(site.server) as uri:
+    with tracking_server(site.server) as (uri, server):
         site.environment["MLFLOW_TRACKING_URI"] = uri
-        with cluster(nodes, site.environment) as address:
+        with cluster(nodes, site.environment) as (address, processes):
             site.environment["RAY_ADDRESS"] = address
+            site.processes = {"cluster": processes, "server": [server]}
             row["stages"] = {}
             for stage in STAGES:
                 row["stages"][stage] = site.run(stage)
@@ -282,16 +312,17 @@ def measure(folder: Path, data: Path, nodes: int, classes: int) -> dict[str, Any
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Prints the tables of all rows, and the ratios."""
-    console = Console(width=130)
+    console = Console(width=150)
+    cpu = [f"{who}_cpu_seconds" for who in ("driver", "cluster", "server")]
     for row in rows:
         classes = row["classes"]
-        headings = ("seconds", "ms a class", "CPU ms a class", "driver, MiB", "requests a class")
+        headings = ("s", "ms a class", "CPU ms a class: driver", "cluster", "server", "driver, MiB", "requests a class")
         title = f"{row['nodes']} nodes, {classes} classes"
         table = Table("stage", *headings, *(f"{kind} a class" for kind in KINDS), title=title)
         for stage, found in row["stages"].items():
             table.add_row(
-                stage, f"{found['seconds']:.1f}", f"{1000 * found['seconds'] / classes:.0f}",
-                f"{1000 * found['cpu_seconds'] / classes:.0f}", str(found["driver_mib"]),
+                stage, f"{found['seconds']:.1f}",
+                *(f"{1000 * found[name] / classes:.0f}" for name in ("seconds", *cpu)), str(found["driver_mib"]),
                 *(f"{found[kind] / classes:.1f}" for kind in ("requests", *KINDS)),
             )  # fmt: skip
         console.print(table)
@@ -305,13 +336,15 @@ def show(rows: list[dict[str, Any]]) -> None:
         if few is many:
             continue
         title = f"{nodes} nodes: a class of {many['classes']}, as a multiple of one of {few['classes']}"
-        table = Table("stage", "time", "requests", *KINDS, "driver's memory", title=title)
+        table = Table(
+            "stage", "time", "CPU: driver", "cluster", "server", "requests", *KINDS, "driver's memory", title=title
+        )
         for stage in STAGES:
             one, other = few["stages"][stage], many["stages"][stage]
             table.add_row(
                 stage,
                 *(_ratio(one[name] / few["classes"], other[name] / many["classes"])
-                  for name in ("seconds", "requests", *KINDS)),
+                  for name in ("seconds", *cpu, "requests", *KINDS)),
                 f"{other['driver_mib']} of {one['driver_mib']} MiB",
             )  # fmt: skip
         console.print(table)
