@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 from urllib.parse import urlencode
 
+import mlflow
 import yaml
 from PIL import Image
 from upath import UPath
@@ -18,9 +19,9 @@ from sprue.evaluation.report import guarantee_in_words
 from sprue.inference.calibration import Calibration
 from sprue.inference.detector import Detector
 from sprue.release.aliases import assign_alias
-from sprue.stages.class_tasks import for_each_class
+from sprue.stages.class_tasks import MANY, for_each_class
 from sprue.stages.failures import all_failures, failed_before, report, write_failures
-from sprue.stages.runtime import Context
+from sprue.stages.runtime import Context, connect_ray
 from sprue.store import digest, local_copy, read_json
 from sprue.tracking.backbones import log_backbone
 from sprue.tracking.lineage import Lineage
@@ -33,6 +34,9 @@ from sprue.training.plan import ClassPlan, read_plans
 from sprue.training.record import ClassFit
 
 logger = logging.getLogger(__name__)
+
+NODE_PATIENCE_S = 120.0
+"""How long nodes may take to reach the tracking server; they import MLflow first."""
 
 WIDTH = 640
 """Pixels across of an image on the registry's page."""
@@ -50,14 +54,48 @@ def main(context: Context) -> None:
     for spec in {plan.first.features.fingerprint: plan.first.features for plan in plans}.values():
         log_backbone(spec.weights_digest, context.backbone(spec), context.store)  # before tasks do it side by side
     arguments = ((plan.class_name, (context, manifest.of_class(plan.class_name), plan, uri)) for plan in plans)
-    # A database file takes one writer at a time.
-    together = len(plans) if uri.startswith(("http://", "https://")) else 0
-    outcomes = for_each_class(add_version, arguments, together)
+    outcomes = for_each_class(add_version, arguments, len(plans) if _nodes_register(uri, len(plans)) else 0)
     failures = {outcome.class_name: outcome.failure for outcome in outcomes if outcome.failure}
     logger.info("the registry is at %s", uri)
     write_failures(context.folder, "register", failures)
     if failed := all_failures(context.folder):
         raise SprueError(report(context.folder, failed))
+
+
+def _nodes_register(uri: str, classes: int) -> bool:
+    """Whether the nodes of the cluster can register classes side by side."""
+    # A database file takes one writer at a time.
+    if classes < MANY or not uri.startswith(("http://", "https://")):
+        return False
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    if not ray.is_initialized():
+        connect_ray()
+    task = ray.remote(num_cpus=0)(_reach)
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    try:
+        ray.get(
+            [
+                task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, False)).remote(uri)
+                for node in nodes
+            ],
+            timeout=NODE_PATIENCE_S,
+        )
+    except ray.exceptions.RayError as error:
+        logger.warning(
+            "nodes do not reach the tracking server %s as this process does, which registers one class after the other; "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD are to be in their environment, too: %s",
+            uri, str(error).strip().splitlines()[-1],
+        )  # fmt: skip
+        return False
+    return True
+
+
+def _reach(uri: str) -> None:
+    """Asks the tracking server something, in a task; raises MlflowException if it does not answer."""
+    use(uri)
+    mlflow.MlflowClient().search_experiments(max_results=1)
 
 
 def add_version(context: Context, manifest: Manifest, plan: ClassPlan, uri: str) -> None:

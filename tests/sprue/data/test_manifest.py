@@ -101,3 +101,15 @@ def test_reading_another_parquet_file(tmp_path, bottles):
     build(bottles).frame.to_parquet(tmp_path / "frame.parquet", engine="fastparquet")
     with pytest.raises(SprueError, match="is no manifest"):
         Manifest.read(UPath(tmp_path / "frame.parquet"))
+
+
+def test_the_manifest_of_a_class_alone_says_the_same_of_it(bottles):
+    bottles.add_class("anvil", good=30, first_key=5000)
+    manifest = build(bottles)
+    alone = manifest.of_class("anvil")
+    assert alone.classes == ["anvil"]
+    assert alone.select("anvil", "calibration").equals(manifest.select("anvil", "calibration"))
+    assert alone.calibration_rows("anvil").equals(manifest.calibration_rows("anvil"))
+    assert len(manifest.rows("anvil")) == 30
+    with pytest.raises(SprueError, match="class 'cup' is not in the manifest, which holds anvil, bottle"):
+        manifest.of_class("cup")
