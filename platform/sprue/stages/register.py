@@ -84,7 +84,7 @@ def _nodes_register(uri: str, classes: int) -> bool:
         )
     except ray.exceptions.RayError as error:
         logger.warning(
-            "nodes do not reach the tracking server %s as this process does, which registers one class after the other; "
+            "nodes do not reach the tracking server %s, so that this process registers one class after the other; "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD are to be in their environment, too: %s",
             uri, str(error).strip().splitlines()[-1],
         )  # fmt: skip

@@ -1,5 +1,6 @@
 """A fit's run is opened with its first epoch, and a server that does not answer stops no fit."""
 
+import json
 import time
 
 import mlflow
@@ -45,8 +46,8 @@ def found(store):
 
 @pytest.fixture
 def context(store):
-    recipe = yaml.safe_load(find_recipe("patchflow-cpu").read_text())
-    return Context("plant", DatasetSettings.model_validate(recipe), store / "images", store)
+    settings = DatasetSettings.model_validate_json(json.dumps(yaml.safe_load(find_recipe("patchflow-cpu").read_text())))
+    return Context("plant", settings, store / "images", store)
 
 
 def renamed(spec, name, **changes):
