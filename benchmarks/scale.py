@@ -62,6 +62,8 @@ SETTINGS = {
     "flow": {"name": "patchflow", "adapted": 16, "bottleneck": 16, "steps": 1},
     "fit": {"epochs": 1},
 }
+ATTEMPTS = 5
+"""At starting a Ray node."""
 KINDS = ("read", "written", "listed", "removed")
 HOOK = '''\
 """Counts what this process does to files below some folders: a byte in a file of each kind."""
@@ -158,6 +160,17 @@ def wait_until(happened: Callable[[], bool], log: Path, patience_s: float = 300.
         time.sleep(0.5)
 
 
+def start_node(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """Starts a Ray node and waits until it runs; on a busy machine Ray gives up at times, and is asked again."""
+    for _ in range(ATTEMPTS):
+        with log.open("wb") as output:
+            process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+        wait_until(lambda process=process: process.poll() is not None or "runtime started" in log.read_text(), log)
+        if process.poll() is None:
+            return process
+    raise SystemExit(f"Ray does not start:\n{log.read_text()[-3000:]}")
+
+
 @contextmanager
 def cluster(nodes: int, environment: dict[str, str]) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
     """Ray nodes as processes, each with one CPU; the address, and the processes."""
@@ -173,12 +186,7 @@ def cluster(nodes: int, environment: dict[str, str]) -> Iterator[tuple[str, list
                     "ray", "start", "--block", "--num-cpus=1", "--object-store-memory=200000000",
                     f"--dashboard-agent-listen-port={free_port()}", *role,
                 ]  # fmt: skip
-                log = Path(folder, f"node{number}.log")
-                with log.open("wb") as output:
-                    processes.append(
-                        subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
-                    )
-                wait_until(lambda log=log: "runtime started" in log.read_text(), log)
+                processes.append(start_node(command, environment, Path(folder, f"node{number}.log")))
             yield f"127.0.0.1:{port}", processes
         finally:
             for process in reversed(processes):
