@@ -1,0 +1,203 @@
+"""A local stack of the benchmark's own, on a disk of its own, whose clients reach the object store through a proxy."""
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+STACK = """
+import sys
+sys.path.insert(0, "infra/local")
+import settings
+own = settings.Settings.address
+settings.Settings.address = lambda self, name: f"127.0.0.1:{self.base + 71}" if name == "s3" else own(self, name)
+import stack
+stack.main()
+"""
+"""``infra/local/stack.py``, but everybody who asks for the object store's address gets that of `S3Proxy`."""
+DISK_MIB = 3000
+
+NGINX = """
+daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/error.log error;
+events {{ worker_connections 512; }}
+http {{
+  access_log off; client_max_body_size 0; proxy_request_buffering off; proxy_buffering off; proxy_http_version 1.1;
+  client_body_temp_path {folder}/t1; proxy_temp_path {folder}/t2; fastcgi_temp_path {folder}/t3;
+  uwsgi_temp_path {folder}/t4; scgi_temp_path {folder}/t5;
+  limit_req_zone $server_name zone=slow:1m rate=4r/s;
+  split_clients $request_id $refused {{ {refused} * 0; }}
+  server {{
+    listen 127.0.0.1:{listen};
+    error_page 418 = @busy;
+    location / {{
+      {slow}
+      if ($refused) {{ return 418; }}
+      proxy_pass http://127.0.0.1:{store}; proxy_set_header Host $http_host; proxy_read_timeout 300s;
+    }}
+    location @busy {{
+      default_type application/xml;
+      return 503 "<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce your rate</Message></Error>";
+    }}
+  }}
+}}
+"""
+
+
+@dataclass
+class S3Proxy:
+    """nginx between the stack and its object store, which refuses or slows requests when told to."""
+
+    folder: Path
+    listen: int
+    store: int
+    process: subprocess.Popen[bytes] | None = None
+
+    def configure(self, refused: str = "", slow: bool = False) -> None:
+        """Takes effect with the next request.
+
+        Args:
+            refused: Part of the requests that get status 503, such as ``50%``; none if empty.
+            slow: Whether requests go through one every quarter of a second, at 100 kB/s.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        words = "limit_req zone=slow burst=1000; limit_rate 100k;" if slow else ""
+        text = NGINX.format(
+            folder=self.folder,
+            listen=self.listen,
+            store=self.store,
+            slow=words,
+            refused=f"{refused} 1;" if refused else "",
+        )
+        (self.folder / "nginx.conf").write_text(text)
+        if self.process is None:
+            command = ["nginx", "-c", f"{self.folder}/nginx.conf", "-e", f"{self.folder}/error.log"]
+            self.process = subprocess.Popen(command)
+        else:
+            self.process.send_signal(1)  # SIGHUP: it reads the file again
+
+    def stop(self) -> None:
+        """Ends it."""
+        if self.process is not None:
+            self.process.terminate()
+            self.process.wait()
+
+
+@dataclass
+class Plant:
+    """The stack, up, on a disk of `DISK_MIB`."""
+
+    folder: Path
+    base: int
+    client: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.s3 = S3Proxy(Path(f"{self.folder}-s3"), self.base + 71, self.base + 16)
+        self.environment = {
+            **os.environ,
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "PYTHONPATH": f"{ROOT}/platform:{ROOT}/models",
+            "SPRUE_COMMIT": "0" * 40,
+            "SPRUE_CACHE": f"{self.folder}-cache",
+            "OMP_NUM_THREADS": "1",
+        }
+
+    @property
+    def url(self) -> str:
+        """The stack's address."""
+        return f"https://localhost:{self.base + 70}"
+
+    @property
+    def sockets(self) -> Path:
+        """Where the stack keeps its sockets, and Ray its logs."""
+        return Path(tempfile.gettempdir()) / f"sprue-{hashlib.sha256(str(self.folder).encode()).hexdigest()[:12]}"
+
+    def up(self) -> None:
+        """Makes the disk and starts everything.
+
+        Raises:
+            RuntimeError: If the stack does not start.
+        """
+        self.folder.mkdir(mode=0o711, exist_ok=True)
+        if not self.folder.is_mount():
+            disk = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m,mode=711", "none", str(self.folder)]
+            subprocess.run(disk, check=True)
+        self.s3.configure()
+        done = self.stack("up", "--port", str(self.base + 70), "--base", str(self.base))
+        if done.returncode:
+            raise RuntimeError(done.stdout + done.stderr)
+        lines = (self.folder / "client.env").read_text().splitlines()
+        self.client = dict(line.removeprefix("export ").replace("'", "").split("=", 1) for line in lines)
+
+    def down(self) -> None:
+        """Ends everything, and deletes it."""
+        self.stack("down")
+        self.s3.stop()
+        subprocess.run(["umount", "--lazy", str(self.folder)], check=False)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(f"{self.folder}-cache", ignore_errors=True)
+
+    def stack(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """``stack.py`` with arguments."""
+        command = [sys.executable, "-c", STACK, arguments[0], "--folder", str(self.folder), *arguments[1:]]
+        return subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=900)
+
+    def wait_until_well(self, patience_s: float) -> tuple[float | None, str]:
+        """Waits until ``status`` says that all is well: seconds, None if it never is; and what it says."""
+        started = time.monotonic()
+        while True:
+            done = self.stack("status")
+            taken = time.monotonic() - started
+            if done.returncode == 0:
+                return taken, ""
+            if taken > patience_s:
+                return None, "; ".join(" ".join(line.split()) for line in done.stdout.splitlines() if "NOT" in line
+                                       or " running " not in line)  # fmt: skip
+            time.sleep(1)
+
+    def shell(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """Runs a command as a user of this machine does who has read client.env."""
+        return subprocess.run(
+            command, cwd=ROOT, env=self.environment | self.client, capture_output=True, text=True, timeout=600
+        )
+
+    def secret(self, name: str) -> str:
+        """A password of the stack."""
+        return str(json.loads((self.folder / "secrets.json").read_text())[name])
+
+    def tree(self) -> list[psutil.Process]:
+        """All processes of the supervisor's."""
+        supervisor = psutil.Process(int((self.folder / "supervisord.pid").read_text()))
+        return supervisor.children(recursive=True)
+
+    def main(self, service: str) -> psutil.Process | None:
+        """The process that supervisord has started for a service, if it runs."""
+        found = self.supervisorctl("pid", service).strip()
+        return psutil.Process(int(found)) if found.isdecimal() and int(found) else None
+
+    def supervisorctl(self, *words: str) -> str:
+        """Asks the supervisor."""
+        command = ["supervisorctl", "-c", str(self.folder / "conf/supervisord.conf"), *words]
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True).stdout
+
+    def find(self, title: str, under: str | None = None) -> list[psutil.Process]:
+        """Processes with these words in their command line, of one service or of all."""
+        root = self.main(under) if under else None
+        among = self.tree() if under is None else root.children(recursive=True) if root else []
+        found = []
+        for process in among:
+            try:
+                if title in shlex.join(process.cmdline()):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
