@@ -134,6 +134,7 @@ class Plant:
         self.s3.configure()
         done = self.stack("up", "--port", str(self.base + 70), "--base", str(self.base))
         if done.returncode:
+            self.s3.stop()
             raise RuntimeError(done.stdout + done.stderr)
         lines = (self.folder / "client.env").read_text().splitlines()
         self.client = dict(line.removeprefix("export ").replace("'", "").split("=", 1) for line in lines)

@@ -85,6 +85,17 @@ def all_services(settings: Settings, known: Mapping[str, str]) -> list[Service]:
     return services
 
 
+def _command(settings: Settings, service: Service) -> tuple[str, ...]:
+    """What the supervisor starts; a service that was killed ends what it has left first.
+
+    Postgres' processes end with their first one, and its user may not look into this folder.
+    """
+    if service.user:
+        return service.command
+    start = (sys.executable, "-I", "-S", str(Path(__file__).parent / "start.py"))
+    return (*start, str(settings.sockets / f"{service.name}.group"), *service.command)
+
+
 def grafana_home() -> Path | None:
     """Where Grafana's package is installed, if it is."""
     home = Path("/usr/share/grafana")
@@ -248,7 +259,7 @@ def write_configurations(settings: Settings, services: list[Service], known: Map
         "settings": settings,
         "folder": settings.folder,
         "services": services,
-        "command": lambda command: shlex.join(command).replace("%", "%%"),
+        "command": lambda service: shlex.join(_command(settings, service)).replace("%", "%%"),
         "quote": lambda value: json.dumps(str(value)).replace("%", "%%"),
         "root": root,
         "proxy_user": PROXY_USER if root else None,

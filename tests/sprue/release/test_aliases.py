@@ -1,6 +1,8 @@
 """Champions change one at a time, by a decision that is on record."""
 
 import multiprocessing
+import subprocess
+import sys
 
 import mlflow
 import pytest
@@ -9,6 +11,7 @@ from mlflow.exceptions import MlflowException
 from sprue.errors import SprueError
 from sprue.release import audit_log
 from sprue.release.aliases import assign_alias, promote, roll_back, version_for_alias
+from sprue.tracking import lock
 from sprue.tracking.lock import alias_lock
 from sprue.tracking.registry import (
     CHALLENGER,
@@ -131,13 +134,55 @@ def test_of_promotions_at_once_one_wins_and_the_others_fail(versions):
 
 def test_a_lock_names_its_owner_and_is_released(versions):
     with alias_lock(versions):
-        message = r"held by .*, process \d+, .*delete the registered model sprue-lock-"
+        message = r"held by .*, process \d+ of .*delete the registered model sprue-lock-"
         with pytest.raises(SprueError, match=message), alias_lock(versions, patience_s=0.3):
             pytest.fail("two hold it")
     with pytest.raises(KeyError), alias_lock(versions):
         raise KeyError
     with alias_lock(versions, patience_s=0.0):
         assert f"sprue-lock-{versions}" in {model.name for model in mlflow.MlflowClient().search_registered_models()}
+    assert f"sprue-lock-{versions}" not in {model.name for model in mlflow.MlflowClient().search_registered_models()}
+
+
+HOLD = """
+import sys, time, mlflow
+from sprue.tracking.lock import alias_lock
+mlflow.set_tracking_uri(sys.argv[2])
+with alias_lock(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_lock_whose_process_was_killed_is_broken_at_once(versions):
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, versions, mlflow.get_tracking_uri()], stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(SprueError, match=f"process {holder.pid} of"), alias_lock(versions, patience_s=0.3):
+            pytest.fail("two hold it")
+        holder.kill()
+        holder.wait()
+        with alias_lock(versions, patience_s=0.0):
+            pass
+
+
+def test_a_lock_that_nobody_renews_is_broken_later(versions, monkeypatch):
+    monkeypatch.setattr(lock, "STALE_S", 1.0)
+    mlflow.MlflowClient().create_registered_model(
+        f"sprue-lock-{versions}", description="held by a@b, process 1 of c, d"
+    )
+    with pytest.raises(SprueError, match="held by a@b"), alias_lock(versions, patience_s=0.5):
+        pytest.fail("two hold it")
+    with alias_lock(versions, patience_s=5.0):
+        pass
+
+
+def test_a_lock_that_is_renewed_is_kept(versions, monkeypatch):
+    monkeypatch.setattr(lock, "STALE_S", 1.0)
+    monkeypatch.setattr(lock, "RENEW_S", 0.2)
+    with alias_lock(versions), pytest.raises(SprueError, match="renewed"), alias_lock(versions, patience_s=2.5):
+        pytest.fail("two hold it")
     assert f"sprue-lock-{versions}" not in {model.name for model in mlflow.MlflowClient().search_registered_models()}
 
 
