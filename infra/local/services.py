@@ -93,7 +93,7 @@ def _command(settings: Settings, service: Service) -> tuple[str, ...]:
     if service.user:
         return service.command
     start = (sys.executable, "-I", "-S", str(Path(__file__).parent / "start.py"))
-    return (*start, str(settings.sockets / f"{service.name}.group"), *service.command)
+    return (*start, str(settings.sockets / f"{service.name}.group"), service.stop_signal, *service.command)
 
 
 def grafana_home() -> Path | None:

@@ -1,7 +1,7 @@
-"""Starts a service of the stack: ``start.py FILE COMMAND...`` ends what its last life left, and becomes COMMAND.
+"""Starts a service of the stack: ``start.py FILE SIGNAL COMMAND...`` ends what its last life left, and becomes COMMAND.
 
 A process that dies of SIGKILL leaves its children behind. They keep its ports, and the supervisor would start it again
-and again in vain. They are still in its process group, whose number FILE keeps.
+and again in vain. They are still in its process group, whose number FILE keeps. SIGNAL lets them end their work.
 """
 
 import os
@@ -11,7 +11,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+GRACE_S = 5.0
+"""From the signal to SIGKILL."""
 PATIENCE_S = 20.0
+"""Until it is tried with them still there."""
 
 
 def this_boot() -> str:
@@ -20,18 +23,21 @@ def this_boot() -> str:
     return file.read_text().strip() if file.exists() else ""
 
 
-def end_leftovers(file: Path) -> None:
-    """Kills the process group of the service's last life, and waits until it is gone.
+def end_leftovers(file: Path, end: signal.Signals) -> None:
+    """Ends the process group of the service's last life, and waits until it is gone.
 
     As long as a group has a process, the number of its dead leader is given to no other process. So a leader that lives
     is a stranger's, and a group without one is what the service has left.
     """
     with suppress(FileNotFoundError, ValueError):
         boot, number = file.read_text().split()
-        group, deadline = int(number), time.monotonic() + PATIENCE_S
+        group, began = int(number), time.monotonic()
+        if boot != this_boot() or _lives(group):
+            return
         with suppress(ProcessLookupError):
-            while boot == this_boot() and not _lives(group) and time.monotonic() < deadline:
-                os.killpg(group, signal.SIGKILL)
+            os.killpg(group, end)
+            while time.monotonic() < began + PATIENCE_S:
+                os.killpg(group, 0 if time.monotonic() < began + GRACE_S else signal.SIGKILL)
                 time.sleep(0.1)
 
 
@@ -47,8 +53,8 @@ def _lives(process: int) -> bool:
 
 def main() -> None:
     """Reads the arguments, of which the command has the path of its program."""
-    file, command = Path(sys.argv[1]), sys.argv[2:]
-    end_leftovers(file)
+    file, end, command = Path(sys.argv[1]), signal.Signals[f"SIG{sys.argv[2]}"], sys.argv[3:]
+    end_leftovers(file, end)
     file.write_text(f"{this_boot()} {os.getpid()}")
     os.execv(command[0], command)
 

@@ -22,7 +22,7 @@ time.sleep(600)
 
 def start(file: Path, code: str, *arguments: str) -> "subprocess.Popen[str]":
     """As the supervisor does: in a process group of its own."""
-    command = [sys.executable, "-I", "-S", str(START), str(file), sys.executable, "-c", code, *arguments]
+    command = [sys.executable, "-I", "-S", str(START), str(file), "TERM", sys.executable, "-c", code, *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0)
 
 
@@ -44,6 +44,19 @@ def test_a_killed_service_starts_again_on_the_port_that_its_child_has_kept(file)
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
     second.kill()
     second.wait()
+
+
+def test_what_is_left_may_end_its_work(file, tmp_path):
+    work = (
+        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (open({file!r}, 'w').close(), sys.exit()))"
+    )
+    ended = tmp_path / "ended"
+    first = start(file, LEADER, f"{work.format(file=str(ended))}; print('works', flush=True); time.sleep(600)")
+    assert first.stdout.readline() == "works\n"
+    first.kill()
+    first.wait()
+    assert start(file, "print('started')").communicate()[0] == "started\n"
+    assert ended.exists()
 
 
 def test_it_becomes_the_command(file):

@@ -1,13 +1,18 @@
 """Commands of the scoring service and its keys."""
 
+import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import click
 
 from sprue.cli.group import EXISTING_FILE, FOLDER, connect, log_access, main
+
+WATCH_S = 10.0
+"""Seconds between two looks whether Ray Serve is still there."""
 
 keys_file = click.option(
     "--keys", "file", type=FOLDER, default="keys.json", show_default=True, help="The file; made if it is missing."
@@ -84,14 +89,21 @@ def serve(
     from sprue.release.decision_store import FOLDER as DECISIONS
     from sprue.serving.champions import CacheSettings
     from sprue.serving.decision_log import DecisionLogSettings
-    from sprue.serving.launch import require_free_port, require_keys, serve_champions, stop_serving
+    from sprue.serving.launch import (
+        require_free_port,
+        require_keys,
+        require_serving,
+        serve_champions,
+        stop_serving,
+    )
     from sprue.stages.runtime import connect_ray
     from sprue.store import location
 
     folder = str(location(store) / DECISIONS)
     decisions = None if no_decisions else DecisionLogSettings(folder, keep_days, round(1e9 * keep_images), keep_sample)
     require_keys(host, keys, without_keys)
-    require_free_port(host, port)
+    if "RAY_ADDRESS" not in os.environ:  # else a service may run there, which outlives the command that started it
+        require_free_port(host, port)
     connect(store)
     connect_ray()
     cache = CacheSettings(int(cache_gb * 2**30), pinned)
@@ -110,7 +122,11 @@ def serve(
     )
     click.echo(f"scoring at {url}  (its interface: {url}/docs; stop it with Ctrl-C)")
     sys.stdout.flush()
-    signal.sigwait({signal.SIGINT, signal.SIGTERM})
+    ended = threading.Event()
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, lambda *_: ended.set())
+    while not ended.wait(WATCH_S):
+        require_serving()
     stop_serving()
 
 

@@ -145,6 +145,20 @@ def serve_champions(
     return url
 
 
+def require_serving() -> None:
+    """Checks that the cluster still has Ray Serve, which restarts what dies of the service by itself.
+
+    Raises:
+        SprueError: If it has not: the cluster's head has died, and another one knows nothing of the service.
+    """
+    try:
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError as error:
+        raise SprueError("the Ray cluster has lost the scoring service: its head has died; start it again") from error
+    except ray.exceptions.RayError as error:  # a head that is only busy answers the next time
+        logger.warning("Ray's head does not answer: %s", error)
+
+
 def gpu_fraction(replicas: int, gpus: int) -> float:
     """The GPUs that each replica reserves, so that all of them fit.
 
