@@ -15,6 +15,7 @@ from plant import Plant
 
 ANSWER_S = 60.0
 """How long a client waits for an answer, which the service has to give within 30 s."""
+PAUSE_S = 0.5
 
 
 @dataclass
@@ -49,7 +50,12 @@ class Client(threading.Thread):
         """The loop."""
         while not self.stopped.is_set():
             self._score()
-            time.sleep(0.3)
+            time.sleep(PAUSE_S)
+
+    def renew(self) -> Tally:
+        """What it has seen since the last time; the count of answers goes on."""
+        seen, self.tally = self.tally, Tally(self.tally.answered)
+        return seen
 
     def _score(self) -> None:
         url, sent = urlsplit(self.plant.url), False

@@ -19,7 +19,7 @@ from sprue.tracking.runs import CURVES, KEY_TAG
 def connect(plant: Plant) -> None:
     """Lets this process read the stack's registry and object store."""
     os.environ.update({name: value for name, value in plant.client.items() if name.startswith(("AWS_", "MLFLOW_"))})
-    os.environ["SPRUE_CACHE"] = plant.environment["SPRUE_CACHE"] + "-check"
+    os.environ["SPRUE_CACHE"] = f"{plant.cache}-check"
     mlflow.set_tracking_uri(plant.client["MLFLOW_TRACKING_URI"])
 
 

@@ -1,6 +1,5 @@
 """The pipeline of a few quick classes, run on the stack as Ray jobs in a loop, each round with another seed."""
 
-import json
 import re
 import shlex
 import threading
@@ -149,20 +148,13 @@ class Pipeline(threading.Thread):
         return found[0].read_text() if found else ""
 
     def _promote(self) -> None:
-        """Makes the newest version of each class champion, as a person does who is sure."""
-        for name in CLASSES:
-            for _ in range(20):
-                done = self.plant.shell(
-                    "sprue", "--store", "s3://sprue/store", "promote", f"{DATASET}.{name}", "--version", "challenger",
-                    "--force", f"round {self.round.number}",
-                )  # fmt: skip
-                if done.returncode == 0 or "has no version" in done.stderr or self.stopped.is_set():
-                    break
-                self.failed.append(("promote", done.stderr.strip()[-300:]))
-                time.sleep(3)
-
-
-def write_jsonl(file: Path, row: dict[str, object]) -> None:
-    """Appends a row."""
-    with file.open("a") as lines:
-        lines.write(json.dumps(row) + "\n")
+        """Makes the newest version of a class champion, of each by turns, as a person does who is sure."""
+        model = f"{DATASET}.{CLASSES[self.round.number % len(CLASSES)]}"
+        command = ["sprue", "--store", "s3://sprue/store", "promote", model, "--version", "challenger"]
+        for _ in range(20):
+            done = self.plant.shell(*command, "--force", f"round {self.round.number}")
+            # Without a challenger, the newest is champion already.
+            if done.returncode == 0 or "has no version" in done.stderr or self.stopped.is_set():
+                return
+            self.failed.append(("promote", done.stderr.strip()[-300:]))
+            time.sleep(3)

@@ -1,31 +1,28 @@
 """A local stack of the benchmark's own, on a disk of its own, whose clients reach the object store through a proxy."""
 
-import hashlib
+import contextlib
+import io
 import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 ROOT = Path(__file__).parents[2]
-STACK = """
-import sys
-sys.path.insert(0, "infra/local")
-import settings
-own = settings.Settings.address
-settings.Settings.address = lambda self, name: f"127.0.0.1:{self.base + 71}" if name == "s3" else own(self, name)
-import stack
-stack.main()
-"""
-"""``infra/local/stack.py``, but everybody who asks for the object store's address gets that of `S3Proxy`."""
+sys.path.insert(0, str(ROOT / "infra/local"))
+
+import stack  # noqa: E402
+from settings import LOOPBACK, Settings  # noqa: E402
+
 DISK_MIB = 3000
+PROXY_PORT = 71
+"""Of `S3Proxy`, from the stack's first port on; the last of them is that of the stack's proxy, 70."""
 
 NGINX = """
 daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/error.log error;
@@ -92,83 +89,83 @@ class S3Proxy:
             self.process.wait()
 
 
-@dataclass
+def address(settings: Settings, service: str) -> str:
+    """Where a service listens, as its clients see it: the object store is behind `S3Proxy`."""
+    port = settings.base + PROXY_PORT if service == "s3" else settings.ports[service]
+    return f"{LOOPBACK}:{port}"
+
+
+Settings.address = address  # type: ignore[method-assign]
+
+
 class Plant:
-    """The stack, up, on a disk of `DISK_MIB`."""
+    """The stack, up, on a disk of `DISK_MIB`.
 
-    folder: Path
-    base: int
-    client: dict[str, str] = field(default_factory=dict)
+    Attributes:
+        folder: Of all its files, where the disk is mounted.
+        client: The variables of its ``client.env``.
+    """
 
-    def __post_init__(self) -> None:
-        self.s3 = S3Proxy(Path(f"{self.folder}-s3"), self.base + 71, self.base + 16)
-        self.environment = {
-            **os.environ,
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-            "PYTHONPATH": f"{ROOT}/platform:{ROOT}/models",
-            "SPRUE_COMMIT": "0" * 40,
-            "SPRUE_CACHE": f"{self.folder}-cache",
-            "OMP_NUM_THREADS": "1",
-        }
-
-    @property
-    def url(self) -> str:
-        """The stack's address."""
-        return f"https://localhost:{self.base + 70}"
-
-    @property
-    def sockets(self) -> Path:
-        """Where the stack keeps its sockets, and Ray its logs."""
-        return Path(tempfile.gettempdir()) / f"sprue-{hashlib.sha256(str(self.folder).encode()).hexdigest()[:12]}"
+    def __init__(self, folder: Path, base: int) -> None:
+        """Starts nothing; lets this process's children, the stack's services among them, find this checkout's code."""
+        self.folder, self.base, self.client = folder, base, dict[str, str]()
+        self.settings = Settings(folder, port=base + 70, base=base)
+        self.s3 = S3Proxy(Path(f"{folder}-s3"), base + PROXY_PORT, self.settings.ports["s3"])
+        self.cache = f"{folder}-cache"
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        os.environ |= {"PATH": path, "PYTHONPATH": f"{ROOT}/platform:{ROOT}/models", "SPRUE_COMMIT": "0" * 40,
+                       "SPRUE_CACHE": self.cache, "OMP_NUM_THREADS": "1"}  # fmt: skip
 
     def up(self) -> None:
         """Makes the disk and starts everything.
 
         Raises:
-            RuntimeError: If the stack does not start.
+            StackError: If the stack does not start.
         """
-        self.folder.mkdir(mode=0o711, exist_ok=True)
+        self.folder.mkdir(mode=0o711, parents=True, exist_ok=True)
         if not self.folder.is_mount():
             disk = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m,mode=711", "none", str(self.folder)]
             subprocess.run(disk, check=True)
         self.s3.configure()
-        done = self.stack("up", "--port", str(self.base + 70), "--base", str(self.base))
-        if done.returncode:
+        try:
+            stack.up(self.settings)
+        except BaseException:
             self.s3.stop()
-            raise RuntimeError(done.stdout + done.stderr)
+            raise
         lines = (self.folder / "client.env").read_text().splitlines()
         self.client = dict(line.removeprefix("export ").replace("'", "").split("=", 1) for line in lines)
 
     def down(self) -> None:
         """Ends everything, and deletes it."""
-        self.stack("down")
+        stack.down(self.settings)
         self.s3.stop()
         subprocess.run(["umount", "--lazy", str(self.folder)], check=False)
-        shutil.rmtree(self.folder, ignore_errors=True)
-        shutil.rmtree(f"{self.folder}-cache", ignore_errors=True)
+        for folder in (self.folder, self.cache, self.s3.folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
-    def stack(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """``stack.py`` with arguments."""
-        command = [sys.executable, "-c", STACK, arguments[0], "--folder", str(self.folder), *arguments[1:]]
-        return subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=900)
+    @property
+    def sockets(self) -> Path:
+        """Where Ray's logs are."""
+        return self.settings.sockets
 
     def wait_until_well(self, patience_s: float) -> tuple[float | None, str]:
-        """Waits until ``status`` says that all is well: seconds, None if it never is; and what it says."""
+        """Waits until ``status`` says that all is well: seconds, None if it never is; and what it says then."""
         started = time.monotonic()
         while True:
-            done = self.stack("status")
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                well = stack.status(self.settings)
             taken = time.monotonic() - started
-            if done.returncode == 0:
+            if well:
                 return taken, ""
             if taken > patience_s:
-                return None, "; ".join(" ".join(line.split()) for line in done.stdout.splitlines() if "NOT" in line
-                                       or " running " not in line)  # fmt: skip
+                lines = [" ".join(line.split()) for line in said.getvalue().splitlines()[1:]]
+                return None, "; ".join(line for line in lines if "NOT WELL" in line or " running " not in line)
             time.sleep(1)
 
     def shell(self, *command: str) -> subprocess.CompletedProcess[str]:
         """Runs a command as a user of this machine does who has read client.env."""
         return subprocess.run(
-            command, cwd=ROOT, env=self.environment | self.client, capture_output=True, text=True, timeout=600
+            command, cwd=ROOT, env=os.environ | self.client, capture_output=True, text=True, timeout=600
         )
 
     def secret(self, name: str) -> str:
@@ -188,7 +185,7 @@ class Plant:
     def supervisorctl(self, *words: str) -> str:
         """Asks the supervisor."""
         command = ["supervisorctl", "-c", str(self.folder / "conf/supervisord.conf"), *words]
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True).stdout
+        return subprocess.run(command, capture_output=True, text=True).stdout
 
     def find(self, title: str, under: str | None = None) -> list[psutil.Process]:
         """Processes with these words in their command line, of one service or of all."""
