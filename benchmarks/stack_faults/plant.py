@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ PROXY_PORT = 71
 """Of `S3Proxy`, from the stack's first port on; the last of them is that of the stack's proxy, 70."""
 
 NGINX = """
-daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/error.log error;
+worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/error.log error;
 events {{ worker_connections 512; }}
 http {{
   access_log off; client_max_body_size 0; proxy_request_buffering off; proxy_buffering off; proxy_http_version 1.1;
@@ -57,7 +58,13 @@ class S3Proxy:
     folder: Path
     listen: int
     store: int
-    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Of its first process, if it runs."""
+        file = self.folder / "nginx.pid"
+        found = int(file.read_text()) if file.exists() else 0
+        return found if found and Path(f"/proc/{found}").exists() else None
 
     def configure(self, refused: str = "", slow: bool = False) -> None:
         """Takes effect with the next request.
@@ -76,17 +83,16 @@ class S3Proxy:
             refused=f"{refused} 1;" if refused else "",
         )
         (self.folder / "nginx.conf").write_text(text)
-        if self.process is None:
-            command = ["nginx", "-c", f"{self.folder}/nginx.conf", "-e", f"{self.folder}/error.log"]
-            self.process = subprocess.Popen(command)
+        if self.pid:
+            os.kill(self.pid, signal.SIGHUP)  # it reads the file again
         else:
-            self.process.send_signal(1)  # SIGHUP: it reads the file again
+            command = ["nginx", "-c", f"{self.folder}/nginx.conf", "-e", f"{self.folder}/error.log"]
+            subprocess.run(command, check=True)
 
     def stop(self) -> None:
         """Ends it."""
-        if self.process is not None:
-            self.process.terminate()
-            self.process.wait()
+        if self.pid:
+            os.kill(self.pid, signal.SIGTERM)
 
 
 def address(settings: Settings, service: str) -> str:
@@ -142,6 +148,11 @@ class Plant:
         subprocess.run(["umount", "--lazy", str(self.folder)], check=False)
         for folder in (self.folder, self.cache, self.s3.folder):
             shutil.rmtree(folder, ignore_errors=True)
+
+    @property
+    def url(self) -> str:
+        """The stack's address."""
+        return self.settings.url
 
     @property
     def sockets(self) -> Path:

@@ -378,6 +378,23 @@ def test_a_port_that_is_taken_is_named(tmp_path, environment):
     assert status.returncode == 1
 
 
+@pytest.mark.parametrize("service", ["proxy", "mlflow", "scoring"])
+def test_a_service_whose_first_process_is_killed_comes_back(stack, champion, service):
+    """Its other processes live on, and keep its ports until it ends them, or they are those of the next start."""
+    ask = ["supervisorctl", "-c", f"{stack.folder}/conf/supervisord.conf", "pid", service]
+    first = psutil.Process(int(stack.shell(*ask).stdout))
+    first.kill()
+    first.wait()
+    for _ in range(60):
+        status = stack.run("status")
+        if status.returncode == 0 and stack.shell(*ask).stdout.strip() not in ("0", str(first.pid)):
+            break
+        time.sleep(2)
+    else:
+        pytest.fail(f"{service} does not come back\n{status.stdout}{stack.logs()}")
+    assert answers(stack, champion).status_code == 200
+
+
 def test_a_kill_while_detectors_are_registered_loses_nothing(stack):
     done = stack.shell(
         sys.executable, "benchmarks/registry_faults.py", "--kills", "3", "--stack", str(stack.folder),
