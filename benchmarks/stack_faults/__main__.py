@@ -29,6 +29,8 @@ from watch import Watch, add_row, is_well, read_rows, table
 PATIENCE_S = 300.0
 CALM_S = 10.0
 """Between two faults, so that requests on their way end."""
+NOTICE_S = 3.0
+"""From a fault to the first look: until then the supervisor and Ray may not have noticed that a process has died."""
 CLIENTS = 2
 
 
@@ -41,12 +43,14 @@ def inject(kind: str, site: Site, watch: Watch) -> dict[str, Any] | None:
         print(f"{kind}: not done, {error}", flush=True)
         return None
     ended, scores = time.monotonic(), watch.answered() + CLIENTS
+    time.sleep(NOTICE_S)
     well_s, state = site.plant.wait_until_well(PATIENCE_S)
     while watch.answered() < scores and time.monotonic() < ended + PATIENCE_S:
         time.sleep(0.2)
     scored_s = time.monotonic() - ended if watch.answered() >= scores else None
     time.sleep(CALM_S)
-    row = {"kind": kind, "at": began, "what": what, "well_s": well_s, "scored_s": scored_s, "state": state,
+    row = {"kind": kind, "at": began, "what": what,
+           "well_s": None if well_s is None else NOTICE_S + well_s, "scored_s": scored_s, "state": state,
            "load": os.getloadavg()[0]}  # fmt: skip
     return row | watch.look()
 

@@ -5,6 +5,7 @@ import random
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,24 +71,23 @@ def kill_child(title: str, *services: str) -> Fault:
 
 
 def kill_driver(site: Site) -> str:
-    """Kills the driver of the job that runs."""
-    return kill_child("pipelines/", "ray-head")(site)
+    """Kills the driver of the job that runs, by turns with the shell that Ray has started it in, which leaves it."""
+    return kill_child(site.rng.choice(("python pipelines/", "sh -c")), "ray-head")(site)
 
 
 def full_disk(site: Site) -> str:
     """Fills the disk of the stack: the object store's volumes, the database, logs and metrics are on it."""
     ballast, room = site.plant.folder / "ballast", os.statvfs(site.plant.folder)
-    subprocess.run(["fallocate", "-l", str(room.f_bavail * room.f_frsize - 8192), ballast], check=False)
-    with ballast.open("ab") as file:  # what is left
-        try:
-            while True:
+    size = room.f_bavail * room.f_frsize
+    subprocess.run(["fallocate", "-l", str(size - 8192), ballast], check=False)
+    try:
+        with suppress(OSError), ballast.open("ab", buffering=0) as file:
+            while True:  # what is left
                 file.write(bytes(4096))
-                file.flush()
-        except OSError:
-            pass
-    time.sleep(site.rng.uniform(15, 30))
-    ballast.unlink()
-    return f"{room.f_bavail * room.f_frsize / 2**20:.0f} MiB filled during {site.pipeline.stage}"
+        time.sleep(seconds := site.rng.uniform(15, 30))
+    finally:
+        ballast.unlink()
+    return f"{size / 2**20:.0f} MiB filled for {seconds:.0f} s during {site.pipeline.stage}"
 
 
 def s3_refuses(part: str) -> Fault:

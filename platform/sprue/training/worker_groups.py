@@ -1,5 +1,6 @@
 """Worker groups: runs of Ray Train that take fits from a queue, more of them as machines join the cluster."""
 
+import itertools
 import logging
 import time
 from threading import Thread
@@ -16,6 +17,7 @@ from upath import UPath
 
 from sprue.training.class_queue import ATTEMPTS
 from sprue.training.placement import FitPlacement
+from sprue.training.room import RoomKeeper
 from sprue.training.worker import fit_worker
 
 logger = logging.getLogger(__name__)
@@ -25,6 +27,9 @@ SHUTDOWN_S = 10.0
 
 RESIZE_S = 30.0
 """How often a fit with fewer workers than it may have looks for room, and resumes with more after its last epoch."""
+
+RETRY_S = 5.0
+"""Until a worker group whose run of Ray Train has failed starts anew."""
 
 JOINED_S = 10.0
 """How often a look at the cluster finds machines that have joined."""
@@ -81,22 +86,27 @@ def storage_filesystem(folder: UPath) -> PyFileSystem | None:
 def _run(config: dict[str, Any], placement: FitPlacement, runs: UPath) -> None:
     """Runs a worker group to its end; tells the queue why, should it leave a fit unfinished.
 
-    A run of Ray Train bears as many deaths as a fit. Where epochs or fits were finished in it, another run follows: so
-    machines may come and go for as long as the fits make progress.
+    A run of Ray Train bears as many deaths as a fit, and none while its workers start. Another run follows; only if
+    several in a row finish no epoch and no fit, the group is given up. So machines may come and go for as long as the
+    fits make progress.
     """
     queue, group = config["queue"], config["group"]
     name = f"{runs.parent.name}-fits-{group + 1}"
-    reason, finished, before = "its run of Ray Train ended before it", 0, -1
+    reason, finished, fruitless = "its run of Ray Train ended before it", 0, 0
     try:
-        while finished > before:
-            before = finished
+        for number in itertools.count(1):
             try:
-                _trainer(name, config, placement, runs).fit()
+                _trainer(f"{name}-{number}", config, placement, runs).fit()
                 break
             except Exception as error:  # whatever it is, it becomes the reason of the fits' failure
                 logger.debug("%s failed", name, exc_info=error)
                 reason = _innermost(error)
-            finished = ray.get(queue.finished.remote(group))
+            before, finished = finished, ray.get(queue.finished.remote(group))
+            fruitless = 0 if finished > before else fruitless + 1
+            if fruitless > ATTEMPTS:
+                break
+            logger.warning("%s starts anew: %s", name, reason)
+            time.sleep(RETRY_S)
     finally:
         queue.close.remote(group, reason)
 
@@ -119,6 +129,7 @@ def _trainer(name: str, config: dict[str, Any], placement: FitPlacement, runs: U
             storage_filesystem=storage_filesystem(runs),
             failure_config=FailureConfig(max_failures=ATTEMPTS),
             logging_config=LoggingConfig(log_level="WARNING"),
+            callbacks=[RoomKeeper()],
         ),
     )
 
