@@ -1,15 +1,20 @@
 """Ray Train fits the classes side by side, and only those that are not finished."""
 
+import os
+import sys
 import time
 from dataclasses import asdict
 
 import psutil
 import pytest
 import torch
+from ray.cloudpickle import register_pickle_by_value
+from ray.util import placement_group_table
 from ray.util.state import list_actors, list_tasks
 from upath import UPath
 
 from sprue.errors import SprueError
+from sprue.training import worker_groups
 from sprue.training.run import fit_classes
 from sprue.training.worker import fit_flow
 
@@ -95,6 +100,36 @@ def test_after_the_death_of_its_process_a_fit_resumes(cluster, make_spec, tmp_pa
         states = {epoch.epoch: checkpoint.flow for epoch, checkpoint in fitted_here(spec, tmp_path)}
         expected = states[fitted.best.epoch]
         assert all(torch.equal(value, fitted.best.flow[key]) for key, value in expected.items())
+
+
+class DiesOnce:
+    """The worker's function; the first worker that unpickles it is killed, after its group has been created."""
+
+    def __init__(self, function, marker):
+        self.function, self.marker = function, str(marker)
+
+    def __reduce__(self):
+        code = (
+            "(lambda os, function: function if os.path.exists({0!r}) or 'RayTrainWorker' not in "
+            "open('/proc/self/cmdline').read() else os.close(os.open({0!r}, os.O_CREAT)) or os.kill(os.getpid(), 9))"
+        )
+        return _apply, (code.format(self.marker), self.function)
+
+
+def _apply(code, function):
+    return eval(code)(os, function)
+
+
+def test_a_worker_that_dies_while_its_group_starts_leaves_no_room_reserved(cluster, make_spec, tmp_path, monkeypatch):
+    marker = tmp_path / "died"
+    register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(worker_groups, "fit_worker", DiesOnce(worker_groups.fit_worker, marker))
+    monkeypatch.setattr(worker_groups, "RETRY_S", 0.0)
+    (fitted,) = fit([make_spec(tmp_path)], tmp_path)
+    assert marker.exists()
+    assert (fitted.failure, [row["epoch"] for row in fitted.history]) == ("", [1, 2, 3])
+    left = [each for each in placement_group_table().values() if each["state"] != "REMOVED"]
+    assert left == []
 
 
 def test_samples_of_several_views_are_fitted_together(dataset):
