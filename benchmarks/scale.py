@@ -165,9 +165,10 @@ def start_node(command: list[str], environment: dict[str, str], log: Path) -> su
     for _ in range(ATTEMPTS):
         with log.open("wb") as output:
             process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
-        wait_until(lambda process=process: process.poll() is not None or "runtime started" in log.read_text(), log)
-        if process.poll() is None:
+        wait_until(lambda: re.search("runtime started|Traceback", log.read_text()) is not None, log)
+        if "runtime started" in log.read_text():
             return process
+        kill_all(process)  # after such a failure it may stay
     raise SystemExit(f"Ray does not start:\n{log.read_text()[-3000:]}")
 
 

@@ -123,13 +123,18 @@ class Checkpoints:
     def history(self) -> list[dict[str, Any]]:
         """The metrics of all epochs up to the last checkpoint."""
         epochs = self.epochs()
-        return list(_read(self._at(epochs[-1]))["history"]) if epochs else []
+        return self._history(epochs[-1]) if epochs else []
 
     def best(self) -> Checkpoint | None:
         """The stored checkpoint with the best validation likelihood; None before the first."""
-        nlls = {int(row["epoch"]): float(row["validation_nll"]) for row in self.history()}
-        epochs = self.epochs()
-        return self.read(min(epochs, key=nlls.__getitem__)) if epochs else None
+        epochs = self.epochs()  # a listing, of which an object store has no cheap one
+        if not epochs:
+            return None
+        nlls = {int(row["epoch"]): float(row["validation_nll"]) for row in self._history(epochs[-1])}
+        return self.read(min(epochs, key=nlls.__getitem__))
+
+    def _history(self, epoch: int) -> list[dict[str, Any]]:
+        return list(_read(self._at(epoch))["history"])
 
     def _at(self, epoch: int) -> UPath:
         return self.folder / f"{PREFIX}{epoch:06d}"
