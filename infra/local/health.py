@@ -106,7 +106,10 @@ def _mlflow(settings: Settings, known: dict[str, str]) -> str:
     try:
         _get(f"{url}/api/2.0/mlflow/users/get", params={"username": MACHINES}, auth=machines)
     except Unhealthy:
-        made = requests.post(f"{url}/api/2.0/mlflow/users/create", json=user, auth=people, timeout=TIMEOUT_S)
+        try:
+            made = requests.post(f"{url}/api/2.0/mlflow/users/create", json=user, auth=people, timeout=TIMEOUT_S)
+        except requests.RequestException as error:
+            raise Unhealthy("does not answer") from error
         if not made.ok:
             raise Unhealthy(f"the account {MACHINES} can't be made: {made.text}") from None
     found = _get(f"{url}/api/2.0/mlflow/registered-models/search", auth=machines).json()

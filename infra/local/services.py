@@ -125,6 +125,8 @@ def _mlflow(settings: Settings) -> tuple[str, ...]:
     return (
         _own("mlflow"), "server", "--app-name", "basic-auth", "--host", LOOPBACK, "--port",
         str(settings.ports["mlflow"]), "--artifacts-destination", f"s3://{ARTIFACTS}", "--workers", "2",
+        # uvicorn kills a worker that has not answered it for five seconds: on a busy machine both, again and again.
+        "--uvicorn-opts", "--timeout-worker-healthcheck 60",
         "--cors-allowed-origins", ",".join(f"https://{name}:{settings.port}" for name in settings.names),
     )  # fmt: skip
 
