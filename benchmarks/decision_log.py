@@ -21,7 +21,7 @@ from sprue.inference.calibration import Calibration
 from sprue.release.decision_store import Decision
 from sprue.serving import metrics
 from sprue.serving.decision_log import DecisionLogSettings
-from sprue.serving.launch import serve_champions, stop_serving
+from sprue.serving.launch import ServeSettings, serve_champions, stop_serving
 
 OBSERVATIONS = 2000
 
@@ -42,7 +42,7 @@ def seconds_of_counting() -> float:
 
 def answers_a_second(port: int, decisions: DecisionLogSettings | None) -> float:
     """Of a service that is started anew, and is warm."""
-    url = serve_champions(port=port, decisions=decisions)
+    url = serve_champions(ServeSettings(port=port, decisions=decisions))
     asyncio.run(measure(url, Load("warm-up"), FEW))
     load = asyncio.run(measure(url, Load(""), FEW))
     stop_serving()

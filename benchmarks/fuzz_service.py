@@ -222,7 +222,7 @@ def main() -> int:
     from service_faults import MODEL, noise_plant, process_of
 
     from sprue.serving.decision_log import DecisionLogSettings
-    from sprue.serving.launch import serve_champions
+    from sprue.serving.launch import ServeSettings, serve_champions
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=20_000)
@@ -230,7 +230,7 @@ def main() -> int:
     parser.add_argument("--growth", type=float, default=200.0, metavar="MIB", help="of the replica's memory, at most")
     arguments = parser.parse_args()
     with noise_plant() as (folder, port):
-        url = serve_champions(port=port, decisions=DecisionLogSettings(str(Path(folder) / "decisions")))
+        url = serve_champions(ServeSettings(port=port, decisions=DecisionLogSettings(str(Path(folder) / "decisions"))))
         replica, described = process_of("ServeReplica"), arguments.requests // 10
         tally = send_described(url, MODEL, described // 2, arguments.seed)
         tally += send_images(url, MODEL, 1000, arguments.seed)

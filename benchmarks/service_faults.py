@@ -38,7 +38,7 @@ from sprue.inference.backbone import backbone_state, resolve
 from sprue.inference.calibration import Calibration
 from sprue.inference.detector import Detector, score_features
 from sprue.inference.engines import build_engine
-from sprue.serving.launch import serve_champions, stop_serving
+from sprue.serving.launch import ServeSettings, serve_champions, stop_serving
 from sprue.stages.runtime import connect_ray
 from sprue.tracking import registry
 from sprue.tracking.backbones import log_backbone
@@ -290,7 +290,7 @@ def main() -> None:
     parser.add_argument("--large", type=int, default=100, metavar="N", help="images of 50 megapixels")
     arguments = parser.parse_args()
     with noise_plant() as (_, port):
-        url = serve_champions(port=port)
+        url = serve_champions(ServeSettings(port=port))
         loads = asyncio.run(run(url))
         Console(width=150).print(table(loads))
         for line in (proxy_dies(url), large_images(url, arguments.large), foreign_host(url)):

@@ -41,7 +41,7 @@ from sprue.inference.calibration import Calibration
 from sprue.inference.detector import Detector, score_features
 from sprue.inference.engines import build_engine
 from sprue.serving.champions import CacheSettings
-from sprue.serving.launch import serve_champions, stop_serving
+from sprue.serving.launch import ServeSettings, serve_champions, stop_serving
 from sprue.stages.runtime import connect_ray
 from sprue.tracking import registry
 from sprue.tracking.backbones import log_backbone
@@ -181,7 +181,7 @@ def serving(replicas: int, nodes: int, cache_bytes: int) -> Iterator[tuple[str, 
     connect_ray()
     try:
         started = time.monotonic()
-        url = serve_champions(port=port, replicas=replicas, cache=CacheSettings(cache_bytes))
+        url = serve_champions(ServeSettings(port=port, replicas=replicas, cache=CacheSettings(cache_bytes)))
         yield url, time.monotonic() - started
     finally:
         stop_serving()

@@ -122,7 +122,7 @@ def test_both_are_served_by_their_full_names(datasets, ray_head, ports):
             answer = score(f"{name}.brick")
             assert answer.ok, answer.text
             assert answer.json()["dataset"] == name and answer.json()["class_name"] == "brick"
-            assert answer.json()["model"] == {"name": f"{name}.brick", "version": 1}
+            assert (answer.json()["model"]["name"], answer.json()["model"]["version"]) == (f"{name}.brick", 1)
         ambiguous = score("brick")
         assert ambiguous.status_code == 409
         assert "left.brick" in ambiguous.json()["error"]["message"]

@@ -90,6 +90,7 @@ def serve(
     from sprue.serving.champions import CacheSettings
     from sprue.serving.decision_log import DecisionLogSettings
     from sprue.serving.launch import (
+        ServeSettings,
         require_free_port,
         require_keys,
         require_serving,
@@ -107,7 +108,7 @@ def serve(
     connect(store)
     connect_ray()
     cache = CacheSettings(int(cache_gb * 2**30), pinned)
-    url = serve_champions(
+    settings = ServeSettings(
         host,
         port,
         cache=cache,
@@ -120,6 +121,7 @@ def serve(
         rate=limit,
         access_log=str(location(store) / ACCESSES),
     )
+    url = serve_champions(settings)
     click.echo(f"scoring at {url}  (its interface: {url}/docs; stop it with Ctrl-C)")
     sys.stdout.flush()
     ended = threading.Event()

@@ -4,14 +4,12 @@ import asyncio
 import base64
 import logging
 import os
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path as FilePath
 from typing import Annotated, Any
 
-import mlflow
 import ray
 import torch
 from fastapi import Path, Query, Request, Response
@@ -26,8 +24,10 @@ from sprue.serving.access_writer import AccessWriter
 from sprue.serving.admission import Admission, AdmissionLimits
 from sprue.serving.batching import Batcher
 from sprue.serving.champions import CacheSettings, Champions
+from sprue.serving.coordinator import CoordinatorSettings, use_registry
 from sprue.serving.decision_log import DecisionLog, DecisionLogSettings, decision_of
 from sprue.serving.errors import ApiError, add_error_handlers
+from sprue.serving.follower import Follower
 from sprue.serving.hosts import AllowedHosts, HeaderGuard, listen_on_node_address
 from sprue.serving.keys import Credentials, KeyFile
 from sprue.serving.model_cache import ServedModel, score_together
@@ -44,11 +44,6 @@ MAX_CONNECTIONS = 4096
 CLOSE_S = 10.0
 """Time for the last decisions to be written when a replica ends."""
 
-MLFLOW_TIMEOUT_S, MLFLOW_RETRIES = 30, 2
-"""Of each of MLflow's requests. By default it tries a server that is down for 4 minutes, and one that never answers for
-about 20; as long, the thread that loads a champion is lost to others. Less would be too short for a server that
-fetches a large file before it sends the first byte."""
-
 # The service itself holds the files of /docs: plants are seldom online.
 app = FastAPIOffline(**openapi.APPLICATION)
 add_error_handlers(app)
@@ -59,11 +54,10 @@ inspection.add_to(app)
 class ServiceConfig:
     """Settings of a replica; see `sprue.serving.launch.serve_champions`."""
 
-    tracking_uri: str
+    coordinator: CoordinatorSettings
     limits: ServiceLimits
     admission: AdmissionLimits
     cache: CacheSettings
-    refresh_s: float
     keys: FilePath | None
     hosts: AllowedHosts
     decisions: DecisionLogSettings | None
@@ -100,10 +94,10 @@ def _node_cpus() -> int:
 @serve.deployment(name="scoring", max_ongoing_requests=MAX_CONNECTIONS, max_constructor_retry_count=2)
 @serve.ingress(app)
 class ScoringService:
-    """Scores samples with the champions, which it loads when they are asked for, and follows the registry."""
+    """Scores samples with champions, which it loads when they are asked for and changes together with other replicas."""
 
     async def __init__(self, config: ServiceConfig) -> None:  # type: ignore[misc]
-        """Reads the registry and loads champions; raises as `sprue.serving.champions.Champions.start`."""
+        """Loads the champions that are agreed on; raises as `sprue.serving.follower.Follower.start`."""
         listen_on_node_address()
         self.config = config
         self.decisions = DecisionLog(config.decisions) if config.decisions else None
@@ -114,18 +108,12 @@ class ScoringService:
         torch.set_num_threads(self.threads)
         # Not asyncio's own pool: its size would not bound the memory of the images that are decoded at once.
         self.decoders = ThreadPoolExecutor(self.threads, "image")
-        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(MLFLOW_TIMEOUT_S))
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(MLFLOW_RETRIES))
-        mlflow.set_tracking_uri(config.tracking_uri)
-        mlflow.set_registry_uri(config.tracking_uri)
+        use_registry(config.coordinator.tracking_uri)
         self.batcher = Batcher(metrics.measured(score_together), BATCH)
         self.admission = Admission(config.admission, lambda: self.batcher.seconds_per_task)
-        self.registry_error: str | None = None
         self.models = Champions(config.cache, self.threads)
-        await self.models.start(config.allow_empty)
-        self.registry_read = time.monotonic()
-        self.refresher = asyncio.create_task(self._follow_registry())
+        self.follower = Follower(config.coordinator, self.models)
+        await self.follower.start(config.allow_empty)
         self.reporter = asyncio.create_task(self._report_state())
 
     def __del__(self) -> None:
@@ -137,25 +125,12 @@ class ScoringService:
         failure = ""
         while True:
             try:
-                age_s = time.monotonic() - self.registry_read
-                metrics.report_state(self.admission, self.models, self.decisions, age_s)
+                metrics.report_state(self.admission, self.models, self.decisions, self.follower.registry_age_s)
             except Exception as error:  # a defect; the gauges go on with the next look
                 if str(error) != failure:
                     logger.exception("the service's state could not be reported")
                 failure = str(error)
             await asyncio.sleep(metrics.STATE_S)
-
-    async def _follow_registry(self) -> None:
-        """Replaces the champions when new ones are loaded; keeps the old ones when the registry fails."""
-        while True:
-            await asyncio.sleep(self.config.refresh_s)
-            try:
-                await self.models.refresh()
-                self.registry_error, self.registry_read = None, time.monotonic()
-            except Exception as error:
-                if str(error) != self.registry_error:
-                    logger.error("keeping the present champions, since the registry fails: %s", error)
-                self.registry_error = str(error)
 
     @app.post("/v1/classes/{name}/score", response_model=Score, **openapi.SCORE)
     async def score(
@@ -258,9 +233,10 @@ class ScoringService:
 
     @app.get("/v1/classes", response_model=ServedClasses, **openapi.CLASSES)
     async def classes(self, credentials: Credentials) -> Any:
-        """Lists the classes that can be scored and their champions."""
+        """Lists the classes that can be scored, the version of each that all replicas serve, and since when."""
         self.keys.require(credentials, "score")
-        return ServedClasses(classes=[responses.summary(champion) for champion in self.models.available])
+        models = self.models
+        return ServedClasses(classes=[responses.summary(each, models.since(each)) for each in models.available])
 
     @app.get("/livez", response_model=Liveness, tags=["service"])
     async def livez(self) -> Any:
@@ -278,7 +254,7 @@ class ScoringService:
             return Readiness(status="ready")
         models = self.models
         decisions_error = self.decisions.error or self.decisions.sweep_error if self.decisions else None
-        errors = models.failures, self.registry_error, self.keys.error, decisions_error
+        errors = models.failures, self.follower.error, self.keys.error, decisions_error
         return Readiness(
             status="degraded" if any(errors) else "ready",
             classes=len(models.available),
@@ -286,8 +262,8 @@ class ScoringService:
             loaded_bytes=models.bytes,
             engines=models.engines,
             failures=models.failures,
-            registry_error=self.registry_error,
-            registry_age_s=time.monotonic() - self.registry_read,
+            registry_error=self.follower.error or None,
+            registry_age_s=self.follower.registry_age_s,
             keys_error=self.keys.error,
             decisions_error=decisions_error,
         )

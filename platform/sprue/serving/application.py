@@ -18,6 +18,7 @@ from sprue.release.decision_store import FOLDER
 from sprue.serving.admission import AdmissionLimits
 from sprue.serving.app import CLOSE_S, ScoringService, ServiceConfig
 from sprue.serving.champions import CacheSettings
+from sprue.serving.coordinator import CoordinatorSettings
 from sprue.serving.decision_log import DecisionLogSettings
 from sprue.serving.hosts import AllowedHosts
 from sprue.serving.launch import PROXY_GRACE_S, require_keys
@@ -73,11 +74,10 @@ def application(arguments: ServiceArguments) -> Application:
         raise SprueError("set MLFLOW_TRACKING_URI to the tracking server in the environment of every node")
     admission = AdmissionLimits()
     config = ServiceConfig(
-        tracking_uri=tracking_uri,
+        coordinator=CoordinatorSettings(tracking_uri, arguments.refresh_s),
         limits=ServiceLimits(),
         admission=admission,
         cache=CacheSettings(int(arguments.cache_gb * 2**30), arguments.pinned),
-        refresh_s=arguments.refresh_s,
         keys=arguments.keys,
         hosts=AllowedHosts.of(EVERYWHERE, arguments.allowed_hosts),
         decisions=_decisions(arguments),

@@ -1,8 +1,11 @@
-"""Which champions are served: follows the registry, and loads champions when they are asked for.
+"""Which champions a replica serves: those that replicas have agreed on, which it loads when they are asked for.
 
 Everything here runs on one event loop, but for the loading itself, which has threads of its own: a request waits for
 its own class alone. What has to be downloaded has other threads than what has not: while the tracking server is down,
 the classes on the disk are served.
+
+A version that is agreed on is served from its instant on, by the clock: each request looks whether it has passed, so
+that a replica that is busy does not come late.
 """
 
 import asyncio
@@ -11,7 +14,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -22,11 +25,11 @@ from upath import UPath
 
 from sprue.errors import SprueError
 from sprue.inference.cache import cache_folder
+from sprue.serving.agreement import Entry, Term
 from sprue.serving.errors import ApiError
 from sprue.serving.loading import Loader, require_complete
 from sprue.serving.model_cache import ModelCache, ServedModel
 from sprue.store import write_json
-from sprue.tracking import registry
 from sprue.tracking.names import AmbiguousClassError, UnknownClassError, resolve_name
 from sprue.tracking.registry import RegisteredDetector
 
@@ -66,17 +69,6 @@ class Failure:
     pause_s: float
 
 
-def require_champions() -> list[RegisteredDetector]:
-    """The registry's champions; raises SprueError if there are none."""
-    found = registry.champions()
-    if not found:
-        raise SprueError(
-            "the registry has no champion to serve: run the pipeline first (`sprue demo` or `sprue run`), "
-            "or assign the alias champion to a registered version"
-        )
-    return found
-
-
 class Champions:
     """The champions of all classes; as many are loaded as fit into memory."""
 
@@ -87,37 +79,43 @@ class Champions:
         self._downloaders = ThreadPoolExecutor(LOADERS, "download")
         self._loaders = ThreadPoolExecutor(LOADERS, "load")
         self._cache = ModelCache(settings.max_bytes)
-        self._served: dict[str, RegisteredDetector] = {}  # by the models' names
+        self._prepared = ModelCache(settings.max_bytes)  # candidates, until they are served
+        self._served: dict[str, Term] = {}  # by the models' names
+        self._planned: dict[str, Term] = {}  # what is served next, from its instant on
         self._newest: dict[str, RegisteredDetector] = {}  # the registry's; the same, unless they fail to load
+        self._ready: set[RegisteredDetector] = set()  # candidates that can be served
+        self._refused: dict[str, str] = {}  # why candidates are not served
         self._failures: dict[RegisteredDetector, Failure] = {}
         self._loading: dict[RegisteredDetector, asyncio.Task[ServedModel | Failure]] = {}
         self._new: dict[RegisteredDetector, asyncio.Task[None]] = {}  # on their way to be loaded
         self._new_loaders = asyncio.Semaphore(NEW_LOADERS)
         self._recent: dict[str, None] = {}  # names of models, the most recently used last
         self._written: list[str] = []
+        self.reported = asyncio.Event()
+        """Set when a candidate has been loaded or has failed to load."""
 
-    async def start(self, allow_empty: bool = False) -> None:
-        """Reads the registry, and loads what is pinned and what was used last, for a few seconds.
+    def begin(self, entries: Mapping[str, Entry]) -> None:
+        """Takes what is agreed at the start; nothing is loaded yet."""
+        self._take(entries)
+        self._switch(now=math.inf)
+
+    async def start(self) -> None:
+        """Loads what is pinned and what was used last, for a few seconds.
 
         Raises:
-            SprueError: If the registry has no champions and may not be empty, none can be loaded, or a pinned class is
-                unknown.
+            SprueError: If none can be loaded, or a pinned class is unknown.
         """
-        found = await asyncio.to_thread(registry.champions if allow_empty else require_champions)
-        self._served = {each.model_name: each for each in found}
-        self._newest = dict(self._served)
-        for champion in found:
-            self._check(champion)
         pinned = [resolve_name(name, list(self._served)) for name in self._settings.pinned]
         self._cache = ModelCache(self._settings.max_bytes, pinned)
+        self._prepared = ModelCache(self._settings.max_bytes, pinned)
         for name in pinned:
-            await self._load(self._served[name], is_used=True)
+            await self._load_served(name, is_used=True)
         if self._cache.bytes > self._settings.max_bytes:
             logger.warning("pinned classes take more than the memory for all: others are loaded for each request")
         recent = [name for name in await asyncio.to_thread(_read_recent) if name in self._served]
         self._recent = dict.fromkeys(reversed(recent))
         await self._warm_up(name for name in dict.fromkeys([*recent, *self._served]) if name not in pinned)
-        if self._served and len(self._failures) == len(self._served):
+        if self._served and not self.available:
             raise SprueError(f"no champion can be loaded: {'; '.join(list(self.failures.values())[:5])}")
 
     async def _warm_up(self, names: Iterable[str]) -> None:
@@ -126,36 +124,72 @@ class Champions:
         for name in names:
             if time.monotonic() > end:
                 return
-            if self._served[name] in self._failures:
+            if name not in self._served or self._served[name].champion in self._failures:
                 continue
-            found = await self._load(self._served[name], is_used=False)
+            found = await self._load_served(name, is_used=False)
             if isinstance(found, ServedModel):
                 end = min(end, time.monotonic() + WARM_UP_S)
                 if name not in self._cache:  # there is no room for it
                     return
 
-    async def refresh(self) -> None:
-        """Reads the registry. A new champion is served when it is loaded, and the old one goes on if it can't be.
+    async def _load_served(self, name: str, is_used: bool) -> ServedModel | Failure | None:
+        """Loads a class's champion; None if the class has been taken away meanwhile."""
+        return await self._load(self._served[name].champion, is_used) if name in self._served else None
 
-        It does not wait for what it begins to load.
+    def apply(self, entries: Mapping[str, Entry]) -> None:
+        """Takes what has changed of what is agreed, and begins to load what is new; to be called every few seconds.
 
-        Raises:
-            SprueError: If the registry has no champions; those of before are served on.
+        A new version is served from its instant on; a replica that has not loaded it by then goes on with the old one
+        until it has.
         """
-        self._newest = {each.model_name: each for each in await asyncio.to_thread(require_champions)}
-        for name in self._served.keys() - self._newest.keys():
-            del self._served[name]
-            self._cache.drop(name)
-        unknown = {name: champion for name, champion in self._newest.items() if name not in self._served}
-        for champion in unknown.values():
-            self._check(champion)
-        self._served |= unknown
-        self._forget_failures()
+        self._take(entries)
         for name, champion in self._newest.items():
-            failure, is_new = self._failures.get(champion), name in unknown or self._served[name] != champion
+            failure = self._failures.get(champion)
+            served = self._served.get(name)
+            is_new = champion not in self._ready and (served is None or served.champion != champion)
             if (failure.retry_at <= time.monotonic() if failure else is_new) and champion not in self._new:
                 self._new[champion] = asyncio.create_task(self._load_new(champion))
-        await self._remember_recent()
+        self._switch()
+
+    def _take(self, entries: Mapping[str, Entry]) -> None:
+        for name, entry in entries.items():
+            self._refused.pop(name, None)
+            if entry.term is None:
+                for each in (self._served, self._planned, self._newest):
+                    each.pop(name, None)
+                self._cache.drop(name)
+                self._prepared.drop(name)
+                continue
+            self._planned[name] = entry.term
+            self._newest[name] = entry.candidate or entry.term.champion
+            if entry.failure:
+                self._refused[name] = entry.failure
+            if name not in self._served:
+                self._check(entry.term.champion)
+        self._forget_failures()
+
+    def _switch(self, now: float | None = None) -> None:
+        """Serves what is planned and due, by the clock."""
+        now = time.time() if now is None else now
+        due = [name for name, term in self._planned.items() if term.since <= now]
+        for name in due:
+            champion, served = self._planned[name].champion, self._served.get(name)
+            if served is None or served.champion != champion:
+                if served and champion not in self._ready:
+                    continue  # the old one goes on until it is
+                self._replace_loaded(name, champion)
+            self._served[name] = self._planned.pop(name)
+        if due:
+            self._forget_failures()
+
+    def _replace_loaded(self, name: str, champion: RegisteredDetector) -> None:
+        prepared = self._prepared.use(name)
+        self._prepared.drop(name)
+        self._ready.discard(champion)
+        if prepared and prepared.champion == champion:
+            self._cache.put(prepared, is_used=False)
+        else:  # there was no room to keep it
+            self._cache.drop(name)
 
     async def _load_new(self, champion: RegisteredDetector) -> None:
         """Loads a champion that nobody has asked for, unless it is replaced before its turn."""
@@ -172,10 +206,9 @@ class Champions:
         Raises:
             ApiError: 404 for an unknown name, 409 for an ambiguous one.
         """
-        if name in self._served:
-            return self._served[name]
+        self._switch()
         try:
-            return self._served[resolve_name(name, list(self._served))]
+            return self._served[name if name in self._served else resolve_name(name, list(self._served))].champion
         except UnknownClassError as error:
             raise ApiError(HTTPStatus.NOT_FOUND, "unknown_class", str(error)) from error
         except AmbiguousClassError as error:
@@ -192,28 +225,61 @@ class Champions:
         name = champion.model_name
         self._recent.pop(name, None)
         self._recent[name] = None
-        served = self._cache.use(name)
-        if served is not None:
-            return served
-        failure = self._failures.get(champion)
-        if failure is None or failure.retry_at <= time.monotonic():
-            found = await self._load(champion, is_used=True)
+        while True:
+            champion = self._current(champion)
+            if (served := self._cache.use(name)) is not None:
+                return served
+            failure = self._failures.get(champion)
+            waits = failure is not None and failure.retry_at > time.monotonic()
+            found = failure if failure and waits else await self._load(champion, is_used=True)
+            if self._current(champion) != champion:
+                continue  # replaced while it was loaded
             if isinstance(found, ServedModel):
                 return found
-            failure = found
-        message = f"class {name!r} is unavailable: {failure.reason}"
-        retry = {"Retry-After": str(max(1, math.ceil(failure.retry_at - time.monotonic())))}
-        raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "class_unavailable", message, retry)
+            message = f"class {name!r} is unavailable: {found.reason}"
+            retry = {"Retry-After": str(max(1, math.ceil(found.retry_at - time.monotonic())))}
+            raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "class_unavailable", message, retry)
+
+    def _current(self, champion: RegisteredDetector) -> RegisteredDetector:
+        """What is served in the place of a champion now."""
+        self._switch()
+        term = self._served.get(champion.model_name)
+        return term.champion if term else champion
 
     @property
     def available(self) -> list[RegisteredDetector]:
         """The champions that can be scored with, as far as is known; most need not be loaded."""
-        return [champion for champion in self._served.values() if champion not in self._failures]
+        self._switch()
+        return [term.champion for term in self._served.values() if term.champion not in self._failures]
+
+    def since(self, champion: RegisteredDetector) -> float:
+        """The Unix time from which a champion that is available is served."""
+        return self._served[champion.model_name].since
+
+    @property
+    def terms(self) -> dict[str, Term]:
+        """What is agreed, as far as is known here."""
+        return self._served | self._planned
+
+    @property
+    def reports(self) -> dict[RegisteredDetector, str]:
+        """The candidates that have been loaded, with an empty text, or have failed to load, with the reason."""
+        terms = self.terms
+        candidates = [each for name, each in self._newest.items() if terms[name].champion != each]
+        failed = {each: self._failures[each].reason for each in candidates if each in self._failures}
+        return {each: "" for each in candidates if each in self._ready} | failed
 
     @property
     def failures(self) -> dict[str, str]:
-        """Why a champion can't be loaded, by its model's name."""
-        return {champion.model_name: failure.reason for champion, failure in self._failures.items()}
+        """Why a champion is not served here, by its model's name; replicas name each other's candidates that fail."""
+        now = time.time()
+        late = {
+            name: f"{term.champion} is served by other replicas, and is not loaded here yet"
+            for name, term in self._planned.items()
+            if term.since <= now and name in self._served
+        }
+        own = {champion.model_name: failure.reason for champion, failure in self._failures.items()}
+        return self._refused | late | own
 
     @property
     def loaded(self) -> int:
@@ -245,18 +311,21 @@ class Champions:
         finally:
             del self._loading[champion]
         self._failures.pop(champion, None)
-        name = champion.model_name
-        if self._newest.get(name) == champion:
-            self._served[name] = champion
-            self._forget_failures()
-        if self._served.get(name) == champion:  # it may have been replaced meanwhile
+        name, term = champion.model_name, self._served.get(champion.model_name)
+        if term and term.champion == champion:
             self._cache.put(served, is_used)
+        elif champion in (self._newest.get(name), self._planned[name].champion if name in self._planned else None):
+            self._prepared.put(served, is_used=True)
+            self._ready.add(champion)
+            self.reported.set()
+            self._switch()
         return served
 
     def _forget_failures(self) -> None:
-        """Forgets those of champions that nobody asks for any longer."""
-        present = {*self._served.values(), *self._newest.values()}
+        """Forgets failed and loaded candidates that nobody asks for any longer."""
+        present = {*self._newest.values(), *(term.champion for term in self.terms.values())}
         self._failures = {champion: each for champion, each in self._failures.items() if champion in present}
+        self._ready &= present
 
     def _check(self, champion: RegisteredDetector) -> None:
         """Reports a champion that can't be loaded as its tags are, without an attempt."""
@@ -271,9 +340,11 @@ class Champions:
             logger.error("champion not loaded: %s", reason, exc_info=None if isinstance(error, SprueError) else error)
         pause_s = min(2 * before.pause_s, LAST_RETRY_S) if before else FIRST_RETRY_S
         self._failures[champion] = Failure(reason, time.monotonic() + pause_s, pause_s)
+        self._ready.discard(champion)
+        self.reported.set()
         return self._failures[champion]
 
-    async def _remember_recent(self) -> None:
+    async def remember_recent(self) -> None:
         """Writes for the next start which classes were used last."""
         names = list(self._recent)[::-1]
         if names == self._written:

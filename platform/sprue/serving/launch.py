@@ -7,7 +7,7 @@ import math
 import socket
 import time
 import warnings
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlflow
@@ -22,7 +22,8 @@ from sprue.errors import SprueError
 from sprue.serving.admission import AdmissionLimits
 from sprue.serving.app import CLOSE_S, ScoringService, ServiceConfig
 from sprue.serving.certificates import Certificate, served_certificate
-from sprue.serving.champions import CacheSettings, require_champions
+from sprue.serving.champions import CacheSettings
+from sprue.serving.coordinator import CoordinatorSettings, find_coordinator, require_champions, stop_coordinators
 from sprue.serving.decision_log import DecisionLogSettings
 from sprue.serving.hosts import AllowedHosts, is_loopback
 from sprue.serving.keys import read_keys
@@ -42,28 +43,11 @@ SHUTDOWN_S = 90.0
 """Time for Ray Serve to stop its replicas: it waits for their requests and last decisions."""
 
 
-def serve_champions(
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    limits: ServiceLimits | None = None,
-    admission: AdmissionLimits | None = None,
-    cache: CacheSettings | None = None,
-    refresh_s: float = 15.0,
-    replicas: int = 1,
-    keys: Path | None = None,
-    without_keys: bool = False,
-    allowed_hosts: Sequence[str] = (),
-    decisions: DecisionLogSettings | None = None,
-    allow_empty: bool = False,
-    certificate: Certificate | None = None,
-    rate: Rate | None = None,
-    access_log: str | None = None,
-) -> str:
-    """Serves the champions of MLflow's current tracking server, and waits until the service is healthy.
+@dataclass(frozen=True)
+class ServeSettings:
+    """How champions are served.
 
-    Returns the service's URL. A service that already runs on this cluster is replaced without downtime.
-
-    Args:
+    Attributes:
         host: The address to listen on; 0.0.0.0 for all.
         port: The port.
         limits: The largest request.
@@ -82,61 +66,56 @@ def serve_champions(
         rate: How many requests a key without a rate of its own may make, or an address where there are no keys, of all
             replicas together; as many as admission takes on if None.
         access_log: Folder or s3 URL of the access log; nothing is logged if None.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    limits: ServiceLimits = field(default_factory=ServiceLimits)
+    admission: AdmissionLimits = field(default_factory=AdmissionLimits)
+    cache: CacheSettings = field(default_factory=CacheSettings)
+    refresh_s: float = 15.0
+    replicas: int = 1
+    keys: Path | None = None
+    without_keys: bool = False
+    allowed_hosts: tuple[str, ...] = ()
+    decisions: DecisionLogSettings | None = None
+    allow_empty: bool = False
+    certificate: Certificate | None = None
+    rate: Rate | None = None
+    access_log: str | None = None
+
+    def of_replica(self) -> ServiceConfig:
+        """The settings of each replica, which follows MLflow's current tracking server."""
+        names = self.certificate.names if self.certificate else ()
+        return ServiceConfig(
+            coordinator=CoordinatorSettings(mlflow.get_tracking_uri(), self.refresh_s),
+            limits=self.limits,
+            admission=self.admission,
+            cache=self.cache,
+            keys=self.keys.resolve() if self.keys else None,
+            hosts=AllowedHosts.of(self.host, [*self.allowed_hosts, *names]),
+            decisions=self.decisions,
+            allow_empty=self.allow_empty,
+            rate=self.rate,
+            access_log=self.access_log,
+        )
+
+
+def serve_champions(settings: ServeSettings) -> str:
+    """Serves the champions of MLflow's current tracking server, and waits until the service is healthy.
+
+    Returns the service's URL. A service that already runs on this cluster is replaced without downtime.
 
     Raises:
         SprueError: If others than this machine reach the address and there are no keys, the port is busy, the registry
             has no champions and may not be empty, or the service does not start.
     """
-    require_keys(host, keys, without_keys)
-    _warn(host, keys, certificate)
-    running = bool(serve.status().proxies)
-    if running:
-        _require_listening(host, port, certificate)
-        # Ray Serve keeps the address that it was started with, which may be another than the loopback's.
-        if _listens(node := ray.util.get_node_ip_address(), port):
-            require_keys(node, keys, without_keys)
-    else:
-        require_free_port(host, port)
-    if not allow_empty:
-        require_champions()
+    running = _require_startable(settings)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
-    admission = admission or AdmissionLimits()
-    config = ServiceConfig(
-        mlflow.get_tracking_uri(),
-        limits or ServiceLimits(),
-        admission,
-        cache or CacheSettings(),
-        refresh_s,
-        keys.resolve() if keys else None,
-        AllowedHosts.of(host, [*allowed_hosts, *(certificate.names if certificate else ())]),
-        decisions,
-        allow_empty,
-        rate,
-        access_log,
-    )
     try:
-        # Replicas keep the deadlines; the proxy ends what reaches none.
-        http = HTTPOptions(
-            host=host,
-            port=port,
-            request_timeout_s=admission.max_timeout_s + PROXY_GRACE_S,
-            ssl_keyfile=str(certificate.key) if certificate else None,
-            ssl_certfile=str(certificate.chain) if certificate else None,
-        )
-        serve.start(http_options=http, logging_config=quiet)
-        gpus = gpu_fraction(replicas, int(ray.cluster_resources().get("GPU", 0)))
-        options = {
-            "num_replicas": replicas,
-            "ray_actor_options": {"num_cpus": 1, "num_gpus": gpus},
-            # A replica that has answered its requests writes its last decisions.
-            "graceful_shutdown_timeout_s": admission.max_timeout_s + CLOSE_S + PROXY_GRACE_S,
-        }
-        service = ScoringService.options(**options).bind(config)  # type: ignore[attr-defined]
-        target = serve.RunTarget(service, name=APPLICATION, route_prefix="/", logging_config=quiet)
-        serve.run_many([target], wait_for_applications_running=False)
+        _deploy(settings)
         _wait_until_running()
-        url = _url(host, port, certificate)
+        url = _url(settings.host, settings.port, settings.certificate)
         _wait_until_healthy(url)
     except BaseException:
         if not running:
@@ -157,6 +136,49 @@ def require_serving() -> None:
         raise SprueError("the Ray cluster has lost the scoring service: its head has died; start it again") from error
     except ray.exceptions.RayError as error:  # a head that is only busy answers the next time
         logger.warning("Ray's head does not answer: %s", error)
+
+
+def _require_startable(settings: ServeSettings) -> bool:
+    """Checks what can be checked before anything starts; says whether Ray Serve runs already."""
+    host, port, certificate = settings.host, settings.port, settings.certificate
+    require_keys(host, settings.keys, settings.without_keys)
+    _warn(host, settings.keys, certificate)
+    running = bool(serve.status().proxies)
+    if running:
+        _require_listening(host, port, certificate)
+        # Ray Serve keeps the address that it was started with, which may be another than the loopback's.
+        if _listens(node := ray.util.get_node_ip_address(), port):
+            require_keys(node, settings.keys, settings.without_keys)
+    else:
+        require_free_port(host, port)
+    if not settings.allow_empty:
+        require_champions()
+    return running
+
+
+def _deploy(settings: ServeSettings) -> None:
+    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    config, certificate, timeout_s = settings.of_replica(), settings.certificate, settings.admission.max_timeout_s
+    find_coordinator(config.coordinator)  # it starts while Ray Serve does
+    # Replicas keep the deadlines; the proxy ends what reaches none.
+    http = HTTPOptions(
+        host=settings.host,
+        port=settings.port,
+        request_timeout_s=timeout_s + PROXY_GRACE_S,
+        ssl_keyfile=str(certificate.key) if certificate else None,
+        ssl_certfile=str(certificate.chain) if certificate else None,
+    )
+    serve.start(http_options=http, logging_config=quiet)
+    gpus = gpu_fraction(settings.replicas, int(ray.cluster_resources().get("GPU", 0)))
+    options = {
+        "num_replicas": settings.replicas,
+        "ray_actor_options": {"num_cpus": 1, "num_gpus": gpus},
+        # A replica that has answered its requests writes its last decisions.
+        "graceful_shutdown_timeout_s": timeout_s + CLOSE_S + PROXY_GRACE_S,
+    }
+    service = ScoringService.options(**options).bind(config)  # type: ignore[attr-defined]
+    target = serve.RunTarget(service, name=APPLICATION, route_prefix="/", logging_config=quiet)
+    serve.run_many([target], wait_for_applications_running=False)
 
 
 def gpu_fraction(replicas: int, gpus: int) -> float:
@@ -180,6 +202,7 @@ def stop_serving() -> None:
             with contextlib.suppress(ray.exceptions.ActorUnavailableError):
                 ray.get(controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=left)
             time.sleep(0.05)
+    stop_coordinators()
     serve.shutdown()  # closes this process's connection to the controller
 
 

@@ -83,7 +83,7 @@ _RAW = ("image/png", "image/jpeg", "image/bmp", "image/tiff", "image/webp", "app
 _HEADERS = {
     "number": ("Score", "P-Value", "Alpha", "Threshold", "Predicted-Mask-Fraction"),
     "boolean": ("Is-Anomalous",),
-    "string": ("Dataset", "Class", "Model", "View"),
+    "string": ("Dataset", "Class", "Model", "Model-Digest", "View"),
     "integer": ("Model-Version",),
 }
 

@@ -5,6 +5,7 @@ Shapes: H rows, W columns of the image.
 
 import base64
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from http import HTTPStatus
 from urllib.parse import quote
 
@@ -27,6 +28,7 @@ from sprue.serving.schemas import (
     Score,
     ServedClass,
 )
+from sprue.tracking.digests import digest_of
 from sprue.tracking.registry import RegisteredDetector
 from sprue.tracking.summary import Summary
 
@@ -97,7 +99,7 @@ def past_decision(decision: Decision, review: Review | None) -> PastDecision:
         at=decision.at,
         request_id=decision.request_id,
         station=decision.station,
-        model=ModelVersion(name=decision.model_name, version=decision.version),
+        model=ModelVersion(name=decision.model_name, version=decision.version, digest=digest_of(decision.files)),
         score=decision.score,
         p_value=decision.p_value,
         alpha=decision.alpha,
@@ -123,16 +125,20 @@ def shown_view(served: ServedModel, predictions: Predictions, requested: str | N
 
 def version(champion: RegisteredDetector) -> ModelVersion:
     """The registered version of a champion."""
-    return ModelVersion(name=champion.model_name, version=champion.version)
+    return ModelVersion(name=champion.model_name, version=champion.version, digest=champion.digest)
 
 
-def summary(champion: RegisteredDetector) -> ServedClass:
-    """A class in the list of served classes, by its champion's tags: it need not be loaded."""
+def summary(champion: RegisteredDetector, since: float) -> ServedClass:
+    """A class in the list of served classes, by its champion's tags: it need not be loaded.
+
+    `since` is the Unix time from which it is served.
+    """
     found = Summary.read(champion.tags, champion)
     return ServedClass(
         dataset=champion.dataset,
         class_name=champion.class_name,
         model=version(champion),
+        since=datetime.fromtimestamp(since, UTC),
         alpha=found.alpha,
         threshold=found.threshold,
         pixel_threshold=found.pixel_threshold,
@@ -154,6 +160,7 @@ def score_headers(score: Score) -> dict[str, str]:
         "X-Sprue-Is-Anomalous": str(score.is_anomalous).lower(),
         "X-Sprue-Model": quote(score.model.name),
         "X-Sprue-Model-Version": str(score.model.version),
+        "X-Sprue-Model-Digest": score.model.digest,
     }
     if score.heatmap_view is not None:
         headers["X-Sprue-View"] = quote(score.heatmap_view)

@@ -13,7 +13,11 @@ class ModelVersion(BaseModel):
     """A version of a registered model."""
 
     name: str = Field(description="Name of the registered model", examples=["textures.brick"])
-    version: int = Field(description="Version that has the alias champion", examples=[3])
+    version: int = Field(description="Its version", examples=[3])
+    digest: str = Field(
+        description="SHA-256 of the digests of the version's files: of the detector with its threshold",
+        examples=["9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"],
+    )
 
 
 class ImageScore(BaseModel):
@@ -45,7 +49,11 @@ class Score(BaseModel):
                 "alpha": 0.05,
                 "is_anomalous": True,
                 "threshold": 0.5312,
-                "model": {"name": "textures.brick", "version": 3},
+                "model": {
+                    "name": "textures.brick",
+                    "version": 3,
+                    "digest": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+                },
             }
         }
     )
@@ -90,6 +98,7 @@ class ServedClass(BaseModel):
     dataset: str
     class_name: str
     model: ModelVersion
+    since: AwareDatetime = Field(description="When all replicas began to serve this version, as far as they remember")
     alpha: float
     threshold: float
     pixel_threshold: float = Field(description="The predicted mask is where the anomaly map is above it")

@@ -9,7 +9,7 @@ import requests
 from sprue.data.manifest import Manifest
 from sprue.demo.textures import write_textures
 from sprue.demo.views import write_views
-from sprue.serving.launch import serve_champions, stop_serving
+from sprue.serving.launch import ServeSettings, serve_champions, stop_serving
 from sprue.stages.dvc import run
 from sprue.store import location
 
@@ -20,7 +20,7 @@ def run_demo() -> None:
     if not data.exists():
         write_textures(data)
     run("textures", data, first_recipe="patchflow-cpu")
-    url = serve_champions(port=_free_port())
+    url = serve_champions(ServeSettings(port=_free_port()))
     try:
         print(f"\nthe champions are served at {url}; one good and one defective image of each class over HTTP:\n")
         print(_score_examples(url, data).to_string(index=False))

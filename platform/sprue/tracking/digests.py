@@ -4,7 +4,7 @@ The registry's database and its files are often kept apart, and files can be cop
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from sprue.errors import SprueError
@@ -39,6 +39,17 @@ def file_digests(tags: Mapping[str, str]) -> tuple[str, ...]:
             f"{name.removeprefix(DIGEST_TAG)}:{value}" for name, value in tags.items() if name.startswith(DIGEST_TAG)
         )
     )
+
+
+def digest_of(files: Iterable[str]) -> str:
+    """The combined digest of files that `file_digests` names.
+
+    >>> tags = {"sprue.sha256.flow.safetensors": "ab12", "sprue.sha256.detector.json": "cd"}
+    >>> digest_of(file_digests(tags)) == combined_digest(tags)
+    True
+    """
+    pairs = (each.rpartition(":") for each in files)
+    return combined_digest({f"{DIGEST_TAG}{name}": digest for name, _, digest in pairs})
 
 
 def altered_files(folder: Path, tags: Mapping[str, str]) -> list[str]:

@@ -39,7 +39,7 @@ from sprue.release.decision_store import FOLDER, Decision, DecisionStore
 from sprue.serving.admission import AdmissionLimits
 from sprue.serving.decision_log import DecisionLogSettings
 from sprue.serving.keys import add_key
-from sprue.serving.launch import serve_champions, stop_serving
+from sprue.serving.launch import ServeSettings, serve_champions, stop_serving
 from sprue.serving.parsing import ServiceLimits
 from sprue.store import location
 from sprue.tracking import registry
@@ -250,7 +250,7 @@ def plant(cluster: Path, ports: Callable[[int], list[int]]) -> Iterator[Plant]:
             plant.release(f"{DATASET}.{name}", detector)
         admission = AdmissionLimits(max_queued=24, default_timeout_s=30.0)
         decisions = DecisionLogSettings(str(cluster / "store" / FOLDER), sample=SAMPLE)
-        url = serve_champions(
+        settings = ServeSettings(
             port=port,
             limits=limits,
             admission=admission,
@@ -259,6 +259,7 @@ def plant(cluster: Path, ports: Callable[[int], list[int]]) -> Iterator[Plant]:
             decisions=decisions,
             access_log=str(cluster / "store" / ACCESSES),
         )
+        url = serve_champions(settings)
         assert url == f"http://127.0.0.1:{port}"
         yield plant
         stop_serving()

@@ -9,9 +9,10 @@ import mlflow
 import pytest
 
 from sprue.errors import SprueError
+from sprue.serving import agreement, loading, responses
 from sprue.serving import champions as module
-from sprue.serving import loading, responses
 from sprue.serving.champions import CacheSettings, Champions
+from sprue.serving.coordinator import Coordinator
 from sprue.serving.errors import ApiError
 from sprue.tracking import registry
 from sprue.tracking.summary import SUMMARY_TAG
@@ -50,6 +51,7 @@ def plant(store, release, tmp_path, tiny_detector, tiny_engine, monkeypatch):
     monkeypatch.setattr(registry, "load_detector", load)
     monkeypatch.setattr(loading, "registered_engine", lambda detector, threads: tiny_engine())
     monkeypatch.setattr(module, "WARM_UP_S", 0.0)  # one class is loaded at the start
+    monkeypatch.setattr(agreement, "SWITCH_S", 0.0)
     yield plant
     for model in registry.registered_models():
         mlflow.MlflowClient().delete_registered_model(model.name)
@@ -59,16 +61,53 @@ def hide_flow(folder):
     (folder / "flow.safetensors").rename(folder.parent / "hidden")
 
 
+class Replica(Champions):
+    """The champions of one of the replicas that a coordinator, in this process, keeps to the same versions."""
+
+    def __init__(self, settings, coordinator, name):
+        super().__init__(settings, threads=1)
+        self.coordinator, self._name, self._seen = coordinator, name, 0
+
+    async def join(self):
+        news = await self.coordinator.join(self._name, {})
+        if not news.entries:
+            raise SprueError(news.registry_error)
+        self.begin(news.entries)
+        self._seen = news.number
+        await self.start()
+
+    async def hear(self):
+        """One of the questions that a follower asks all the time."""
+        agreement = self.coordinator.agreement
+        agreement.hear(self._name, self.reports)
+        agreement.decide()
+        self.apply(agreement.changes(self._seen))
+        self._seen = agreement.number
+
+    async def refresh(self):
+        """Lets the coordinator read the registry, and begins to load what is new."""
+        await self.coordinator._look()
+        await self.hear()
+
+
 async def refreshed(champions):
-    """Reads the registry, and waits for what begins to be loaded."""
+    """Reads the registry, waits for what begins to be loaded, and for the switch."""
     await champions.refresh()
     while champions._new:
         await asyncio.sleep(0.01)
+    await champions.hear()
 
 
-async def started(max_bytes=2**30, pinned=()):
-    champions = Champions(CacheSettings(max_bytes, pinned), threads=1)
-    await champions.start()
+async def until_version(champions, name, version):
+    while champions.find(name).version != version:
+        await champions.hear()
+        await asyncio.sleep(0.01)
+
+
+async def started(max_bytes=2**30, pinned=(), beside=None):
+    coordinator = beside.coordinator if beside else Coordinator(refresh_s=3600)
+    champions = Replica(CacheSettings(max_bytes, pinned), coordinator, "b" if beside else "a")
+    await champions.join()
     return champions
 
 
@@ -175,12 +214,10 @@ def test_a_download_that_hangs_holds_up_no_other_change(plant):
         mlflow.MlflowClient().delete_registered_model("textures.d")
         hold = plant.hold("textures.a")
         await asyncio.wait_for(champions.refresh(), 20)
-        while champions.find("b").version == 1:
-            await asyncio.sleep(0.01)
+        await until_version(champions, "b", 2)
         plant.release("textures.c", seed=1)
         await champions.refresh()
-        while champions.find("c").version == 1:
-            await asyncio.sleep(0.01)
+        await until_version(champions, "c", 2)
         assert [(each.class_name, each.version) for each in champions.available] == [("a", 1), ("b", 2), ("c", 2)]
         hold.set()
         await refreshed(champions)
@@ -197,7 +234,7 @@ def test_a_new_class_that_can_not_be_listed_is_not_available(plant):
         version = plant.release("textures.b")
         mlflow.MlflowClient().delete_model_version_tag("textures.b", str(version), SUMMARY_TAG)
         await champions.refresh()
-        assert [responses.summary(each).class_name for each in champions.available] == ["a"]
+        assert [responses.summary(each, champions.since(each)).class_name for each in champions.available] == ["a"]
         assert "textures.b version 1 has no summary" in champions.failures["textures.b"]
 
     asyncio.run(run())
@@ -303,8 +340,8 @@ def test_a_registry_that_was_replaced_is_noticed(plant):
         (registered,) = registry.champions()
         assert dict(latest.champion.tags) == dict(registered.tags)
         mlflow.MlflowClient().delete_registered_model("textures.a")
-        with pytest.raises(SprueError, match="no champion to serve: run the pipeline first"):
-            await refreshed(champions)
+        await refreshed(champions)
+        assert "no champion to serve: run the pipeline first" in champions.coordinator._error
         assert await champions.load(champions.find("a")) is latest
 
     asyncio.run(run())
@@ -366,5 +403,106 @@ def test_a_class_is_found_by_name(plant):
             with pytest.raises(ApiError) as error:
                 champions.find(name)
             assert refusal(error) == expected
+
+    asyncio.run(run())
+
+
+def versions(*replicas):
+    return [each.find("a").version for each in replicas]
+
+
+def test_replicas_switch_when_all_of_them_have_loaded_a_version(plant):
+    plant.release("textures.a")
+
+    async def run():
+        first = await started()
+        second = await started(beside=first)
+        plant.release("textures.a", seed=1)
+        await refreshed(first)
+        assert first.reports and versions(first, second) == [1, 1]
+        for _ in range(3):
+            await first.hear()
+        assert versions(first, second) == [1, 1]
+        await refreshed(second)
+        await first.hear()
+        assert versions(first, second) == [2, 2]
+        assert first.since(first.find("a")) == second.since(second.find("a")) <= time.time()
+        assert (first.loaded, first.reports) == (1, {})
+
+    asyncio.run(run())
+
+
+def test_a_version_that_one_replica_can_not_load_is_served_by_none(plant, monkeypatch):
+    plant.release("textures.a")
+
+    async def run():
+        first = await started()
+        second = await started(beside=first)
+        load = second._loader
+        second._loader = lambda champion: load(champion) if champion.version == 1 else broken()
+        second._loader.is_local = load.is_local
+
+        def broken():
+            raise SprueError("the disk is full")
+
+        plant.release("textures.a", seed=1)
+        await refreshed(first)
+        await refreshed(second)
+        await first.hear()
+        assert versions(first, second) == [1, 1]
+        for each in (first, second):
+            assert "textures.a version 2: the disk is full" in each.failures["textures.a"]
+            assert [each.version for each in each.available] == [1]
+
+        # It is tried again after a while.
+        second._loader = load
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: float("inf"), time=time.time))
+        await refreshed(second)
+        await first.hear()
+        assert versions(first, second) == [2, 2] and first.failures == second.failures == {}
+
+    asyncio.run(run())
+
+
+def test_a_replica_that_dies_or_hangs_is_not_waited_for_long(plant, monkeypatch):
+    plant.release("textures.a")
+
+    async def run():
+        first = await started()
+        second = await started(beside=first)
+        plant.release("textures.a", seed=1)
+        await refreshed(first)
+        assert versions(first) == [1]
+        monkeypatch.setattr(agreement, "LEASE_S", 0.0)  # the second has died
+        await first.hear()
+        assert versions(first) == [2]
+        monkeypatch.undo()
+
+        # One that lives and whose download hangs goes on with what it has, and says so, until it has the new version.
+        hold = plant.hold("textures.a")
+        await second.hear()
+        assert versions(second) == [1]
+        assert "textures.a version 2 is served by other replicas" in second.failures["textures.a"]
+        hold.set()
+        while second._new:
+            await asyncio.sleep(0.01)
+        assert versions(second) == [2] and second.failures == {}
+
+    asyncio.run(run())
+
+
+def test_a_candidate_takes_no_memory_of_its_own_for_long(plant):
+    for name in NAMES:
+        plant.release(f"textures.{name}")
+
+    async def run():
+        size = (await started()).bytes
+        champions = await started(max_bytes=size)
+        for name in NAMES:
+            plant.release(f"textures.{name}", seed=1)
+        await refreshed(champions)
+        for name in NAMES:
+            assert (await champions.load(champions.find(name))).champion.version == 2
+        assert champions.bytes == size and champions._prepared.bytes == 0
 
     asyncio.run(run())

@@ -28,7 +28,7 @@ from sprue.release.access_log import FOLDER as ACCESSES
 from sprue.release.access_log import Access, AccessLog
 from sprue.serving.certificates import Certificate
 from sprue.serving.keys import add_key
-from sprue.serving.launch import serve_champions, stop_serving
+from sprue.serving.launch import ServeSettings, serve_champions, stop_serving
 from sprue.serving.rates import Rate
 from sprue.store import location
 
@@ -187,9 +187,9 @@ class TestTls:
         """A client that trusts the certificate alone."""
         (port,) = ports(1)
         with pytest.raises(SprueError, match="with another certificate or without one: stop it first"):
-            serve_champions(port=plant.port, keys=plant.keys, certificate=certificate)
+            serve_champions(ServeSettings(port=plant.port, keys=plant.keys, certificate=certificate))
         stop_serving()
-        url = serve_champions(port=port, keys=plant.keys, certificate=certificate, rate=Rate.of("100/s"))
+        url = serve_champions(ServeSettings(port=port, keys=plant.keys, certificate=certificate, rate=Rate.of("100/s")))
         assert url == f"https://127.0.0.1:{port}"
         trusted = ssl.create_default_context(cafile=str(certificate.chain))
         key = {"Authorization": plant.client.headers["authorization"]}

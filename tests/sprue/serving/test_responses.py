@@ -45,7 +45,7 @@ def test_a_score_is_the_predictions_of_one_sample(served):
         "alpha": calibration.alpha,
         "is_anomalous": bool(predictions.is_anomalous_B[0]),
         "threshold": calibration.threshold,
-        "model": {"name": "textures.gräs 2", "version": 3},
+        "model": {"name": "textures.gräs 2", "version": 3, "digest": CHAMPION.digest},
     }
 
 
@@ -84,6 +84,7 @@ def test_headers_hold_the_scores_values(served):
         "X-Sprue-Is-Anomalous": str(score.is_anomalous).lower(),
         "X-Sprue-Model": "textures.gräs 2",
         "X-Sprue-Model-Version": "3",
+        "X-Sprue-Model-Digest": CHAMPION.digest,
     }
     score.heatmap_view, score.predicted_mask_fraction = "Öse 1", 0.25
     more = responses.score_headers(score)
@@ -92,10 +93,11 @@ def test_headers_hold_the_scores_values(served):
 
 def test_the_list_of_classes_has_views_only_where_there_are_several(served, served_views):
     lone, several = (
-        responses.summary(replace(each.champion, tags={SUMMARY_TAG: Summary.of(each.detector).model_dump_json()}))
+        responses.summary(replace(each.champion, tags={SUMMARY_TAG: Summary.of(each.detector).model_dump_json()}), 1e9)
         for each in (served, served_views)
     )
     assert (lone.views, several.views) == (None, ["top", "left"])
+    assert lone.since.isoformat() == "2001-09-09T01:46:40+00:00"
     assert (lone.dataset, lone.class_name, lone.model.name) == ("textures", "gräs 2", "textures.gräs 2")
     calibration, spec = served.detector.calibration, served.detector.spec
     assert (lone.threshold, lone.pixel_threshold) == (calibration.threshold, calibration.pixel_threshold)

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,11 @@ def with_header_of(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
+def digest(model: str) -> str:
+    """Of a champion's files."""
+    return registry.find_registered(model, registry.CHAMPION).digest
+
+
 def parts(total: int) -> Iterator[bytes]:
     """A body without Content-Length, in parts."""
     for _ in range(total // 2**16):
@@ -86,7 +91,7 @@ def test_scores_are_the_detectors_own(plant: Any, name: str, class_name: str) ->
         "alpha": 0.05,
         "is_anomalous": bool(expected.is_anomalous_B[0]),
         "threshold": detector.calibration.threshold,
-        "model": {"name": f"textures.{class_name}", "version": 1},
+        "model": {"name": f"textures.{class_name}", "version": 1, "digest": digest(f"textures.{class_name}")},
     }
 
 
@@ -159,7 +164,7 @@ def test_a_folder_is_scored_as_over_http(plant: Any, tmp_path: Path) -> None:
         assert float(row["score"]) == pytest.approx(body["score"], rel=1e-4)
         same = ("p_value", "is_anomalous", "alpha", "threshold", "dataset", "class_name")
         assert {key: row[key] for key in same} == {key: body[key] for key in same}
-        assert body["model"] == {"name": "textures.brick", "version": row["version"]}
+        assert (body["model"]["name"], body["model"]["version"]) == ("textures.brick", row["version"])
         assert row["predicted_mask_fraction"] == pytest.approx(body["predicted_mask_fraction"], abs=1e-3)
         drawn = Image.open(tmp_path / "scores" / f"version-{row['version']}" / row["heatmap"])
         assert_alike(drawn, Image.open(io.BytesIO(base64.b64decode(body["heatmap_png"]))), atol=2)
@@ -275,10 +280,11 @@ def test_a_class_of_two_datasets_needs_its_datasets_name(plant: Any) -> None:
 def test_classes_health_and_description(plant: Any) -> None:
     brick, grass = plant.client.get("/v1/classes").json()["classes"]
     spec = plant.detectors["brick"].spec
+    assert abs(datetime.now(UTC) - datetime.fromisoformat(brick.pop("since"))) < timedelta(minutes=20)
     assert brick == {
         "dataset": "textures",
         "class_name": "brick",
-        "model": {"name": "textures.brick", "version": 1},
+        "model": {"name": "textures.brick", "version": 1, "digest": digest("textures.brick")},
         "alpha": 0.05,
         "threshold": plant.detectors["brick"].calibration.threshold,
         "pixel_threshold": plant.detectors["brick"].calibration.pixel_threshold,
@@ -798,7 +804,7 @@ def test_champions_are_followed(plant: Any) -> None:
     # A new class needs no restart.
     plant.release("parts.bolt", brick)
     assert plant.wait(lambda each: each["classes"] == 3)["engines"] == 1
-    assert plant.post("bolt", image).json()["model"] == {"name": "parts.bolt", "version": 2}
+    assert plant.post("bolt", image).json()["model"]["version"] == 2
 
     # A registry that has lost its champions is reported, and the old ones are kept.
     client = mlflow.MlflowClient()

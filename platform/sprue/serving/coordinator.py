@@ -1,0 +1,233 @@
+"""The one process that reads the registry for all replicas, and tells them what to serve: a named Ray actor.
+
+It keeps nothing on disk. When it dies, Ray starts it again, and the replicas tell it what they serve; meanwhile they go
+on with that. It ends when there have been no replicas for a while.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlflow
+import ray
+
+from sprue.errors import SprueError
+from sprue.serving.agreement import Agreement, Entry, Reports, Term
+from sprue.tracking import registry
+from sprue.tracking.registry import RegisteredDetector
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE, NAME = "sprue", "coordinator-"
+
+POLL_S = 2.0
+"""How long a replica's question waits for news."""
+
+TICK_S = 0.5
+"""Seconds between two looks at who is late or gone."""
+
+REJOIN_S = 5.0
+"""How long a coordinator that replaces another waits for a replica that tells it what is served."""
+
+IDLE_S = 60.0
+"""The coordinator ends after as long without a replica."""
+
+MLFLOW_TIMEOUT_S, MLFLOW_RETRIES = 30, 2
+"""Of each of MLflow's requests. By default it tries a server that is down for 4 minutes, and one that never answers for
+about 20; as long, the thread that loads a champion is lost to others. Less would be too short for a server that
+fetches a large file before it sends the first byte."""
+
+
+@dataclass(frozen=True)
+class CoordinatorSettings:
+    """Settings of the coordinator of a service's replicas.
+
+    Attributes:
+        tracking_uri: Of the tracking server whose registry is followed.
+        refresh_s: Seconds between two looks into the registry.
+        name: The actor's. Each start of a service has a coordinator of its own, so that one that replaces another takes
+            over nothing from it.
+    """
+
+    tracking_uri: str
+    refresh_s: float = 15.0
+    name: str = field(default_factory=lambda: f"{NAME}{uuid.uuid4().hex}")
+
+
+@dataclass(frozen=True)
+class News:
+    """What a replica is told.
+
+    Attributes:
+        epoch: Names the coordinator's life; another one has forgotten all.
+        number: Of the last change.
+        entries: What has changed since the replica asked last.
+        registry_error: Why the registry could not be read the last time; empty if it could.
+        registry_read: Unix time of the last look that succeeded; 0 if there was none.
+    """
+
+    epoch: str
+    number: int
+    entries: Mapping[str, Entry]
+    registry_error: str
+    registry_read: float
+
+
+def use_registry(tracking_uri: str) -> None:
+    """Points this process, one of Ray's, to a tracking server."""
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(MLFLOW_TIMEOUT_S))
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(MLFLOW_RETRIES))
+    mlflow.set_tracking_uri(tracking_uri)
+    mlflow.set_registry_uri(tracking_uri)
+
+
+def require_champions() -> list[RegisteredDetector]:
+    """The registry's champions; raises SprueError if there are none."""
+    return _require_any(registry.champions())
+
+
+def _require_any(found: list[RegisteredDetector]) -> list[RegisteredDetector]:
+    if not found:
+        raise SprueError(
+            "the registry has no champion to serve: run the pipeline first (`sprue demo` or `sprue run`), "
+            "or assign the alias champion to a registered version"
+        )
+    return found
+
+
+class Coordinator:
+    """Speaks with the replicas; all on one event loop, but for the registry."""
+
+    def __init__(self, refresh_s: float, replaces: bool = False) -> None:
+        """Reads the registry each `refresh_s`, and whenever it is asked to.
+
+        Args:
+            refresh_s: Seconds between two looks.
+            replaces: Another coordinator has died, and replicas may know what is served.
+        """
+        self.agreement = Agreement()
+        self._epoch = uuid.uuid4().hex
+        self._refresh_s = refresh_s
+        self._error, self._read = "", 0.0
+        self._look_wanted, self._looking = asyncio.Event(), asyncio.Lock()
+        self._changed = asyncio.Condition()
+        self._told = asyncio.Event()
+        if not replaces:
+            self._told.set()
+
+    async def join(self, follower: str, terms: Mapping[str, Term]) -> News:
+        """Takes on a replica that serves `terms`, none if it has just started, and tells it all that is agreed."""
+        if terms:
+            self.agreement.adopt(terms)
+            self._told.set()
+        try:
+            await asyncio.wait_for(self._told.wait(), REJOIN_S)
+        except TimeoutError:
+            self._told.set()  # none is left
+        async with self._looking:
+            if not self._read:
+                await self._look()
+        self.agreement.hear(follower, {})
+        return self._news(0)
+
+    async def follow(self, follower: str, epoch: str, seen: int, reports: Reports) -> News | None:
+        """Waits a moment for changes after the number `seen`, and tells them.
+
+        `reports` are all of the replica's. None if the replica has to join first: this process is new.
+        """
+        if epoch != self._epoch:
+            return None
+        await self.report(follower, epoch, reports)
+        deadline = time.monotonic() + POLL_S
+        async with self._changed:
+            while self.agreement.number <= seen and (left_s := deadline - time.monotonic()) > 0:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), left_s)
+        return self._news(seen)
+
+    async def report(self, follower: str, epoch: str, reports: Reports) -> None:
+        """Takes in all of a replica's reports."""
+        if epoch == self._epoch:
+            self.agreement.hear(follower, reports)
+            await self._decide()
+
+    async def look(self) -> None:
+        """Reads the registry now: it is said to have changed."""
+        self._look_wanted.set()
+
+    async def run(self) -> None:
+        """Follows the registry until there are no replicas any longer."""
+        last_heard = looked = time.monotonic()
+        while time.monotonic() < last_heard + IDLE_S:
+            if not self._told.is_set():
+                await asyncio.sleep(TICK_S)
+                continue
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._look_wanted.wait(), min(TICK_S, self._refresh_s))
+            if self._look_wanted.is_set() or time.monotonic() > looked + self._refresh_s:
+                self._look_wanted.clear()
+                async with self._looking:
+                    await self._look()
+                looked = time.monotonic()
+            await self._decide()
+            if self.agreement.followers:
+                last_heard = time.monotonic()
+
+    async def _look(self) -> None:
+        try:
+            found = await asyncio.to_thread(registry.champions)
+            self._read = time.time()
+            self.agreement.observe(_require_any(found))
+            self._error = ""
+        except Exception as error:  # what is served goes on
+            if str(error) != self._error:
+                logger.error("the present champions go on, since the registry fails: %s", error)
+            self._error = str(error)
+
+    async def _decide(self) -> None:
+        self.agreement.decide()
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _news(self, seen: int) -> News:
+        return News(self._epoch, self.agreement.number, self.agreement.changes(seen), self._error, self._read)
+
+
+@ray.remote(num_cpus=0, max_restarts=-1)
+class CoordinatorActor(Coordinator):
+    """The coordinator as an actor; see `find_coordinator`."""
+
+    async def __init__(self, settings: CoordinatorSettings, replaces: bool) -> None:  # type: ignore[misc]
+        """Begins to follow the registry."""
+        use_registry(settings.tracking_uri)
+        super().__init__(settings.refresh_s, replaces or ray.get_runtime_context().was_current_actor_reconstructed)
+        self._runner = asyncio.create_task(self._run_and_end())
+
+    async def _run_and_end(self) -> None:
+        try:
+            await self.run()
+        except Exception:  # a defect; Ray starts another one
+            logger.exception("the coordinator failed")
+            os._exit(1)
+        ray.kill(ray.get_runtime_context().current_actor)
+
+
+def find_coordinator(settings: CoordinatorSettings, replaces: bool = False) -> Any:
+    """The coordinator's actor, which is started if there is none; `replaces` as for `Coordinator`."""
+    options = {"name": settings.name, "namespace": NAMESPACE, "get_if_exists": True, "lifetime": "detached"}
+    return CoordinatorActor.options(**options).remote(settings, replaces)
+
+
+def stop_coordinators() -> None:
+    """Ends the coordinators on this cluster, if there are any."""
+    for each in ray.util.list_named_actors(all_namespaces=True):
+        if each["namespace"] == NAMESPACE and each["name"].startswith(NAME):
+            with contextlib.suppress(ValueError):  # it has just ended
+                ray.kill(ray.get_actor(each["name"], namespace=NAMESPACE))
