@@ -54,6 +54,10 @@ SCOPE = (
     help="Memory of the classes that a replica has loaded, in GiB.",
 )
 @click.option("--allow-empty", is_flag=True, help="Start without a champion; the first is served when it is there.")
+@click.option(
+    "--webhook-secret", type=EXISTING_FILE, metavar="FILE", help="Take MLflow's webhooks, signed with the secret in "
+    "this file; see `sprue webhook`.",
+)  # fmt: skip
 @click.option("--pin", "pinned", multiple=True, metavar="CLASS", help="Load this class at the start, and keep it.")
 @click.pass_obj
 def serve(
@@ -72,6 +76,7 @@ def serve(
     keep_sample: float,
     cache_gb: float,
     allow_empty: bool,
+    webhook_secret: Path | None,
     pinned: tuple[str, ...],
 ) -> None:
     """Serve the champions over HTTP until interrupted."""
@@ -120,6 +125,7 @@ def serve(
         certificate=certificate,
         rate=limit,
         access_log=str(location(store) / ACCESSES),
+        webhook_secret=webhook_secret,
     )
     url = serve_champions(settings)
     click.echo(f"scoring at {url}  (its interface: {url}/docs; stop it with Ctrl-C)")
@@ -130,6 +136,22 @@ def serve(
     while not ended.wait(WATCH_S):
         require_serving()
     stop_serving()
+
+
+@main.command()
+@click.argument("url")
+@click.option(
+    "--secret", "file", type=EXISTING_FILE, required=True, metavar="FILE", help="The file of `sprue serve "
+    "--webhook-secret`.",
+)  # fmt: skip
+@click.pass_obj
+def webhook(store: str, url: str, file: Path) -> None:
+    """Let the tracking server tell the service at URL at once when a champion changes."""
+    from sprue.tracking.webhook import read_secret, register_webhook
+
+    secret = read_secret(file)
+    connect(store)
+    click.echo(f"the tracking server tells {register_webhook(url, secret)}")
 
 
 @main.group()

@@ -19,7 +19,7 @@ from ray import serve
 from sprue.inference.detector import BATCH, Predictions
 from sprue.inference.images import open_image
 from sprue.release.decision_store import image_digests
-from sprue.serving import inspection, metrics, openapi, responses
+from sprue.serving import inspection, metrics, openapi, registry_events, responses
 from sprue.serving.access_writer import AccessWriter
 from sprue.serving.admission import Admission, AdmissionLimits
 from sprue.serving.batching import Batcher
@@ -35,6 +35,7 @@ from sprue.serving.parsing import ServiceLimits, decode_inputs, read_uploads
 from sprue.serving.rates import Rate, RateLimiter
 from sprue.serving.schemas import Liveness, Readiness, Score, ServedClasses
 from sprue.tracking.registry import RegisteredDetector
+from sprue.tracking.webhook import read_secret
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ CLOSE_S = 10.0
 app = FastAPIOffline(**openapi.APPLICATION)
 add_error_handlers(app)
 inspection.add_to(app)
+registry_events.add_to(app)
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class ServiceConfig:
     allow_empty: bool
     rate: Rate | None
     access_log: str | None
+    webhook_secret: FilePath | None
 
 
 def _allowed_hosts() -> AllowedHosts:
@@ -94,7 +97,7 @@ def _node_cpus() -> int:
 @serve.deployment(name="scoring", max_ongoing_requests=MAX_CONNECTIONS, max_constructor_retry_count=2)
 @serve.ingress(app)
 class ScoringService:
-    """Scores samples with champions, which it loads when they are asked for and changes together with other replicas."""
+    """Scores samples with champions; loads them when they are asked for, changes them together with other replicas."""
 
     async def __init__(self, config: ServiceConfig) -> None:  # type: ignore[misc]
         """Loads the champions that are agreed on; raises as `sprue.serving.follower.Follower.start`."""
@@ -103,6 +106,7 @@ class ScoringService:
         self.decisions = DecisionLog(config.decisions) if config.decisions else None
         self.access = AccessWriter(config.access_log) if config.access_log else None
         self.keys = KeyFile(config.keys, config.rate, RateLimiter(_replicas), self.access)
+        self.webhook_secret = read_secret(config.webhook_secret) if config.webhook_secret else None
         self.threads = _node_cpus()
         # Ray sets as many threads as the actor reserves CPUs; the flow may use the cores that the engine uses.
         torch.set_num_threads(self.threads)

@@ -45,6 +45,7 @@ class ServiceArguments(BaseModel):
         pinned: Classes that are loaded at the start, and stay.
         refresh_s: Seconds between two looks into the registry for new champions.
         rate: Requests of a key without a rate of its own, or of an address where there are no keys, such as ``20/s``.
+        webhook_secret: File, on every node, of the secret with which the tracking server signs its webhooks.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -60,6 +61,7 @@ class ServiceArguments(BaseModel):
     pinned: tuple[str, ...] = ()
     refresh_s: Annotated[float, Field(gt=0)] = 15.0
     rate: str | None = None
+    webhook_secret: Path | None = None
 
 
 def application(arguments: ServiceArguments) -> Application:
@@ -84,6 +86,7 @@ def application(arguments: ServiceArguments) -> Application:
         allow_empty=True,
         rate=Rate.of(arguments.rate) if arguments.rate else None,
         access_log=str(location(arguments.store) / ACCESSES) if arguments.store else None,
+        webhook_secret=arguments.webhook_secret,
     )
     # A replica that has answered its requests writes its last decisions.
     stop_s = admission.max_timeout_s + CLOSE_S + PROXY_GRACE_S

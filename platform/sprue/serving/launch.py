@@ -29,6 +29,7 @@ from sprue.serving.hosts import AllowedHosts, is_loopback
 from sprue.serving.keys import read_keys
 from sprue.serving.parsing import ServiceLimits
 from sprue.serving.rates import Rate
+from sprue.tracking.webhook import read_secret
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,8 @@ class ServeSettings:
         rate: How many requests a key without a rate of its own may make, or an address where there are no keys, of all
             replicas together; as many as admission takes on if None.
         access_log: Folder or s3 URL of the access log; nothing is logged if None.
+        webhook_secret: File of the secret with which the tracking server signs its webhooks; none are taken if None.
+            Every node that runs a replica has it.
     """
 
     host: str = "127.0.0.1"
@@ -83,6 +86,7 @@ class ServeSettings:
     certificate: Certificate | None = None
     rate: Rate | None = None
     access_log: str | None = None
+    webhook_secret: Path | None = None
 
     def of_replica(self) -> ServiceConfig:
         """The settings of each replica, which follows MLflow's current tracking server."""
@@ -98,6 +102,7 @@ class ServeSettings:
             allow_empty=self.allow_empty,
             rate=self.rate,
             access_log=self.access_log,
+            webhook_secret=self.webhook_secret.resolve() if self.webhook_secret else None,
         )
 
 
@@ -142,6 +147,8 @@ def _require_startable(settings: ServeSettings) -> bool:
     """Checks what can be checked before anything starts; says whether Ray Serve runs already."""
     host, port, certificate = settings.host, settings.port, settings.certificate
     require_keys(host, settings.keys, settings.without_keys)
+    if settings.webhook_secret:
+        read_secret(settings.webhook_secret)
     _warn(host, settings.keys, certificate)
     running = bool(serve.status().proxies)
     if running:

@@ -196,6 +196,35 @@ CLASSES: dict[str, Any] = {
 
 _CLASS_ERRORS = {status: SCORE["responses"][status] for status in (401, 403, 404, 409, 429)}
 
+REGISTRY_EVENT: dict[str, Any] = {
+    "tags": ["service"],
+    "openapi_extra": {
+        "requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}},
+        "parameters": [
+            {"name": name, "in": "header", "required": True, "description": description, "schema": {"type": "string"}}
+            for name, description in {
+                "X-MLflow-Signature": "`v1,` and the HMAC-SHA256 in base64 of `<delivery id>.<timestamp>.<body>`",
+                "X-MLflow-Timestamp": "Unix time in seconds; at most 5 minutes old",
+                "X-MLflow-Delivery-Id": "Identifies the message",
+            }.items()
+        ],
+    },
+    "responses": {
+        204: {"description": "The registry is looked into"},
+        401: _error(
+            "Not from the tracking server", bad_signature="the message is not signed with this service's secret"
+        ),
+        404: _error(
+            "No events are taken",
+            no_webhook="this service takes no events of the registry: it was started without --webhook-secret",
+        ),
+        408: _SLOW,
+        413: _error("Larger than the limit", too_many_bytes="the body is larger than 262,144 bytes; ..."),
+        503: _error("It could not be passed on", unavailable="the event could not be passed on; try again in 1 s"),
+    },
+}
+"""Arguments of the route that takes MLflow's webhooks."""
+
 _NO_DECISIONS = _error(
     "Unknown class, or decisions are not kept",
     unknown_class="there is no class 'bolt'; there are: metal.rod, textures.brick",

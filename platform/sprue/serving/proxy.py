@@ -12,12 +12,13 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sprue.serving.errors import error_response
+from sprue.serving.repeats import Repeating
 from sprue.serving.shedding import Shedding
 
 
 def middlewares() -> list[Middleware]:
     """What Ray Serve's proxy runs around itself."""
-    return [Middleware(JsonErrors), Middleware(Shedding)]
+    return [Middleware(Repeating), Middleware(JsonErrors), Middleware(Shedding)]
 
 
 class JsonErrors:

@@ -7,6 +7,7 @@ import pytest
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
+from sprue.serving import repeats
 from sprue.serving.errors import error_response
 from sprue.serving.proxy import middlewares
 
@@ -48,3 +49,48 @@ def test_other_responses_pass_as_they_are() -> None:
     own = answer_of(error_response(503, "overloaded", "words", {"Retry-After": "3"}))
     assert own.json() == {"error": {"code": "overloaded", "message": "words"}}
     assert own.headers["retry-after"] == "3"
+
+
+async def body_of(receive: Any) -> bytes:
+    parts, more = [], True
+    while more:
+        message = await receive()
+        parts.append(message["body"])
+        more = message.get("more_body", False)
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize("says", [False, True])
+def test_a_request_whose_replica_dies_is_scored_by_another_one(says: bool) -> None:
+    bodies: list[bytes] = []
+
+    async def dies_once(scope: Any, receive: Any, send: Any) -> None:
+        bodies.append(await body_of(receive))
+        if len(bodies) > 1:
+            await PlainTextResponse("scored")(scope, receive, send)
+        elif says:
+            await PlainTextResponse("The actor died", 500)(scope, receive, send)
+
+    answer = wrapped(dies_once).post("/v1/classes/brick/score", content=iter([b"image", bytes(100)]))
+    assert (answer.status_code, answer.text) == (200, "scored")
+    assert bodies == [b"image" + bytes(100)] * 2
+
+
+def test_a_request_is_not_repeated_for_ever_nor_if_that_may_do_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    bodies: list[bytes] = []
+
+    async def dies(scope: Any, receive: Any, send: Any) -> None:
+        bodies.append(await body_of(receive))
+
+    score = "/v1/classes/brick/score"
+    for _ in range(2):
+        answer = wrapped(dies).post(score, content=b"image")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (502, "bad_gateway")
+        assert bodies == [b"image"] * (1 + repeats.REPEATS)
+        bodies.clear()
+    assert wrapped(dies).post("/v1/classes/brick/reviews", content=b"{}").status_code == 502
+    monkeypatch.setattr(repeats, "MAX_BYTES", 4)
+    assert wrapped(dies).post(score, content=b"image").status_code == 502
+    monkeypatch.setattr(repeats, "MAX_AGE_S", 0.0)
+    assert wrapped(dies).post(score, content=b"img").status_code == 502
+    assert bodies == [b"{}", b"image", b"img"]
