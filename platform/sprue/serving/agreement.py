@@ -92,14 +92,14 @@ class Agreement:
             if name not in found and entry.term:
                 self._put(name, None)
         for name, champion in found.items():
-            entry = self._entries.get(name)
-            if entry is None or entry.term is None:
+            known = self._entries.get(name)
+            if known is None or known.term is None:
                 self._put(name, Term(champion, starts))
-            elif champion == entry.term.champion:
-                if entry.candidate:  # the registry has gone back to what is served
-                    self._put(name, entry.term)
-            elif champion != entry.candidate:
-                self._put(name, entry.term, champion)
+            elif champion == known.term.champion:
+                if known.candidate:  # the registry has gone back to what is served
+                    self._put(name, known.term)
+            elif champion != known.candidate:
+                self._put(name, known.term, champion)
         candidates = {entry.candidate for entry in self._entries.values() if entry.candidate}
         self._asked = {each: self._asked.get(each, self._clock()) for each in candidates}
 

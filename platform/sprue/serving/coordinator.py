@@ -222,7 +222,7 @@ class CoordinatorActor(Coordinator):
 def find_coordinator(settings: CoordinatorSettings, replaces: bool = False) -> Any:
     """The coordinator's actor, which is started if there is none; `replaces` as for `Coordinator`."""
     options = {"name": settings.name, "namespace": NAMESPACE, "get_if_exists": True, "lifetime": "detached"}
-    return CoordinatorActor.options(**options).remote(settings, replaces)
+    return CoordinatorActor.options(**options).remote(settings, replaces)  # type: ignore[attr-defined]
 
 
 def stop_coordinators() -> None:

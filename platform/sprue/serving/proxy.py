@@ -62,5 +62,8 @@ async def _respond(start: Message, text: str, scope: Scope, receive: Receive, se
         status = HTTPStatus.GATEWAY_TIMEOUT
     headers = Headers(raw=[tuple(each) for each in start["headers"]])
     kept = {name: value for name, value in headers.items() if name not in ("content-type", "content-length")}
-    code = "unavailable" if status == HTTPStatus.SERVICE_UNAVAILABLE else status.name.lower()
+    code = status.name.lower()
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        code = "unavailable"
+        kept.setdefault("retry-after", "1")
     await error_response(status, code, text or status.phrase, kept)(scope, receive, send)

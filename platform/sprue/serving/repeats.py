@@ -2,9 +2,7 @@
 
 import time
 from collections import deque
-from http import HTTPStatus
 
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 REPEATS = 2
@@ -18,9 +16,9 @@ MAX_BYTES = 256 * 2**20
 
 
 class Repeating:
-    """Gives a request to score, or to read, to another replica if its replica fails before the answer begins.
+    """Gives a request to score, or to read, to another replica if its replica dies before the answer begins.
 
-    A replica's own errors are JSON; what Ray Serve says of one that has died is plain text, or nothing.
+    Of such a request Ray Serve's proxy says nothing.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -32,12 +30,17 @@ class Repeating:
         if scope["type"] != "http" or not (scope["method"] == "GET" or scope["path"].endswith("/score")):
             await self._app(scope, receive, send)
             return
-        request, end = _Request(self, receive), time.monotonic() + MAX_AGE_S
+        request, end, has_begun = _Request(self, receive), time.monotonic() + MAX_AGE_S, False
+
+        async def send_and_see(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
         try:
-            for left in range(REPEATS, -1, -1):
-                attempt = _Attempt(send, request, end if left else 0.0)
-                await self._app(dict(scope), request.replayed(), attempt.send)
-                if not attempt.is_to_repeat():
+            for _ in range(1 + REPEATS):
+                await self._app(dict(scope), request.replayed(), send_and_see)
+                if has_begun or not request.is_repeatable or time.monotonic() > end:
                     return
         finally:
             self._kept -= request.bytes
@@ -76,27 +79,3 @@ class _Request:
             return message
 
         return receive
-
-
-class _Attempt:
-    """Passes an answer on, unless it says that the replica has failed and the request can be repeated."""
-
-    def __init__(self, send: Send, request: _Request, end: float) -> None:
-        self._send, self._request, self._end = send, request, end
-        self._has_begun = self._is_held = False
-
-    async def send(self, message: Message) -> None:
-        if not self._has_begun and message["type"] == "http.response.start":
-            self._is_held = _is_failure(message) and self.is_to_repeat()
-            self._has_begun = True
-        if not self._is_held:
-            await self._send(message)
-
-    def is_to_repeat(self) -> bool:
-        """Whether nothing has been passed on, and another attempt makes sense."""
-        return (self._is_held or not self._has_begun) and self._request.is_repeatable and time.monotonic() < self._end
-
-
-def _is_failure(start: Message) -> bool:
-    kind = Headers(raw=start["headers"]).get("content-type", "text/plain")
-    return start["status"] == HTTPStatus.INTERNAL_SERVER_ERROR and kind.startswith("text/plain")

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mlflow
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
@@ -19,10 +20,12 @@ from mlflow.protos.databricks_pb2 import (
 
 from sprue.errors import SprueError
 from sprue.inference.cache import cache_folder, cached
-from sprue.inference.detector import Detector
 from sprue.tracking.digests import altered_files, combined_digest, require_digests, require_tags
 from sprue.tracking.lock import alias_lock
 from sprue.tracking.names import resolve_name
+
+if TYPE_CHECKING:
+    from sprue.inference.detector import Detector
 
 CHAMPION = "champion"
 """Alias of the version that is served."""
@@ -211,12 +214,14 @@ def _detector(model: RegisteredModel, version: ModelVersion) -> RegisteredDetect
     )
 
 
-def load_detector(registered: RegisteredDetector) -> Detector:
+def load_detector(registered: RegisteredDetector) -> "Detector":
     """Downloads a registered detector into the user's cache folder and loads it, if its files are those registered.
 
     Raises:
         SprueError: If its files can't be had, or are others than those that were registered.
     """
+    from sprue.inference.detector import Detector  # here: who only reads the registry needs no torch
+
     require_tags(registered.tags, registered)
     return Detector.load(
         cached(

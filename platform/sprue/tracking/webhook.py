@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import mlflow
-from mlflow.entities.webhook import Webhook
+from mlflow.entities.webhook import Webhook, WebhookEvent, WebhookEventStr
 from mlflow.exceptions import MlflowException
 from mlflow.webhooks.constants import (
     WEBHOOK_DELIVERY_ID_HEADER,
@@ -25,7 +25,7 @@ ROUTE = "/v1/registry-events"
 """Where the service takes them."""
 
 NAME = "sprue"
-EVENTS = ["model_version_alias.created", "model_version_alias.deleted"]
+EVENTS: list[WebhookEventStr | WebhookEvent] = ["model_version_alias.created", "model_version_alias.deleted"]
 """What changes champions; MLflow tells nothing of a deleted model, which polling finds."""
 
 TOLERANCE_S = 300.0
@@ -103,7 +103,8 @@ def register_webhook(url: str, secret: str) -> str:
 
 
 def _webhooks(client: mlflow.MlflowClient) -> list[Webhook]:
-    found, token = [], None
+    found: list[Webhook] = []
+    token: str | None = None
     while True:
         page = client.list_webhooks(page_token=token)
         found += page
