@@ -33,7 +33,8 @@ TICK_S = 0.5
 """Seconds between two looks at who is late or gone."""
 
 REJOIN_S = 5.0
-"""How long a coordinator that replaces another waits for a replica that tells it what is served."""
+"""How long a coordinator that replaces another waits for a replica that tells it what is served, and then for all of
+them, before it agrees on anything new."""
 
 IDLE_S = 60.0
 """The coordinator ends after as long without a replica."""
@@ -118,7 +119,7 @@ class Coordinator:
         self._error, self._read = "", 0.0
         self._look_wanted, self._looking = asyncio.Event(), asyncio.Lock()
         self._changed = asyncio.Condition()
-        self._told = asyncio.Event()
+        self._told, self._decides_at = asyncio.Event(), 0.0
         if not replaces:
             self._told.set()
 
@@ -126,11 +127,11 @@ class Coordinator:
         """Takes on a replica that serves `terms`, none if it has just started, and tells it all that is agreed."""
         if terms:
             self.agreement.adopt(terms)
-            self._told.set()
+            self._begin()
         try:
             await asyncio.wait_for(self._told.wait(), REJOIN_S)
-        except TimeoutError:
-            self._told.set()  # none is left
+        except TimeoutError:  # none is left
+            self._begin()
         async with self._looking:
             if not self._read:
                 await self._look()
@@ -191,8 +192,14 @@ class Coordinator:
                 logger.error("the present champions go on, since the registry fails: %s", error)
             self._error = str(error)
 
+    def _begin(self) -> None:
+        if not self._told.is_set():
+            self._decides_at = time.monotonic() + REJOIN_S
+            self._told.set()
+
     async def _decide(self) -> None:
-        self.agreement.decide()
+        if time.monotonic() >= self._decides_at:
+            self.agreement.decide()
         async with self._changed:
             self._changed.notify_all()
 
