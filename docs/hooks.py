@@ -156,7 +156,7 @@ def _route(method: str, path: str, route: JSON) -> str:
     if "requestBody" in route:
         parts.append("Content types of the body: " + ", ".join(f"`{kind}`" for kind in route["requestBody"]["content"]))
     parts.append(_table(_responses(route["responses"]), ("status", "meaning", "body", "error codes")))
-    headers = route["responses"]["200"].get("headers", {})
+    headers = route["responses"].get("200", {}).get("headers", {})
     if headers:
         rows = [(f"`{name}`", each["schema"]["type"], each["description"]) for name, each in headers.items()]
         parts.append(_table(rows, ("header of status 200", "type", "description")))
