@@ -1,4 +1,4 @@
-"""The coordinator reads a registry, speaks with replicas and replaces one that has died; in this process, without Ray."""
+"""The coordinator reads a registry, speaks with replicas and replaces one that has died; without Ray."""
 
 import asyncio
 import contextlib
