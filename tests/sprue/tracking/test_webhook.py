@@ -77,7 +77,7 @@ def test_a_server_tells_of_each_change_of_an_alias_and_signs_it(tracking_server,
     tries = len(Service.messages)
     assert tries == 2
     client.create_registered_model("textures.brick")
-    client.create_model_version("textures.brick", "file:///nothing")
+    client.create_model_version("textures.brick", "s3://bucket/nothing")
     client.set_registered_model_alias("textures.brick", "champion", "1")
     client.delete_registered_model_alias("textures.brick", "champion")
     for _ in range(100):
