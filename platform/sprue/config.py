@@ -275,6 +275,9 @@ def _flow_settings(name: str, config: type[FlowConfig]) -> type[FlowSettings]:
 FLOW_SETTINGS = {name: _flow_settings(name, config) for name, config in CONFIGS.items()}
 """The section ``flow`` of each flow."""
 
+# Pickle finds a class by its module and name, where settings are sent to another process.
+globals().update({settings.__name__: settings for settings in FLOW_SETTINGS.values()})
+
 if TYPE_CHECKING:
     AnyFlowSettings = FlowSettings
 else:

@@ -1,5 +1,6 @@
 """Every recipe is complete: its settings exist, say their source, and build the flow that it names."""
 
+import pickle
 from dataclasses import fields
 from pathlib import Path
 
@@ -29,6 +30,14 @@ def test_every_setting_says_its_source(path):
     for line in settings:
         assert line.partition(" # ")[2].split(":")[0].split(";")[0] in ("paper", "code", "ours"), line
     assert "Published" in path.read_text() or path.stem.endswith("-cpu")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_settings_are_the_same_in_another_process(path):
+    recipe = read_recipe(path)
+    copy = pickle.loads(pickle.dumps(recipe))
+    assert copy == recipe
+    assert copy.flow.overrides == recipe.flow.overrides
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
