@@ -16,7 +16,6 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from sprue.data.manifest import Manifest
-from sprue.errors import SprueError
 from sprue.features.spec_file import write_spec
 from sprue.features.tables import write_part
 from sprue.inference.backbone import backbone_state, resolve
@@ -84,9 +83,10 @@ def write_fits(context):
 def server(tmp_path, ports, monkeypatch):
     (port,) = ports(1)
     uri = f"http://127.0.0.1:{port}"
+    database, artifacts = f"sqlite:///{tmp_path}/mlflow.db", str(tmp_path / "artifacts")
     command = [
         sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-        "--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db", "--artifacts-destination", str(tmp_path / "artifacts"),
+        "--backend-store-uri", database, "--artifacts-destination", artifacts,
     ]  # fmt: skip
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
@@ -124,7 +124,6 @@ def test_many_classes_are_evaluated_and_registered_in_tasks(tmp_path, server, ca
         assert all(f"{name:<20} " in caplog.text for name in done)
         caplog.clear()
 
-        # One less than many would not be registered in tasks.
         write_fits(context)
         evaluate.main(context)
         assert not read_failures(context.folder, "evaluate")
@@ -139,12 +138,3 @@ def test_many_classes_are_evaluated_and_registered_in_tasks(tmp_path, server, ca
 def test_what_can_not_be_registered_in_tasks_is_registered_here():
     assert not register._nodes_register("sqlite:////nowhere/mlflow.db", MANY)
     assert not register._nodes_register("http://127.0.0.1:1", MANY - 1)
-
-
-def test_an_evaluation_of_no_plan_says_so(tmp_path):
-    YAML().dump({"datasets": {"plant": SETTINGS}}, tmp_path / "params.yaml")
-    write_images(tmp_path / "data")
-    context = read_context(tmp_path / "params.yaml", None, str(tmp_path / "data"), str(tmp_path / "store"))
-    manifest.main(context)
-    with pytest.raises(SprueError, match="run the search stage first"):
-        evaluate.main(context)
