@@ -1,5 +1,6 @@
 """Registers every evaluated detector that the registry does not hold; a class's first is champion, others challenge."""
 
+import contextlib
 import logging
 import tempfile
 from pathlib import Path
@@ -51,10 +52,13 @@ def main(context: Context) -> None:
     uri = connect(context.store)
     manifest, skipped = Manifest.read(context.folder / "manifest.parquet"), failed_before(context.folder, "register")
     plans = [plan for plan in read_plans(context.folder) if plan.class_name not in skipped]
-    for spec in {plan.first.features.fingerprint: plan.first.features for plan in plans}.values():
-        log_backbone(spec.weights_digest, context.backbone(spec), context.store)  # before tasks do it side by side
     arguments = ((plan.class_name, (context, manifest.of_class(plan.class_name), plan, uri)) for plan in plans)
-    outcomes = for_each_class(add_version, arguments, len(plans) if _nodes_register(uri, len(plans)) else 0)
+    together = _nodes_register(uri, len(plans))
+    if together:  # tasks side by side would each log the backbone's weights; what is wrong with them, a class tells
+        features = plans[0].first.features
+        with contextlib.suppress(SprueError):
+            log_backbone(features.weights_digest, context.backbone(features), context.store)
+    outcomes = for_each_class(add_version, arguments, len(plans) if together else 0)
     failures = {outcome.class_name: outcome.failure for outcome in outcomes if outcome.failure}
     logger.info("the registry is at %s", uri)
     write_failures(context.folder, "register", failures)
@@ -74,14 +78,9 @@ def _nodes_register(uri: str, classes: int) -> bool:
         connect_ray()
     task = ray.remote(num_cpus=0)(_reach)
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    on_each = [task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)) for node in nodes]
     try:
-        ray.get(
-            [
-                task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, False)).remote(uri)
-                for node in nodes
-            ],
-            timeout=NODE_PATIENCE_S,
-        )
+        ray.get([on_node.remote(uri) for on_node in on_each], timeout=NODE_PATIENCE_S)
     except ray.exceptions.RayError as error:
         logger.warning(
             "nodes do not reach the tracking server %s, so that this process registers one class after the other; "
