@@ -9,6 +9,7 @@ It exits 1 if anything was lost, or the stack was not well again within five min
 """
 
 import argparse
+import logging
 import os
 import platform
 import random
@@ -80,6 +81,7 @@ def main() -> int:
     parser.add_argument("--base", type=int, default=13_000, help="first of 72 ports (default: %(default)s)")
     parser.add_argument("--keep", action="store_true", help="leave the stack up, for another start")
     arguments = parser.parse_args()
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it names each file that it leaves out of a job
     folder = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "data").exists():
