@@ -207,8 +207,9 @@ class Champions:
             ApiError: 404 for an unknown name, 409 for an ambiguous one.
         """
         self._switch()
+        known = self._planned | self._served  # a new class is known before the instant at which it is served
         try:
-            return self._served[name if name in self._served else resolve_name(name, list(self._served))].champion
+            return known[name if name in known else resolve_name(name, list(known))].champion
         except UnknownClassError as error:
             raise ApiError(HTTPStatus.NOT_FOUND, "unknown_class", str(error)) from error
         except AmbiguousClassError as error:
@@ -323,7 +324,8 @@ class Champions:
 
     def _forget_failures(self) -> None:
         """Forgets failed and loaded candidates that nobody asks for any longer."""
-        present = {*self._newest.values(), *(term.champion for term in self.terms.values())}
+        terms = [*self._served.values(), *self._planned.values()]
+        present = {*self._newest.values(), *(term.champion for term in terms)}
         self._failures = {champion: each for champion, each in self._failures.items() if champion in present}
         self._ready &= present
 

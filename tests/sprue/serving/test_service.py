@@ -617,15 +617,17 @@ def test_champions_are_checked_again(plant: Any) -> None:
         (found,) = json.loads(done.stdout)
         return done, found
 
-    recorded = plant.decision(plant.post("gräs 2", with_defect(plant.image("gräs 2"))))
+    answers = (plant.post("gräs 2", plant.image("gräs 2", seed)) for seed in range(100, 150))
+    recorded = next(each for each in map(plant.decision, answers) if each.kept)
     done, found = run()
     assert done.exit_code == 0, done.output
-    assert found["samples"] >= found["alarms"] >= 1 and found["chance"] > 0.001
+    assert found["samples"] >= 1 and found["chance"] > 0.001
     assert found["replayed"] >= 1 and found["findings"] == []
 
     # More alarms than good samples can have, and a score that the detector does not give.
     now = datetime.now(UTC)
-    alarms = [replace(recorded, request_id="alarm", kept="", at=now) for _ in range(40 + 10 * found["samples"])]
+    alarm = replace(recorded, request_id="alarm", kept="", at=now, is_anomalous=True)
+    alarms = [alarm] * (40 + 10 * found["samples"])
     other = replace(recorded, request_id="other", score=recorded.score * 1.01, at=now)
     plant.decisions.write_part(now.date(), "recheck", rows_of([*alarms, other]))
     done, found = run()
@@ -804,7 +806,9 @@ def test_champions_are_followed(plant: Any) -> None:
     # A new class needs no restart.
     plant.release("parts.bolt", brick)
     assert plant.wait(lambda each: each["classes"] == 3)["engines"] == 1
-    assert plant.post("bolt", image).json()["model"]["version"] == 2
+    answer = plant.post("bolt", image)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["model"]["version"] == 2
 
     # A registry that has lost its champions is reported, and the old ones are kept.
     client = mlflow.MlflowClient()
