@@ -23,6 +23,8 @@ from sprue.release.reviews import ReviewStore, read_review
 from sprue.serving import inspection
 from sprue.serving.keys import add_key
 
+expect.set_options(timeout=30_000)  # 5 s are too few on a busy machine
+
 AXE = Path(__file__).parent / "axe" / "axe.min.js"
 SOURCES = inspection.PAGE
 
