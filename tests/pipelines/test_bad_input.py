@@ -180,7 +180,8 @@ def test_missing_folder(checkout, tmp_path):
     refused(checkout.run(*command, check=False, **NO_RAY), "run: ", f"there is no folder {tmp_path}/nowhere")
 
 
-def test_busy_port():
+def test_busy_port(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)  # on a cluster, a service may run there
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
