@@ -53,7 +53,7 @@ http {{
 
 @dataclass
 class S3Proxy:
-    """nginx between the stack and its object store, which refuses or slows requests when told to."""
+    """nginx between the stack and its object store, which refuses or slows requests on demand."""
 
     folder: Path
     listen: int

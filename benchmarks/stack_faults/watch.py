@@ -22,7 +22,7 @@ class Watch:
     pipeline: Pipeline
     clients: list[Client]
     whole: set[str] = field(default_factory=set)
-    told: set[str] = field(default_factory=set)
+    reported: set[str] = field(default_factory=set)
     rounds: int = 0
     repeated: int = 0
     failed: int = 0
@@ -51,13 +51,13 @@ class Watch:
 
     def _versions(self) -> list[str]:
         """What is half registered, and stays so: a look may fall into a registration."""
-        found = set(half_registered(self.whole)) - self.told
+        found = set(half_registered(self.whole)) - self.reported
         for _ in range(6):
             if not found:
                 break
             self.pipeline.stopped.wait(5)
             found &= set(half_registered(self.whole))
-        self.told |= found
+        self.reported |= found
         return sorted(found)
 
 

@@ -207,9 +207,12 @@ class Champions:
             ApiError: 404 for an unknown name, 409 for an ambiguous one.
         """
         self._switch()
-        known = self._planned | self._served  # a new class is known before the instant at which it is served
+        # A new class is known before the instant at which it is served.
+        if term := self._served.get(name) or self._planned.get(name):
+            return term.champion
+        known = self._planned | self._served
         try:
-            return known[name if name in known else resolve_name(name, list(known))].champion
+            return known[resolve_name(name, list(known))].champion
         except UnknownClassError as error:
             raise ApiError(HTTPStatus.NOT_FOUND, "unknown_class", str(error)) from error
         except AmbiguousClassError as error:

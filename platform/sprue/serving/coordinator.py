@@ -63,7 +63,7 @@ class CoordinatorSettings:
 
 @dataclass(frozen=True)
 class News:
-    """What a replica is told.
+    """What a replica learns.
 
     Attributes:
         epoch: Names the coordinator's life; another one has forgotten all.
@@ -119,9 +119,9 @@ class Coordinator:
         self._error, self._read = "", 0.0
         self._look_wanted, self._looking = asyncio.Event(), asyncio.Lock()
         self._changed = asyncio.Condition()
-        self._told, self._decides_at = asyncio.Event(), 0.0
+        self._joined, self._decides_at = asyncio.Event(), 0.0
         if not replaces:
-            self._told.set()
+            self._joined.set()
 
     async def join(self, follower: str, terms: Mapping[str, Term]) -> News:
         """Takes on a replica that serves `terms`, none if it has just started, and tells it all that is agreed."""
@@ -129,7 +129,7 @@ class Coordinator:
             self.agreement.adopt(terms)
             self._begin()
         try:
-            await asyncio.wait_for(self._told.wait(), REJOIN_S)
+            await asyncio.wait_for(self._joined.wait(), REJOIN_S)
         except TimeoutError:  # none is left
             self._begin()
         async with self._looking:
@@ -167,7 +167,7 @@ class Coordinator:
         """Follows the registry until there are no replicas any longer."""
         last_heard = looked = time.monotonic()
         while time.monotonic() < last_heard + IDLE_S:
-            if not self._told.is_set():
+            if not self._joined.is_set():
                 await asyncio.sleep(TICK_S)
                 continue
             with contextlib.suppress(TimeoutError):
@@ -193,9 +193,9 @@ class Coordinator:
             self._error = str(error)
 
     def _begin(self) -> None:
-        if not self._told.is_set():
+        if not self._joined.is_set():
             self._decides_at = time.monotonic() + REJOIN_S
-            self._told.set()
+            self._joined.set()
 
     async def _decide(self) -> None:
         if time.monotonic() >= self._decides_at:

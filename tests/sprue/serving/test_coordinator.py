@@ -48,10 +48,10 @@ def test_replicas_hear_at_once_what_to_load_and_when_to_serve_it(model):
             release()
             await found.look()
             started = time.monotonic()
-            told = await found.follow("x", news.epoch, news.number, {})
-            candidate = told.entries[MODEL].candidate
-            assert candidate.version == 2 and told.entries[MODEL].term == news.entries[MODEL].term
-            waiting = asyncio.create_task(found.follow("x", news.epoch, told.number, {candidate: ""}))
+            news_of_x = await found.follow("x", news.epoch, news.number, {})
+            candidate = news_of_x.entries[MODEL].candidate
+            assert candidate.version == 2 and news_of_x.entries[MODEL].term == news.entries[MODEL].term
+            waiting = asyncio.create_task(found.follow("x", news.epoch, news_of_x.number, {candidate: ""}))
             await found.report("y", news.epoch, {candidate: ""})
             switched = await waiting
             assert time.monotonic() - started < coordinator.POLL_S
@@ -69,13 +69,13 @@ def test_a_registry_that_fails_is_named_and_what_is_served_goes_on(model, monkey
             with monkeypatch.context() as patch:
                 patch.setattr(registry, "champions", lambda: 1 / 0)
                 await asyncio.sleep(1)
-                told = await found.follow("x", news.epoch, 0, {})
-            assert told.registry_error == "division by zero" and told.entries == news.entries
+                news_of_x = await found.follow("x", news.epoch, 0, {})
+            assert news_of_x.registry_error == "division by zero" and news_of_x.entries == news.entries
             mlflow.MlflowClient().delete_registered_model_alias(MODEL, registry.CHAMPION)
-            while "no champion" not in told.registry_error:
-                told = await found.follow("x", news.epoch, 0, {})
+            while "no champion" not in news_of_x.registry_error:
+                news_of_x = await found.follow("x", news.epoch, 0, {})
                 await asyncio.sleep(0.1)
-            assert told.entries == news.entries
+            assert news_of_x.entries == news.entries
 
     asyncio.run(run())
 
@@ -89,17 +89,17 @@ def test_one_that_replaces_another_is_told_what_is_served(model):
             new = asyncio.create_task(second.join("new", {}))
             await asyncio.sleep(0.5)
             assert not new.done()
-            told = await second.join("x", terms)
-            assert {name: each.term for name, each in told.entries.items()} == terms
+            news_of_x = await second.join("x", terms)
+            assert {name: each.term for name, each in news_of_x.entries.items()} == terms
             assert (await new).entries.keys() == terms.keys()
             candidate = second.agreement.changes(0)[MODEL].candidate
             assert candidate.version == 2
-            await second.report("x", told.epoch, {candidate: ""})
-            await second.report("new", told.epoch, {candidate: ""})
+            await second.report("x", news_of_x.epoch, {candidate: ""})
+            await second.report("new", news_of_x.epoch, {candidate: ""})
             # The others may still be on their way.
             assert second.agreement.changes(0)[MODEL].candidate == candidate
             second._decides_at = 0.0
-            await second.report("x", told.epoch, {candidate: ""})
+            await second.report("x", news_of_x.epoch, {candidate: ""})
             assert second.agreement.changes(0)[MODEL].term.champion == candidate
 
     asyncio.run(run())
