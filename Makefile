@@ -68,4 +68,4 @@ lint: setup ## check style, types and the layers
 	$(BIN)/lint-imports
 
 test: setup lint ## run all tests
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 3 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder

@@ -3,10 +3,13 @@
 Imports neither torch nor Ray, so that a bad setting is reported within a second or two.
 """
 
+import ast
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from functools import reduce
+from itertools import pairwise
 from operator import or_
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
 
@@ -15,6 +18,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     ModelWrapValidatorHandler,
     Strict,
     StringConstraints,
@@ -22,7 +26,8 @@ from pydantic import (
     create_model,
     model_validator,
 )
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError
 
 from defectflow.config import CONFIGS, FlowConfig, Shape, config_for_features
 
@@ -39,9 +44,20 @@ LayoutName = Literal["mvtec", "mvtec-views"]
 class Settings(BaseModel):
     """A section of settings: unknown keys and values of another type are errors."""
 
-    model_config = ConfigDict(
-        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Describes each field with the text below it.
+
+        With `use_attribute_docstrings`, the import would search all modules for each class's source: for 3 s where
+        torch, Ray and MLflow are loaded.
+        """
+        schema = handler(core_schema)
+        described = handler.resolve_ref_schema(schema)
+        for name, text in _field_docstrings(cls).items():
+            described["properties"][name]["description"] = text
+        return schema
 
 
 class ManifestSettings(Settings):
@@ -326,6 +342,22 @@ class Params(Settings):
             if name == "mlflow" or name.startswith("sprue-"):
                 raise ValueError(f"datasets.{name}: the name is reserved; give the dataset another")
         return self
+
+
+def _field_docstrings(settings: type[Settings]) -> dict[str, str]:
+    """The texts below a class's fields, those of its bases included."""
+    found: dict[str, str] = {}
+    for each in reversed(settings.__mro__):
+        if issubclass(each, Settings) and each not in FLOW_SETTINGS.values():  # these are made, and have no source
+            (definition,) = cast(list[ast.ClassDef], ast.parse(inspect.getsource(each)).body)
+            found |= {
+                field.target.id: inspect.cleandoc(text.value.value)
+                for field, text in pairwise(definition.body)
+                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+                if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+                if isinstance(text.value.value, str)
+            }
+    return found
 
 
 def json_schema(kind: type[Settings]) -> str:

@@ -82,9 +82,10 @@ def prometheus(tmp_path: Path, ports: Callable[[int], list[int]]) -> Iterator[Ca
     file, (port,) = tmp_path / "prometheus.yaml", ports(1)
     file.write_text(yaml.safe_dump(config))
     listen, data_folder = f"--web.listen-address=127.0.0.1:{port}", f"--storage.tsdb.path={tmp_path / 'prometheus'}"
+    starts = httpx.HTTPTransport(retries=8)  # for a minute
     with subprocess.Popen(
         ["prometheus", f"--config.file={file}", listen, data_folder, "--log.level=error"]
-    ) as server, httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:  # fmt: skip
+    ) as server, httpx.Client(base_url=f"http://127.0.0.1:{port}", transport=starts, timeout=30) as client:  # fmt: skip
 
         def query(expression: str) -> list[dict[str, Any]]:
             answer = client.get("/api/v1/query", params={"query": expression})

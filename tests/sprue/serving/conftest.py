@@ -248,7 +248,7 @@ def plant(cluster: Path, ports: Callable[[int], list[int]]) -> Iterator[Plant]:
         plant = Plant(client, port, limits, keys, cluster, engine, detectors)
         for name, detector in detectors.items():
             plant.release(f"{DATASET}.{name}", detector)
-        admission = AdmissionLimits(max_queued=24, default_timeout_s=30.0)
+        admission = AdmissionLimits(max_queued=24, default_timeout_s=30.0, grace_s=15.0)
         decisions = DecisionLogSettings(str(cluster / "store" / FOLDER), sample=SAMPLE)
         settings = ServeSettings(
             port=port,
