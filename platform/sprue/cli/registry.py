@@ -35,9 +35,11 @@ def promote(
         raise click.UsageError("give labelled images with --images FOLDER, or promote without a test: --force REASON")
     connect(store)
     from sprue.release import promotion
+    from sprue.store import location
 
     if images is not None:
-        decision = promotion.decide(name, version, images, promotion.Rules(margin, latency_s=latency / 1000))
+        rules = promotion.Rules(margin, latency_s=latency / 1000)
+        decision = promotion.decide(name, version, images, rules, location(store))
     else:
         assert force is not None
         decision = promotion.force(name, version, force)

@@ -47,6 +47,10 @@ SCOPE = (
     help="Of the images that are neither alarms nor near the threshold.",
 )  # fmt: skip
 @click.option(
+    "--shadow", type=click.FloatRange(0, 1), default=0.0, show_default=True, metavar="FRACTION",
+    help="Of the samples, scored by challengers too, behind the answers; `sprue promote` reads it.",
+)  # fmt: skip
+@click.option(
     "--cache-gb",
     type=click.FloatRange(0, min_open=True),
     default=2.0,
@@ -74,6 +78,7 @@ def serve(
     keep_days: int,
     keep_images: float,
     keep_sample: float,
+    shadow: float,
     cache_gb: float,
     allow_empty: bool,
     webhook_secret: Path | None,
@@ -84,6 +89,8 @@ def serve(
         raise click.UsageError("give --keys FILE or --without-keys, not both")
     if (tls_cert is None) != (tls_key is None):
         raise click.UsageError("give both --tls-cert FILE and --tls-key FILE")
+    if shadow and no_decisions:
+        raise click.UsageError("--shadow keeps what challengers decide: give it without --no-decisions")
     from sprue.serving.certificates import Certificate
     from sprue.serving.rates import Rate
 
@@ -121,6 +128,7 @@ def serve(
         without_keys=without_keys,
         allowed_hosts=allowed_hosts,
         decisions=decisions,
+        shadow=shadow,
         allow_empty=allow_empty,
         certificate=certificate,
         rate=limit,

@@ -201,6 +201,13 @@ class DecisionStore:
             for batch in (rows if kept else rows.slice(0, limit)).to_batches(max_chunksize=limit):
                 yield from map(_decision, batch.to_pylist())
 
+    def of_version(self, model_name: str, version: int) -> pa.Table:
+        """The rows of all decisions of a model's version, in no order."""
+        dataset, _, class_name = model_name.partition(".")
+        filters = [("dataset", "=", dataset), ("class_name", "=", class_name), ("version", "=", version)]
+        parts = [part for _, folder in _days(self.folder / "rows") for part in folder.glob("*.parquet")]
+        return pa.concat_tables([SCHEMA.empty_table(), *(_rows_of(part, filters) for part in parts)])
+
     def count_alarms(self, first: date) -> dict[tuple[str, int], tuple[int, int]]:
         """Samples and alarms of each model's versions since a day, by model name and version."""
         counts: Counter[tuple[str, int]] = Counter()

@@ -4,12 +4,13 @@ import hashlib
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from upath import UPath
 
 from sprue.data.labelled import LabelledSample, read_labelled, with_synthetic_defects
 from sprue.errors import SprueError
@@ -19,6 +20,7 @@ from sprue.inference.engines import Engine
 from sprue.release import audit_log
 from sprue.release.aliases import promote, reconcile, version_for_alias
 from sprue.release.false_alarms import chance_of
+from sprue.release.shadowing import Shadowing, read_shadowing
 from sprue.tracking.backbones import registered_engine
 from sprue.tracking.lineage import Lineage
 from sprue.tracking.lock import alias_lock
@@ -61,6 +63,7 @@ class PromotionReport:
         chance: Probability of that many false alarms or more, if its guarantee holds.
         alpha: The rate that it guarantees.
         latency_s: Seconds a sample.
+        shadowing: What it said of live samples; None if it has shadowed none.
     """
 
     good: int
@@ -72,6 +75,7 @@ class PromotionReport:
     chance: float
     alpha: float
     latency_s: float
+    shadowing: Shadowing | None = None
 
     def objections(self, rules: Rules) -> list[str]:
         """Why it may not become champion; none if it may."""
@@ -91,6 +95,11 @@ class PromotionReport:
                 f"it called {self.alarms} of {self.good} good samples anomalous, which alpha {self.alpha:.1%} "
                 f"makes {self.chance:.2%} likely: calibrate it on images like these"
             )
+        if self.shadowing and self.shadowing.chance < rules.significance:
+            found.append(
+                f"{self.shadowing}: it alarms more often. Review what it alone calls anomalous; if these are defects, "
+                "promote it with --force"
+            )
         if not self.latency_s <= rules.latency_s:
             found.append(f"it takes {self.latency_s:.2f} s a sample here; {rules.latency_s:.2f} s are allowed")
         return found
@@ -101,10 +110,11 @@ class PromotionReport:
         if self.difference is not None:
             estimate = self.difference
             against = f", {estimate.value:+.2%} against the champion's ({estimate.low:+.2%} to {estimate.high:+.2%})"
+        live = f"; {self.shadowing}" if self.shadowing else ""
         return (
             f"AUROC {self.auroc:.2%}{against} on {self.good} good and {self.defective} {defects}; "
             f"{self.alarms} false alarms at alpha {self.alpha:.1%} (so many or more: {self.chance:.0%}); "
-            f"{1000 * self.latency_s:.0f} ms a sample"
+            f"{1000 * self.latency_s:.0f} ms a sample{live}"
         )
 
     def metrics(self) -> dict[str, float]:
@@ -114,6 +124,8 @@ class PromotionReport:
         if self.difference is not None:
             metrics["auroc_difference"] = self.difference.value
             metrics |= {"auroc_difference_low": self.difference.low, "auroc_difference_high": self.difference.high}
+        if self.shadowing is not None:
+            metrics |= self.shadowing.metrics()
         return {name: float(value) for name, value in metrics.items()}
 
 
@@ -159,10 +171,11 @@ class Decision:
         }
 
 
-def decide(name: str, version: str, images: Path, rules: Rules) -> Decision:
+def decide(name: str, version: str, images: Path, rules: Rules, store: UPath) -> Decision:
     """Makes a version champion if it passes the test on labelled images; records the decision.
 
-    `images` holds ``good`` and a folder for each defect; see `sprue.data.labelled.read_labelled`.
+    `images` holds ``good`` and a folder for each defect; see `sprue.data.labelled.read_labelled`. What the version has
+    said of live samples is in `store`, if the service lets challengers shadow champions.
 
     Raises:
         SprueError: If the version is champion already, or an image was used by one of the two versions.
@@ -176,6 +189,9 @@ def decide(name: str, version: str, images: Path, rules: Rules) -> Decision:
         if registered is not None:
             _require_unseen(samples, registered)
     report = measure(detector, load_detector(champion) if champion else None, samples)
+    if champion:
+        shadowing = read_shadowing(store, model, challenger.version, champion.version)
+        report = replace(report, shadowing=shadowing)
     objections = report.objections(rules)
     if objections:
         with alias_lock(model):

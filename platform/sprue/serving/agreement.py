@@ -41,12 +41,14 @@ class Entry:
         term: What is served; None if the class is not served any longer.
         candidate: What replicas are to load, so that it can be served.
         failure: Why a replica can't load the candidate; empty if none has failed.
+        challenger: What is scored with on the quiet, if anything.
     """
 
     number: int
     term: Term | None
     candidate: RegisteredDetector | None = None
     failure: str = ""
+    challenger: RegisteredDetector | None = None
 
 
 Reports = Mapping[RegisteredDetector, str]
@@ -73,6 +75,7 @@ class Agreement:
         self._entries: dict[str, Entry] = {}
         self._followers: dict[str, _Follower] = {}
         self._asked: dict[RegisteredDetector, float] = {}
+        self._challengers: dict[str, RegisteredDetector] = {}
 
     def changes(self, seen: int) -> dict[str, Entry]:
         """The entries that have changed since a number."""
@@ -85,8 +88,9 @@ class Agreement:
             if entry is None or (entry.term and entry.term.since < term.since):
                 self._put(name, term)
 
-    def observe(self, champions: Iterable[RegisteredDetector]) -> None:
-        """Takes in the registry's champions. A class without a version to go on with is served at once."""
+    def observe(self, champions: Iterable[RegisteredDetector], challengers: Iterable[RegisteredDetector] = ()) -> None:
+        """Takes in what the registry has. A class without a version to go on with is served at once."""
+        self._challengers = {each.model_name: each for each in challengers}
         found, starts = {each.model_name: each for each in champions}, self._clock() + (SWITCH_S if self.number else 0)
         for name, entry in list(self._entries.items()):
             if name not in found and entry.term:
@@ -100,6 +104,9 @@ class Agreement:
                     self._put(name, known.term)
             elif champion != known.candidate:
                 self._put(name, known.term, champion)
+        for name, entry in list(self._entries.items()):
+            if entry.term and entry.challenger != self._challengers.get(name):
+                self._put(name, entry.term, entry.candidate, entry.failure)
         candidates = {entry.candidate for entry in self._entries.values() if entry.candidate}
         self._asked = {each: self._asked.get(each, self._clock()) for each in candidates}
 
@@ -136,4 +143,4 @@ class Agreement:
         self, name: str, term: Term | None, candidate: RegisteredDetector | None = None, failure: str = ""
     ) -> None:
         self.number += 1
-        self._entries[name] = Entry(self.number, term, candidate, failure)
+        self._entries[name] = Entry(self.number, term, candidate, failure, self._challengers.get(name))

@@ -34,6 +34,7 @@ from sprue.serving.model_cache import ServedModel, score_together
 from sprue.serving.parsing import ServiceLimits, decode_inputs, read_uploads
 from sprue.serving.rates import Rate, RateLimiter
 from sprue.serving.schemas import Liveness, Readiness, Score, ServedClasses
+from sprue.serving.shadow import Shadow, ShadowSettings
 from sprue.tracking.registry import RegisteredDetector
 from sprue.tracking.webhook import read_secret
 
@@ -63,6 +64,7 @@ class ServiceConfig:
     keys: FilePath | None
     hosts: AllowedHosts
     decisions: DecisionLogSettings | None
+    shadow: float
     allow_empty: bool
     rate: Rate | None
     access_log: str | None
@@ -116,14 +118,22 @@ class ScoringService:
         self.batcher = Batcher(metrics.measured(score_together), BATCH)
         self.admission = Admission(config.admission, lambda: self.batcher.seconds_per_task)
         self.models = Champions(config.cache, self.threads)
-        self.follower = Follower(config.coordinator, self.models)
+        self.shadow = self._make_shadow(config)
+        self.follower = Follower(config.coordinator, self.models, self.shadow)
         await self.follower.start(config.allow_empty)
         self.reporter = asyncio.create_task(self._report_state())
 
+    def _make_shadow(self, config: ServiceConfig) -> Shadow | None:
+        if not (config.shadow and config.decisions):
+            return None
+        settings = ShadowSettings(config.shadow, config.decisions, config.cache.max_bytes, config.limits.max_pixels)
+        return Shadow(settings, self.models.loader, self.batcher, lambda: self.admission.queued > 0)
+
     def __del__(self) -> None:
         """Ray Serve calls this when the last request is answered, before it ends the replica."""
-        if self.decisions:
-            self.decisions.close(CLOSE_S)
+        for each in (self.decisions, self.shadow.log if self.shadow else None):
+            if each:
+                each.close(CLOSE_S)
 
     async def _report_state(self) -> None:
         failure = ""
@@ -183,6 +193,8 @@ class ScoringService:
                 decision = decision_of(served, score, request.headers, timer.total, batch, digests)
                 if self.decisions:
                     self.decisions.add(decision, uploads)
+                if self.shadow:
+                    self.shadow.offer(decision, views, uploads)
                 metrics.observe(decision, timer.seconds, served.detector.calibration)
         except Exception:  # a defect; the client gets its answer all the same
             logger.exception("a decision could not be recorded")

@@ -38,6 +38,7 @@ class ServiceArguments(BaseModel):
         keep_days: Days after which decisions are deleted.
         keep_images: Gigabytes of images beyond which the oldest are deleted.
         keep_sample: Fraction kept of the images that are neither alarms nor near the threshold.
+        shadow: Fraction of the samples that challengers score, too, behind the answers; needs ``store``.
         keys: A file of keys, on every node.
         without_keys: Serve everybody who reaches a node.
         allowed_hosts: Names under which requests may come, besides the nodes' addresses.
@@ -54,6 +55,7 @@ class ServiceArguments(BaseModel):
     keep_days: Annotated[int, Field(ge=1)] = 90
     keep_images: Annotated[float, Field(ge=0)] = 20.0
     keep_sample: Annotated[float, Field(ge=0, le=1)] = 0.01
+    shadow: Annotated[float, Field(ge=0, le=1)] = 0.0
     keys: Path | None = None
     without_keys: bool = False
     allowed_hosts: tuple[str, ...] = ()
@@ -68,21 +70,25 @@ def application(arguments: ServiceArguments) -> Application:
     """Builds the service; Ray Serve calls this on the cluster with the file's ``args``.
 
     Raises:
-        SprueError: If there are neither keys nor ``without_keys``, or no tracking server is named.
+        SprueError: If there are neither keys nor ``without_keys``, no tracking server is named, or challengers are to
+            score and there is no store.
     """
     require_keys(EVERYWHERE, arguments.keys, arguments.without_keys)
+    if arguments.shadow and arguments.store is None:
+        raise SprueError("shadow: challengers' decisions need a place; set store")
     tracking_uri = os.environ.get("MLFLOW_TRACKING_URI")
     if not tracking_uri:
         raise SprueError("set MLFLOW_TRACKING_URI to the tracking server in the environment of every node")
     admission = AdmissionLimits()
     config = ServiceConfig(
-        coordinator=CoordinatorSettings(tracking_uri, arguments.refresh_s),
+        coordinator=CoordinatorSettings(tracking_uri, arguments.refresh_s, arguments.shadow > 0),
         limits=ServiceLimits(),
         admission=admission,
         cache=CacheSettings(int(arguments.cache_gb * 2**30), arguments.pinned),
         keys=arguments.keys,
         hosts=AllowedHosts.of(EVERYWHERE, arguments.allowed_hosts),
         decisions=_decisions(arguments),
+        shadow=arguments.shadow,
         allow_empty=True,
         rate=Rate.of(arguments.rate) if arguments.rate else None,
         access_log=str(location(arguments.store) / ACCESSES) if arguments.store else None,

@@ -75,9 +75,10 @@ class Champions:
     def __init__(self, settings: CacheSettings, threads: int) -> None:
         """Starts empty; engines run `threads` CPU threads."""
         self._settings = settings
-        self._loader = Loader(threads)
+        self.loader = Loader(threads)
+        """Loads champions, and whatever else shares their engines."""
         self._downloaders = ThreadPoolExecutor(LOADERS, "download")
-        self._loaders = ThreadPoolExecutor(LOADERS, "load")
+        self.loaders = ThreadPoolExecutor(LOADERS, "load")
         self._cache = ModelCache(settings.max_bytes)
         self._prepared = ModelCache(settings.max_bytes)  # candidates, until they are served
         self._served: dict[str, Term] = {}  # by the models' names
@@ -298,7 +299,7 @@ class Champions:
     @property
     def engines(self) -> int:
         """Number of engines, which champions share."""
-        return len(self._loader.engines)
+        return len(self.loader.engines)
 
     async def _load(self, champion: RegisteredDetector, is_used: bool) -> ServedModel | Failure:
         """Loads a champion, or joins those who wait for it already."""
@@ -308,8 +309,8 @@ class Champions:
 
     async def _load_once(self, champion: RegisteredDetector, is_used: bool) -> ServedModel | Failure:
         try:
-            threads = self._loaders if self._loader.is_local(champion) else self._downloaders
-            served = await asyncio.get_running_loop().run_in_executor(threads, self._loader, champion)
+            threads = self.loaders if self.loader.is_local(champion) else self._downloaders
+            served = await asyncio.get_running_loop().run_in_executor(threads, self.loader, champion)
         except Exception as error:  # one class's failure must not stop the others
             return self._fail(champion, error)
         finally:

@@ -20,7 +20,7 @@ import ray
 from sprue.errors import SprueError
 from sprue.serving.agreement import Agreement, Entry, Reports, Term
 from sprue.tracking import registry
-from sprue.tracking.registry import RegisteredDetector
+from sprue.tracking.registry import CHALLENGER, CHAMPION, RegisteredDetector
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +52,14 @@ class CoordinatorSettings:
     Attributes:
         tracking_uri: Of the tracking server whose registry is followed.
         refresh_s: Seconds between two looks into the registry.
+        challengers: Whether the replicas hear of challengers, too.
         name: The actor's. Each start of a service has a coordinator of its own, so that one that replaces another takes
             over nothing from it.
     """
 
     tracking_uri: str
     refresh_s: float = 15.0
+    challengers: bool = False
     name: str = field(default_factory=lambda: f"{NAME}{uuid.uuid4().hex}")
 
 
@@ -106,16 +108,17 @@ def _require_any(found: list[RegisteredDetector]) -> list[RegisteredDetector]:
 class Coordinator:
     """Speaks with the replicas; all on one event loop, but for the registry."""
 
-    def __init__(self, refresh_s: float, replaces: bool = False) -> None:
+    def __init__(self, refresh_s: float, replaces: bool = False, challengers: bool = False) -> None:
         """Reads the registry each `refresh_s`, and whenever it is asked to.
 
         Args:
             refresh_s: Seconds between two looks.
             replaces: Another coordinator has died, and replicas may know what is served.
+            challengers: Whether challengers are looked for, too.
         """
         self.agreement = Agreement()
         self._epoch = uuid.uuid4().hex
-        self._refresh_s = refresh_s
+        self._refresh_s, self._aliases = refresh_s, [CHAMPION, CHALLENGER] if challengers else [CHAMPION]
         self._error, self._read = "", 0.0
         self._look_wanted, self._looking = asyncio.Event(), asyncio.Lock()
         self._changed = asyncio.Condition()
@@ -183,9 +186,9 @@ class Coordinator:
 
     async def _look(self) -> None:
         try:
-            found = await asyncio.to_thread(registry.champions)
+            champions, *challengers = await asyncio.to_thread(registry.with_aliases, *self._aliases)
             self._read = time.time()
-            self.agreement.observe(_require_any(found))
+            self.agreement.observe(_require_any(champions), *challengers)
             self._error = ""
         except Exception as error:  # what is served goes on
             if str(error) != self._error:
@@ -214,7 +217,8 @@ class CoordinatorActor(Coordinator):
     async def __init__(self, settings: CoordinatorSettings, replaces: bool) -> None:  # type: ignore[misc]
         """Begins to follow the registry."""
         use_registry(settings.tracking_uri)
-        super().__init__(settings.refresh_s, replaces or ray.get_runtime_context().was_current_actor_reconstructed)
+        replaces = replaces or ray.get_runtime_context().was_current_actor_reconstructed
+        super().__init__(settings.refresh_s, replaces, settings.challengers)
         self._runner = asyncio.create_task(self._run_and_end())
 
     async def _run_and_end(self) -> None:

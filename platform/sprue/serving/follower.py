@@ -9,6 +9,7 @@ from typing import Any
 from sprue.errors import SprueError
 from sprue.serving.champions import Champions
 from sprue.serving.coordinator import POLL_S, CoordinatorSettings, News, find_coordinator
+from sprue.serving.shadow import Shadow
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +31,10 @@ class Follower:
         error: Why the registry, or the coordinator, could not be read the last time; empty if it could.
     """
 
-    def __init__(self, settings: CoordinatorSettings, models: Champions) -> None:
-        """Follows with `models`, once it is started."""
+    def __init__(self, settings: CoordinatorSettings, models: Champions, shadow: Shadow | None = None) -> None:
+        """Follows with `models` and perhaps a `shadow`, once it is started."""
         self.error = ""
-        self._settings, self._models = settings, models
+        self._settings, self._models, self._shadow = settings, models, shadow
         self._name = uuid.uuid4().hex
         self._actor: Any = None
         self._epoch, self._seen = "", 0
@@ -96,6 +97,8 @@ class Follower:
 
     def _take(self, news: News) -> News:
         self._epoch, self._seen = news.epoch, news.number
+        if self._shadow:
+            self._shadow.apply(news.entries)
         self.error, self._registry_read = news.registry_error, news.registry_read
         return news
 

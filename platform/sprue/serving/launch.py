@@ -61,6 +61,7 @@ class ServeSettings:
         without_keys: Serve everybody who reaches an address other than the loopback's.
         allowed_hosts: Names under which requests may come, besides the loopback's and the address.
         decisions: Where decisions are kept, and how long; nowhere if None.
+        shadow: Fraction of the samples that challengers score, too, behind the answers; needs `decisions`.
         allow_empty: Start although the registry has no champion yet; the first is served when it is there.
         certificate: Speaks TLS under it, and answers under its names; plain HTTP if None. It is read once: another one
             needs another start.
@@ -82,6 +83,7 @@ class ServeSettings:
     without_keys: bool = False
     allowed_hosts: tuple[str, ...] = ()
     decisions: DecisionLogSettings | None = None
+    shadow: float = 0.0
     allow_empty: bool = False
     certificate: Certificate | None = None
     rate: Rate | None = None
@@ -92,13 +94,14 @@ class ServeSettings:
         """The settings of each replica, which follows MLflow's current tracking server."""
         names = self.certificate.names if self.certificate else ()
         return ServiceConfig(
-            coordinator=CoordinatorSettings(mlflow.get_tracking_uri(), self.refresh_s),
+            coordinator=CoordinatorSettings(mlflow.get_tracking_uri(), self.refresh_s, self.shadow > 0),
             limits=self.limits,
             admission=self.admission,
             cache=self.cache,
             keys=self.keys.resolve() if self.keys else None,
             hosts=AllowedHosts.of(self.host, [*self.allowed_hosts, *names]),
             decisions=self.decisions,
+            shadow=self.shadow,
             allow_empty=self.allow_empty,
             rate=self.rate,
             access_log=self.access_log,

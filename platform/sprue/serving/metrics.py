@@ -34,6 +34,11 @@ BATCHES = Histogram("sprue_batch_samples", "Samples that are scored together", [
 QUEUED = Gauge("sprue_queued", "Requests that wait for their score or have it and are not answered yet", ())
 READING = Gauge("sprue_reading", "Requests whose body is being read", ())
 DECISIONS = Counter("sprue_decisions", "Samples that were scored", ("model", "version", "decision"))
+SHADOWED = Counter(
+    "sprue_shadowed",
+    "Samples that a challenger was to score, too: its decision is the same, or one of the two alarms alone, or neither",
+    ("model", "version", "outcome"),
+)
 SCORES = Histogram(
     "sprue_relative_score",
     "Scores, where 0 is the lowest calibration score and 1 the threshold",

@@ -155,23 +155,33 @@ def find_model(name: str) -> str:
 
 
 def champions() -> list[RegisteredDetector]:
-    """The champions of all models on the tracking server, by name.
+    """The champions of all models on the tracking server, by name; see `with_aliases`."""
+    (found,) = with_aliases(CHAMPION)
+    return found
 
-    One question for each `PAGE` of them, which comes with each model's newest version, and one more for each distinct
-    number of champions that are older.
+
+def with_aliases(*aliases: str) -> list[list[RegisteredDetector]]:
+    """The versions of all models on the tracking server that have an alias, by name; a list for each alias.
+
+    One question for each `PAGE` of models, which comes with each model's newest version, and one more for each distinct
+    number of versions that are older.
     """
-    models = {model.name: model for model in registered_models() if CHAMPION in model.aliases}
-    numbers = {name: int(model.aliases[CHAMPION]) for name, model in models.items()}
-    versions = {
-        name: version
-        for name, model in models.items()
-        for version in model.latest_versions
-        if int(version.version) == numbers[name]
+    models = {model.name: model for model in registered_models()}
+    numbers = {
+        alias: {name: int(model.aliases[alias]) for name, model in models.items() if alias in model.aliases}
+        for alias in aliases
     }
-    for number in sorted({numbers[name] for name in models.keys() - versions.keys()}):
-        versions |= {each.name: each for each in _versions_numbered(number) if numbers.get(each.name) == number}
+    wanted = {each for of_alias in numbers.values() for each in of_alias.items()}
+    newest = (version for model in models.values() for version in model.latest_versions)
+    versions = {(each.name, int(each.version)): each for each in newest}
+    for number in sorted({number for name, number in wanted - versions.keys()}):
+        versions |= {(each.name, number): each for each in _versions_numbered(number)}
     # A version may have been deleted between the questions.
-    return [_detector(models[name], versions[name]) for name in sorted(models.keys() & versions.keys())]
+    return [
+        [_detector(models[name], versions[name, number]) for name, number in sorted(of_alias.items())
+         if (name, number) in versions]
+        for of_alias in numbers.values()
+    ]  # fmt: skip
 
 
 def _versions_numbered(number: int) -> Iterator[ModelVersion]:

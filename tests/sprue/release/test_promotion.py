@@ -20,6 +20,7 @@ from sprue.inference.detector import Detector, score_features
 from sprue.inference.engines import build_engine
 from sprue.inference.images import model_input
 from sprue.release.promotion import ENOUGH, PromotionReport, Rules, measure
+from sprue.release.shadowing import Shadowing
 from sprue.tracking.backbones import log_backbone
 
 SIDE = 96
@@ -121,6 +122,12 @@ def test_each_rule_objects_in_words():
     slow = replace(fair, latency_s=2.0)
     assert slow.objections(Rules()) == ["it takes 2.00 s a sample here; 1.00 s are allowed"]
     assert len(replace(loud, latency_s=2.0, difference=wide.difference).objections(Rules())) == 3
+    shadowed = replace(fair, shadowing=Shadowing(500, both=20, challenger_alone=9, champion_alone=5))
+    assert shadowed.objections(Rules()) == []
+    assert "of 500 live samples that it has shadowed, both call 20 anomalous, it alone 9" in str(shadowed)
+    assert shadowed.metrics()["shadow_challenger_alone"] == 9
+    nervous = replace(fair, shadowing=Shadowing(500, both=20, challenger_alone=19, champion_alone=5))
+    assert "it alarms more often. Review what it alone calls anomalous" in nervous.objections(Rules())[0]
 
 
 def test_false_alarms_beyond_the_guarantee_are_found(good_and_blind, tmp_path):

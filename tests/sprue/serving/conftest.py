@@ -102,8 +102,9 @@ def release(
     detector: Detector,
     damage: Callable[[Path], object] | None = None,
     run_id: str | None = None,
+    alias: str = registry.CHAMPION,
 ) -> int:
-    """Registers a detector under a model's name and makes it the champion, as MLflow's UI does.
+    """Registers a detector under a model's name and gives it the alias, as MLflow's UI does.
 
     What is done to the files in their folder happens after their digests are taken.
     """
@@ -117,7 +118,7 @@ def release(
         dataset, class_name = model.split(".")
         client.create_registered_model(model, tags={registry.DATASET_TAG: dataset, registry.CLASS_TAG: class_name})
     version = int(client.create_model_version(model, str(source), run_id, tags=tags).version)
-    client.set_registered_model_alias(model, registry.CHAMPION, str(version))
+    client.set_registered_model_alias(model, alias, str(version))
     return version
 
 
@@ -150,6 +151,9 @@ class Plant:
 
     def release(self, model: str, detector: Detector, damage: Callable[[Path], object] | None = None) -> int:
         return release(self.folder, model, detector, damage)
+
+    def challenge(self, model: str, detector: Detector) -> int:
+        return release(self.folder, model, detector, alias=registry.CHALLENGER)
 
     @property
     def decisions(self) -> DecisionStore:

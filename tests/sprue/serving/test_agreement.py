@@ -110,3 +110,18 @@ def test_a_new_process_takes_over_the_newest_of_what_replicas_serve(clock):
     agreement.adopt({"textures.a": Term(version(1), 500.0)})
     agreement.observe([version(3)])
     assert entry(agreement).term == Term(version(2), 1000.2) and entry(agreement).candidate == version(3)
+
+
+def test_challengers_come_and_go_beside_what_is_served(agreement):
+    assert entry(agreement).challenger is None
+    agreement.observe([version(2)], [version(3)])
+    assert (entry(agreement).challenger, entry(agreement).candidate) == (version(3), version(2))
+    seen = agreement.number
+    agreement.observe([version(2)], [version(3), version(9, "b")])
+    assert agreement.changes(seen) == {}
+    for each in "xy":
+        agreement.hear(each, {version(2): ""})
+    agreement.decide()
+    assert (entry(agreement).term.champion, entry(agreement).challenger) == (version(2), version(3))
+    agreement.observe([version(2)])
+    assert (entry(agreement).term.champion, entry(agreement).challenger) == (version(2), None)

@@ -441,9 +441,9 @@ def test_a_version_that_one_replica_can_not_load_is_served_by_none(plant, monkey
     async def run():
         first = await started()
         second = await started(beside=first)
-        load = second._loader
-        second._loader = lambda champion: load(champion) if champion.version == 1 else broken()
-        second._loader.is_local = load.is_local
+        load = second.loader
+        second.loader = lambda champion: load(champion) if champion.version == 1 else broken()
+        second.loader.is_local = load.is_local
 
         def broken():
             raise SprueError("the disk is full")
@@ -458,7 +458,7 @@ def test_a_version_that_one_replica_can_not_load_is_served_by_none(plant, monkey
             assert [each.version for each in each.available] == [1]
 
         # It is tried again after a while.
-        second._loader = load
+        second.loader = load
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: float("inf"), time=time.time))
         await refreshed(second)
         await first.hear()

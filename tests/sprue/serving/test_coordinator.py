@@ -67,7 +67,7 @@ def test_a_registry_that_fails_is_named_and_what_is_served_goes_on(model, monkey
         async with running(refresh_s=0.1) as found:
             news = await found.join("x", {})
             with monkeypatch.context() as patch:
-                patch.setattr(registry, "champions", lambda: 1 / 0)
+                patch.setattr(registry, "with_aliases", lambda *_: 1 / 0)
                 await asyncio.sleep(1)
                 news_of_x = await found.follow("x", news.epoch, 0, {})
             assert news_of_x.registry_error == "division by zero" and news_of_x.entries == news.entries

@@ -1,4 +1,7 @@
-"""Two replicas change versions together, at once when the tracking server says so, on a real Ray Serve."""
+"""Two replicas change versions together, at once when the tracking server says so, on a real Ray Serve.
+
+A challenger shadows the champion on both.
+"""
 
 import base64
 import hashlib
@@ -6,12 +9,19 @@ import hmac
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
+import mlflow
 import pytest
 import ray
 
+from sprue.release.decision_store import FOLDER as DECISIONS
+from sprue.release.decision_store import DecisionStore
+from sprue.release.shadowing import FOLDER, Shadowing, read_shadowing
 from sprue.serving.coordinator import NAME, NAMESPACE
+from sprue.serving.decision_log import DecisionLogSettings
 from sprue.serving.launch import ServeSettings, serve_champions, stop_serving
+from sprue.store import location
 from sprue.tracking import registry
 from sprue.tracking.webhook import ROUTE
 
@@ -25,7 +35,16 @@ def pair(plant):
     secret = plant.folder / "webhook.secret"
     secret.write_text(SECRET)
     secret.chmod(0o600)
-    serve_champions(ServeSettings(port=plant.port, refresh_s=3600, replicas=2, keys=plant.keys, webhook_secret=secret))
+    settings = ServeSettings(
+        port=plant.port,
+        refresh_s=3600,
+        replicas=2,
+        keys=plant.keys,
+        webhook_secret=secret,
+        decisions=DecisionLogSettings(str(plant.folder / "store" / DECISIONS), sample=0.0),
+        shadow=1.0,
+    )
+    serve_champions(settings)
     return plant
 
 
@@ -126,6 +145,36 @@ def test_a_coordinator_that_dies_takes_nothing_with_it(pair):
             crowd.wait_for(version)
         assert late(crowd.seen, version) == 0
         before = pair.client.get("/v1/classes").json()["classes"]
+
+
+def test_a_challenger_scores_what_the_champion_has_answered(pair):
+    """It is the same detector with a lower threshold: the two disagree where only that one is passed."""
+    detector, name = pair.detectors["brick"], "textures.brick"
+    champion = pair.post("brick", pair.image("brick")).json()["model"]["version"]
+    challenger = pair.challenge(name, replace(detector, calibration=replace(detector.calibration, alpha=0.5)))
+    assert event(pair).status_code == 204
+    store, deadline, answers = location(str(pair.folder / "store")), time.monotonic() + 120, {}
+    while (found := read_shadowing(store, name, challenger, champion)) is None or found.samples < 16:
+        assert time.monotonic() < deadline
+        answer = pair.post("brick", pair.image("brick", len(answers) % 20))
+        answers[answer.headers["x-request-id"]] = answer.json()
+        assert answer.json()["model"]["version"] == champion
+        time.sleep(0.3)
+    shadow = DecisionStore(store / FOLDER)
+    rows = shadow.of_version(name, challenger).to_pylist()
+    for row in rows:
+        answer = answers[row["request_id"]]
+        assert row["score"] == pytest.approx(answer["score"], rel=1e-5)  # a batch's size changes the last digits
+        assert row["threshold"] < answer["threshold"]
+        assert row["is_anomalous"] == (row["score"] > row["threshold"])
+        assert row["kept"] or not row["is_anomalous"]
+    assert len(shadow.read_images(next(shadow.newest(name, 1, kept=["alarm"])))) == 1
+    mine = {row["request_id"] for row in rows if row["is_anomalous"]}
+    theirs = {id for id, answer in answers.items() if answer["is_anomalous"]} & {row["request_id"] for row in rows}
+    expected = Shadowing(len(rows), len(mine & theirs), len(mine - theirs), len(theirs - mine))
+    assert read_shadowing(store, name, challenger, champion) == expected
+    assert expected.challenger_alone > 0 and expected.champion_alone == 0
+    mlflow.MlflowClient().delete_registered_model_alias(name, registry.CHALLENGER)
 
 
 def test_a_new_replica_serves_what_the_others_serve(pair):
