@@ -9,6 +9,8 @@ os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
 # As on every cluster of one machine that sprue starts: it is not preempted, and the watcher is a process for each run.
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+# A driver that leaves a Ray goes on to send its metrics; where many Rays follow one another, it may die of SIGSEGV.
+os.environ.setdefault("RAY_enable_metrics_collection", "0")
 # Ray's workers would otherwise wait for every other test: Ray gives them the lowest priority but four.
 os.environ.setdefault("RAY_worker_niceness", "0")
 # Else each of the many processes that tests start would compile all of sprue anew.
@@ -33,6 +35,8 @@ import pytest
 import ray
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+
+from sprue.stages.runtime import init_ray
 
 S3_ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "sprue",
@@ -103,7 +107,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> dict[s
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """The address of a Ray of two cores, for one module; the dashboard answers Ray Train's questions."""
-    ray.init(address="local", num_cpus=2, include_dashboard=True, log_to_driver=False, logging_level="ERROR")
+    init_ray(address="local", num_cpus=2, include_dashboard=True, log_to_driver=False, logging_level="ERROR")
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 

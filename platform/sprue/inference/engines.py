@@ -3,6 +3,7 @@
 Shapes: B images, S side of the input, C channels, H rows, W columns of a map.
 """
 
+import ctypes
 import logging
 import os
 import tempfile
@@ -50,11 +51,8 @@ def build_engine(spec: FeatureSpec, name: EngineName = "auto", threads: int | No
     """
     if name == "torch":
         return TorchEngine(spec, threads)
-    if name == "auto":
-        import torch
-
-        if torch.cuda.is_available():
-            return TorchEngine(spec, threads)
+    if name == "auto" and _has_gpu():
+        return TorchEngine(spec, threads)
     try:
         return OpenVINOEngine(spec, threads)
     except ConversionError as error:
@@ -62,6 +60,18 @@ def build_engine(spec: FeatureSpec, name: EngineName = "auto", threads: int | No
             raise
         logger.warning("%s; running it on torch, which is several times slower on a CPU", error)
         return TorchEngine(spec, threads)
+
+
+def _has_gpu() -> bool:
+    """Whether torch has a GPU. Without a driver, the seconds of its import are saved."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        if not Path("/dev/kfd").exists():  # AMD's
+            return False
+    import torch
+
+    return torch.cuda.is_available()
 
 
 class ConversionError(SprueError):

@@ -30,6 +30,8 @@ from sprue.inference.spec import FeatureSpec
 from sprue.params import PARAMS, read_dataset
 from sprue.store import location
 
+logger = logging.getLogger(__name__)
+
 STAGES = ("manifest", "features", "search", "fit", "evaluate", "register")
 """The stages, in the order of the data."""
 
@@ -38,6 +40,9 @@ IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 INTERRUPTED = 130
 """Exit status of a command that was ended with Ctrl-C."""
+
+RAY_STARTS = 3
+"""How often a Ray of this machine is started before it is given up."""
 
 GRACE_S = 5.0
 """Seconds from Ctrl-C until a stage that has not ended is ended."""
@@ -93,9 +98,8 @@ def connect_ray() -> None:
     One that it starts listens on the loopback address alone.
 
     Raises:
-        SprueError: If nothing answers at that address.
+        SprueError: If nothing answers at that address, or Ray does not start here.
     """
-    import ray
     from ray._private import ray_constants
 
     # gRPC warns of every fork beside its threads, which is harmless here.
@@ -122,9 +126,29 @@ def connect_ray() -> None:
         # A local machine is not preempted, and the watcher is one more process for each run of Ray Train.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
-        ray.init(**settings)
+        init_ray(**settings)
     except ConnectionError as error:
         raise SprueError(f"there is no Ray cluster at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: {error}") from error
+
+
+def init_ray(**settings: Any) -> None:
+    """Calls `ray.init`, several times where a busy machine does not start Ray in the 30 s that it gives itself.
+
+    Raises:
+        SprueError: If it still has not started.
+    """
+    import ray
+
+    for _ in range(RAY_STARTS):
+        try:
+            ray.init(**settings)
+            return
+        except Exception as error:  # Ray's has no class of its own
+            if "timed out during startup" not in str(error):
+                raise
+            logger.warning("Ray has not started in its 30 s: this machine is busy; once more")
+            ray.shutdown()
+    raise SprueError(f"Ray has not started in {RAY_STARTS} attempts of 30 s: this machine is busy; see /tmp/ray")
 
 
 def run_stage(stage: str, arguments: Sequence[str] | None = None) -> None:

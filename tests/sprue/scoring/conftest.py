@@ -21,6 +21,7 @@ from sprue.inference.detector import Detector, Predictions, SampleImages, score_
 from sprue.inference.engines import Engine, build_engine
 from sprue.inference.images import model_input
 from sprue.inference.spec import FeatureSpec
+from sprue.stages.runtime import init_ray
 from sprue.tracking.backbones import log_backbone
 from sprue.tracking.registry import (
     CHAMPION,
@@ -98,7 +99,7 @@ def cluster(s3_server: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        init_ray(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
 

@@ -41,6 +41,7 @@ from sprue.serving.decision_log import DecisionLogSettings
 from sprue.serving.keys import add_key
 from sprue.serving.launch import ServeSettings, serve_champions, stop_serving
 from sprue.serving.parsing import ServiceLimits
+from sprue.stages.runtime import init_ray
 from sprue.store import location
 from sprue.tracking import registry
 from sprue.tracking.backbones import log_backbone
@@ -220,8 +221,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
         mlflow.set_registry_uri(f"sqlite:///{folder / 'mlflow.db'}")
         # Metrics every second, so that no test waits for them.
-        often = {"metrics_report_interval_ms": 1000}
-        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, _system_config=often)
+        often = {"enable_metrics_collection": True, "metrics_report_interval_ms": 1000}
+        init_ray(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, _system_config=often)
         yield folder
         ray.shutdown()
         mlflow.set_tracking_uri(before)

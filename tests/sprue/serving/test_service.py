@@ -326,7 +326,7 @@ def test_connections_without_a_body_disturb_nobody(plant: Any) -> None:
         assert plant.client.get("/livez").json() == {"status": "alive"}
         assert plant.client.get("/readyz").json()["status"] == "ready"
         for each in idle:
-            each.settimeout(30)
+            each.settimeout(60)
             received = b"".join(iter(partial(each.recv, 2**16), b""))  # until the service closes the connection
             assert received.startswith(b"HTTP/1.1 408 ") and b'"code":"slow_body"' in received
 

@@ -8,13 +8,14 @@ import ray
 
 from sprue.errors import SprueError
 from sprue.stages.class_tasks import AHEAD, MANY, Done, for_each_class
+from sprue.stages.runtime import init_ray
 
 logger = logging.getLogger("sprue.test")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    init_ray(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

@@ -25,7 +25,7 @@ from sprue.release.aliases import version_for_alias
 from sprue.stages import evaluate, manifest, register, search
 from sprue.stages.class_tasks import MANY
 from sprue.stages.failures import read_failures
-from sprue.stages.runtime import read_context
+from sprue.stages.runtime import init_ray, read_context
 from sprue.store import write_bytes
 from sprue.training.plan import read_plans
 from sprue.training.record import FitRecord
@@ -116,7 +116,7 @@ def test_many_classes_are_evaluated_and_registered_in_tasks(tmp_path, server, ca
     write_fits(context)
     (context.folder / "fits" / CLASSES[3] / "fit.json").unlink()
     done = [name for name in CLASSES if name != CLASSES[3]]
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    init_ray(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         evaluate.main(context)
         assert set(read_failures(context.folder, "evaluate")) == {CLASSES[3]}

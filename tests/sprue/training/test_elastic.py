@@ -26,9 +26,7 @@ class Nodes(Cluster):
 
 @pytest.fixture
 def nodes():
-    # A driver whose metrics have lost their way with a node may die of SIGSEGV when it leaves Ray.
-    settings = {"enable_metrics_collection": False}
-    cluster = Nodes(initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": settings})
+    cluster = Nodes(initialize_head=True, head_node_args={"num_cpus": 1})
     ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
     yield cluster
     ray.shutdown()

@@ -6,6 +6,7 @@ import time
 import pytest
 import ray
 
+from sprue.stages.runtime import init_ray
 from sprue.training.loop import Epoch
 from sprue.training.metrics import FitMetrics
 
@@ -15,8 +16,8 @@ ON_GPUS = "GPU: utilization, and memory in MB"
 @pytest.fixture(scope="module")
 def cluster():
     """Ray with metrics each second, so that no test waits for them."""
-    often = {"metrics_report_interval_ms": 1000}
-    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, _system_config=often)
+    often = {"enable_metrics_collection": True, "metrics_report_interval_ms": 1000}
+    init_ray(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, _system_config=often)
     yield
     ray.shutdown()
 
