@@ -7,11 +7,12 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import ray
 
 from sprue.errors import SprueError
 from sprue.features.spec_file import write_spec
 from sprue.inference.spec import FeatureSpec
-from sprue.stages.runtime import INTERRUPTED, read_context
+from sprue.stages.runtime import INTERRUPTED, RAY_STARTS, init_ray, read_context
 
 ROOT = Path(__file__).parents[3]
 PYTHONPATH = {"PYTHONPATH": f"{ROOT}/platform:{ROOT}/models"}
@@ -114,3 +115,24 @@ def test_a_local_ray_listens_on_the_loopback_alone(environment):
     count, *addresses = done.stdout.split()
     assert int(count) > 5, done.stderr
     assert addresses == ["127.0.0.1"]
+
+
+@pytest.mark.parametrize("failures", [RAY_STARTS - 1, RAY_STARTS])
+def test_a_ray_that_is_too_slow_is_started_again(failures, monkeypatch):
+    """What Ray raises then can't be brought about at will."""
+    left = [Exception("The current node timed out during startup. This could happen because")] * failures
+
+    def init(**settings):
+        assert settings == {"num_cpus": 1}
+        if left:
+            raise left.pop()
+
+    monkeypatch.setattr(ray, "init", init)
+    if failures < RAY_STARTS:
+        init_ray(num_cpus=1)
+    else:
+        with pytest.raises(SprueError, match="Ray has not started in 3 attempts of 30 s: this machine is busy"):
+            init_ray(num_cpus=1)
+    left = [ValueError("num_cpus")]
+    with pytest.raises(ValueError, match="num_cpus"):
+        init_ray(num_cpus=1)
