@@ -36,8 +36,12 @@ REJOIN_S = 5.0
 """How long a coordinator that replaces another waits for a replica that tells it what is served, and then for all of
 them, before it agrees on anything new."""
 
+FIRST_S = 900.0
+"""How long the coordinator waits for its first replica: Ray Serve tries several times to start one, which is slow on a
+busy machine."""
+
 IDLE_S = 60.0
-"""The coordinator ends after as long without a replica."""
+"""The coordinator ends after as long without a replica, once there were any."""
 
 MLFLOW_TIMEOUT_S, MLFLOW_RETRIES = 30, 2
 """Of each of MLflow's requests. By default it tries a server that is down for 4 minutes, and one that never answers for
@@ -168,8 +172,8 @@ class Coordinator:
 
     async def run(self) -> None:
         """Follows the registry until there are no replicas any longer."""
-        last_heard = looked = time.monotonic()
-        while time.monotonic() < last_heard + IDLE_S:
+        looked, ends = time.monotonic(), time.monotonic() + FIRST_S
+        while time.monotonic() < ends:
             if not self._joined.is_set():
                 await asyncio.sleep(TICK_S)
                 continue
@@ -182,7 +186,7 @@ class Coordinator:
                 looked = time.monotonic()
             await self._decide()
             if self.agreement.followers:
-                last_heard = time.monotonic()
+                ends = time.monotonic() + IDLE_S
 
     async def _look(self) -> None:
         try:

@@ -6,6 +6,8 @@ import time
 import uuid
 from typing import Any
 
+from ray.exceptions import RayActorError
+
 from sprue.errors import SprueError
 from sprue.serving.champions import Champions
 from sprue.serving.coordinator import POLL_S, CoordinatorSettings, News, find_coordinator
@@ -53,7 +55,10 @@ class Follower:
             SprueError: If the registry can't be read, or has no champions and may not be empty; and as
                 `sprue.serving.champions.Champions.start`.
         """
-        news = await self._join(replaces=False)
+        try:
+            news = await self._join(replaces=False)
+        except RayActorError:  # it has died since it was found
+            news = await self._join(replaces=True)
         if not news.entries and not (allow_empty and news.registry_read):
             raise SprueError(news.registry_error)
         self._models.begin(news.entries)
