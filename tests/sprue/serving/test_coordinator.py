@@ -107,7 +107,7 @@ def test_one_that_replaces_another_is_told_what_is_served(model):
 
 def test_it_ends_when_there_are_no_replicas(model, monkeypatch):
     monkeypatch.setattr(coordinator, "IDLE_S", 0.5)
-    monkeypatch.setattr(agreement, "LEASE_S", 0.5)
+    monkeypatch.setattr(agreement, "LEASE_S", 2.0)
 
     async def run():
         found = Coordinator(refresh_s=3600)
