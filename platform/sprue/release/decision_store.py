@@ -201,12 +201,16 @@ class DecisionStore:
             for batch in (rows if kept else rows.slice(0, limit)).to_batches(max_chunksize=limit):
                 yield from map(_decision, batch.to_pylist())
 
-    def of_version(self, model_name: str, version: int) -> pa.Table:
-        """The rows of all decisions of a model's version, in no order."""
+    def days(self) -> list[date]:
+        """The days that have decisions, oldest first."""
+        return [day for day, _ in _days(self.folder / "rows")]
+
+    def of_version(self, day: date, model_name: str, version: int, columns: Sequence[str]) -> list[dict[str, Any]]:
+        """Some columns of a day's decisions of a model's version, in no order."""
         dataset, _, class_name = model_name.partition(".")
         filters = [("dataset", "=", dataset), ("class_name", "=", class_name), ("version", "=", version)]
-        parts = [part for _, folder in _days(self.folder / "rows") for part in folder.glob("*.parquet")]
-        return pa.concat_tables([SCHEMA.empty_table(), *(_rows_of(part, filters) for part in parts)])
+        parts = self._rows(day).glob("*.parquet")
+        return [row for part in parts for row in _rows_of(part, filters).select(columns).to_pylist()]
 
     def count_alarms(self, first: date) -> dict[tuple[str, int], tuple[int, int]]:
         """Samples and alarms of each model's versions since a day, by model name and version."""
@@ -259,6 +263,10 @@ class DecisionStore:
 
     def _rows(self, day: date) -> UPath:
         return self.folder / "rows" / f"date={day}"
+
+    def image_path(self, at: datetime, digest: str) -> UPath:
+        """Where an image of a decision that was made at a time is, if it was kept."""
+        return self._images(at) / digest
 
     def _images(self, at: datetime) -> UPath:
         return self.folder / "images" / f"date={at:%Y-%m-%d}" / f"hour={at:%H}"

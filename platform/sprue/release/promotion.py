@@ -39,7 +39,8 @@ class Rules:
     """What a challenger must satisfy.
 
     Attributes:
-        margin: The 95 % interval of its AUROC less the champion's must not reach below minus this.
+        margin: The 95 % interval of its AUROC less the champion's must not reach below minus this; of live samples, it
+            must not call more of this fraction anomalous than the champion does.
         significance: So many false alarms must be at least this likely under its guarantee.
         latency_s: Median seconds a sample on the machine that decides.
     """
@@ -95,10 +96,11 @@ class PromotionReport:
                 f"it called {self.alarms} of {self.good} good samples anomalous, which alpha {self.alpha:.1%} "
                 f"makes {self.chance:.2%} likely: calibrate it on images like these"
             )
-        if self.shadowing and self.shadowing.chance < rules.significance:
+        live = self.shadowing
+        if live and live.chance < rules.significance and live.excess > rules.margin:
             found.append(
-                f"{self.shadowing}: it alarms more often. Review what it alone calls anomalous; if these are defects, "
-                "promote it with --force"
+                f"{live}: it alarms more often. Look at the images that it alone calls anomalous, such as "
+                f"{', '.join(live.alarms[:3])}; if these are defects, promote it with --force"
             )
         if not self.latency_s <= rules.latency_s:
             found.append(f"it takes {self.latency_s:.2f} s a sample here; {rules.latency_s:.2f} s are allowed")

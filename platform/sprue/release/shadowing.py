@@ -1,9 +1,8 @@
 """What a challenger has said of live samples, held against the champion's answers; `sprue serve --shadow` keeps it."""
 
+from collections import Counter
 from dataclasses import dataclass
 
-import pyarrow as pa
-import pyarrow.compute as pc
 from scipy.stats import binomtest
 from upath import UPath
 
@@ -12,6 +11,9 @@ from sprue.release.decision_store import DecisionStore
 
 FOLDER = "sprue-shadow"
 """Of the store; a dataset can't have this name."""
+
+SHOWN = 20
+"""Images that are named."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,20 @@ class Shadowing:
         both: How many both called anomalous.
         challenger_alone: How many the challenger alone did.
         champion_alone: How many the champion alone did.
+        alarms: Images that the challenger alone called anomalous: where they are kept, the newest first, at most
+            `SHOWN`.
     """
 
     samples: int
     both: int
     challenger_alone: int
     champion_alone: int
+    alarms: tuple[str, ...] = ()
+
+    @property
+    def excess(self) -> float:
+        """By how much of the samples more the challenger alarms."""
+        return (self.challenger_alone - self.champion_alone) / self.samples
 
     @property
     def chance(self) -> float:
@@ -51,7 +61,8 @@ class Shadowing:
 
     def metrics(self) -> dict[str, float]:
         """The same as numbers."""
-        return {f"shadow_{name}": float(value) for name, value in vars(self).items()}
+        names = ("samples", "both", "challenger_alone", "champion_alone")
+        return {f"shadow_{name}": float(getattr(self, name)) for name in names}
 
 
 def read_shadowing(store: UPath, model_name: str, challenger: int, champion: int) -> Shadowing | None:
@@ -60,16 +71,21 @@ def read_shadowing(store: UPath, model_name: str, challenger: int, champion: int
     Raises:
         SprueError: If a part of the decisions is damaged.
     """
-    key = ["request_id", "at"]
-    challengers = DecisionStore(store / FOLDER).of_version(model_name, challenger).select([*key, "is_anomalous"])
-    if not challengers.num_rows:
+    shadows, decisions = DecisionStore(store / FOLDER), DecisionStore(store / DECISIONS)
+    counts: Counter[tuple[bool, bool]] = Counter()
+    alarms: list[str] = []
+    for day in reversed(shadows.days()):
+        key = ["request_id", "at", "is_anomalous"]
+        answers = {(row["request_id"], row["at"]): row["is_anomalous"]
+                   for row in decisions.of_version(day, model_name, champion, key)}  # fmt: skip
+        rows = shadows.of_version(day, model_name, challenger, [*key, "images"])
+        for row in sorted(rows, key=lambda each: each["at"], reverse=True):
+            answer = answers.get((row["request_id"], row["at"]))
+            if answer is None:
+                continue
+            counts[row["is_anomalous"], answer] += 1
+            if row["is_anomalous"] and not answer and len(alarms) < SHOWN:
+                alarms.append(str(shadows.image_path(row["at"], row["images"][0])))
+    if not counts:
         return None
-    champions = DecisionStore(store / DECISIONS).of_version(model_name, champion).select([*key, "is_anomalous"])
-    rows = challengers.join(champions, key, join_type="inner", right_suffix="_champion")
-    mine, theirs = rows["is_anomalous"], rows["is_anomalous_champion"]
-
-    def count(mask: pa.ChunkedArray) -> int:
-        return int(pc.sum(mask).as_py() or 0)
-
-    both = count(pc.and_(mine, theirs))
-    return Shadowing(rows.num_rows, both, count(mine) - both, count(theirs) - both) if rows.num_rows else None
+    return Shadowing(counts.total(), counts[True, True], counts[True, False], counts[False, True], tuple(alarms))

@@ -103,6 +103,7 @@ class ScoringService:
 
     async def __init__(self, config: ServiceConfig) -> None:  # type: ignore[misc]
         """Loads the champions that are agreed on; raises as `sprue.serving.follower.Follower.start`."""
+        self.decisions = self.shadow = None
         listen_on_node_address()
         self.config = config
         self.decisions = DecisionLog(config.decisions) if config.decisions else None
@@ -127,13 +128,13 @@ class ScoringService:
         if not (config.shadow and config.decisions):
             return None
         settings = ShadowSettings(config.shadow, config.decisions, config.cache.max_bytes, config.limits.max_pixels)
-        return Shadow(settings, self.models.loader, self.batcher, lambda: self.admission.queued > 0)
+        return Shadow(settings, self.models.loader, lambda: self.admission.queued > 0)
 
     def __del__(self) -> None:
         """Ray Serve calls this when the last request is answered, before it ends the replica."""
-        for each in (self.decisions, self.shadow.log if self.shadow else None):
-            if each:
-                each.close(CLOSE_S)
+        logs = [each for each in (self.decisions, self.shadow and self.shadow.log) if each]
+        for log in logs:
+            log.close(CLOSE_S / len(logs))
 
     async def _report_state(self) -> None:
         failure = ""

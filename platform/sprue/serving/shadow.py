@@ -13,20 +13,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-from numpy.typing import NDArray
-
 from sprue.errors import SprueError
 from sprue.inference.detector import Predictions
 from sprue.release.decision_store import Decision
 from sprue.release.shadowing import FOLDER
 from sprue.serving import responses
 from sprue.serving.agreement import Entry
-from sprue.serving.batching import Batcher
 from sprue.serving.decision_log import DecisionLog, DecisionLogSettings
 from sprue.serving.loading import Loader
 from sprue.serving.metrics import SHADOWED
-from sprue.serving.model_cache import ModelCache, ServedModel
+from sprue.serving.model_cache import ModelCache, ServedModel, score_together
 from sprue.serving.parsing import decode_inputs
 from sprue.store import location
 from sprue.tracking.digests import file_digests
@@ -39,7 +35,10 @@ WAITING = 4
 """Samples that wait for their turn, with their images; more are skipped."""
 
 PATIENCE_S = 10.0
-"""How long a sample waits for a moment without requests; then it is skipped."""
+"""How long a sample waits for its turn, and for a moment without requests; then it is skipped."""
+
+SHARE = 0.25
+"""Of the memory for loaded champions, and of the space for kept images, that challengers get besides."""
 
 LOOK_S = 0.02
 """Seconds between two looks for such a moment."""
@@ -55,7 +54,7 @@ class ShadowSettings:
     Attributes:
         fraction: Of the samples of classes that have a challenger.
         decisions: Where champions' decisions are kept; those of challengers are kept beside them.
-        max_bytes: Memory of the challengers that are loaded.
+        max_bytes: Memory of the champions that are loaded.
         max_pixels: As of `sprue.serving.parsing.ServiceLimits`.
     """
 
@@ -72,7 +71,6 @@ class Shadow:
         self,
         settings: ShadowSettings,
         loader: Loader,
-        batcher: Batcher[tuple[ServedModel, NDArray[np.uint8]], Predictions],
         is_busy: Callable[[], bool],
     ) -> None:
         """Starts without a challenger.
@@ -80,16 +78,16 @@ class Shadow:
         Args:
             settings: What is scored.
             loader: The replica's, so that challengers share the champions' engines.
-            batcher: The replica's, which scores one batch at a time.
             is_busy: Whether requests wait.
         """
-        self._settings, self._loader, self._batcher, self._is_busy = settings, loader, batcher, is_busy
+        self._settings, self._loader, self._is_busy = settings, loader, is_busy
         folder = str(location(settings.decisions.folder).parent / FOLDER)
-        self.log = DecisionLog(replace(settings.decisions, folder=folder, sample=0.0))
+        image_bytes = int(SHARE * settings.decisions.image_bytes)
+        self.log = DecisionLog(replace(settings.decisions, folder=folder, image_bytes=image_bytes, sample=0.0))
         """The challengers' decisions, on their way to the store."""
         self._challengers: dict[str, RegisteredDetector] = {}
-        self._cache = ModelCache(settings.max_bytes)
-        self._loading = asyncio.Lock()
+        self._cache = ModelCache(int(SHARE * settings.max_bytes))
+        self._turn = asyncio.Lock()
         self._retry_at: dict[RegisteredDetector, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._chosen = random.Random()
@@ -123,12 +121,21 @@ class Shadow:
         self, challenger: RegisteredDetector, decision: Decision, views: tuple[str, ...], images: Sequence[bytes]
     ) -> None:
         try:
+            async with asyncio.timeout(PATIENCE_S):
+                await self._turn.acquire()
+        except TimeoutError:
+            _count(challenger, "skipped")
+            return
+        try:
             outcome = await self._compare(challenger, decision, views, images)
-        except Exception as error:  # one sample's, or one challenger's; champions go on
-            expected = isinstance(error, SprueError)
-            logger.error("%s does not shadow the champion: %s", challenger, error, exc_info=not expected)
+        except Exception as error:  # one challenger's; champions go on
+            logger.error(
+                "%s does not shadow the champion: %s", challenger, error, exc_info=not isinstance(error, SprueError)
+            )
             self._retry_at[challenger] = time.monotonic() + RETRY_S
             outcome = "failed"
+        finally:
+            self._turn.release()
         _count(challenger, outcome)
 
     async def _compare(
@@ -136,36 +143,44 @@ class Shadow:
     ) -> str:
         if self._retry_at.get(challenger, 0.0) > time.monotonic():
             return "failed"
+        if not await self._is_quiet():
+            return "skipped"
         served = await self._load(challenger)
         if served.detector.views != views:
             raise SprueError(f"its views are {', '.join(served.detector.views)}, the champion's {', '.join(views)}")
         side = served.detector.spec.input_size
         inputs_VSS3 = await asyncio.to_thread(decode_inputs, images, self._settings.max_pixels, side)
-        patient_until = time.monotonic() + PATIENCE_S
-        while self._is_busy():
-            if time.monotonic() > patient_until:
-                return "skipped"
-            await asyncio.sleep(LOOK_S)
+        if not await self._is_quiet():
+            return "skipped"
         started = time.perf_counter()
-        predictions, batch = await self._batcher((served, inputs_VSS3))
-        self.log.add(_decision(decision, served, predictions, time.perf_counter() - started, batch), images)
+        # Not in the requests' batches: they would wait for it, and fail with it.
+        (predictions,) = await asyncio.to_thread(score_together, [(served, inputs_VSS3)])
+        self.log.add(_decision(decision, served, predictions, time.perf_counter() - started), images)
         is_anomalous = bool(predictions.is_anomalous_B[0])
         if is_anomalous == decision.is_anomalous:
             return "same"
         return "challenger_alarms" if is_anomalous else "champion_alarms"
 
+    async def _is_quiet(self) -> bool:
+        """Waits for a moment without requests; False if there is none."""
+        patient_until = time.monotonic() + PATIENCE_S
+        while self._is_busy():
+            if time.monotonic() > patient_until:
+                return False
+            await asyncio.sleep(LOOK_S)
+        return True
+
     async def _load(self, challenger: RegisteredDetector) -> ServedModel:
-        async with self._loading:
-            served = self._cache.use(challenger.model_name)
-            if served is None or served.champion != challenger:
-                served = await asyncio.to_thread(self._loader, challenger)
-                self._cache.put(served, is_used=True)
-            return served
+        served = self._cache.use(challenger.model_name)
+        if served is None or served.champion != challenger:
+            served = await asyncio.to_thread(self._loader, challenger)
+            self._cache.put(served, is_used=True)
+            if challenger.model_name not in self._cache:
+                raise SprueError("there is no memory for its flow; serve with a larger --cache-gb")
+        return served
 
 
-def _decision(
-    champions: Decision, served: ServedModel, predictions: Predictions, seconds: float, batch: int
-) -> Decision:
+def _decision(champions: Decision, served: ServedModel, predictions: Predictions, seconds: float) -> Decision:
     """What a challenger decides where a champion has decided."""
     score = responses.score(served, predictions)
     return replace(
@@ -179,7 +194,7 @@ def _decision(
         threshold=score.threshold,
         is_anomalous=score.is_anomalous,
         latency_s=seconds,
-        batch=batch,
+        batch=1,
     )
 
 

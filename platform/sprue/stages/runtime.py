@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -147,8 +148,17 @@ def init_ray(**settings: Any) -> None:
             if "timed out during startup" not in str(error):
                 raise
             logger.warning("Ray has not started in its 30 s: this machine is busy; once more")
-            ray.shutdown()
+            _end_half_started(error)
     raise SprueError(f"Ray has not started in {RAY_STARTS} attempts of 30 s: this machine is busy; see /tmp/ray")
+
+
+def _end_half_started(error: Exception) -> None:
+    """Ends the processes of the node in whose making Ray failed, of which only the traceback knows."""
+    from ray._private.node import Node
+
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if isinstance(node := frame.f_locals.get("self"), Node):
+            node.kill_all_processes(check_alive=False, allow_graceful=False)
 
 
 def run_stage(stage: str, arguments: Sequence[str] | None = None) -> None:

@@ -55,7 +55,11 @@ def store(tmp_path):
 
 
 def test_samples_that_both_have_decided_about_are_counted(store):
-    assert read_shadowing(store, "textures.brick", 2, 1) == Shadowing(6, both=1, challenger_alone=3, champion_alone=1)
+    found = read_shadowing(store, "textures.brick", 2, 1)
+    assert replace(found, alarms=()) == Shadowing(6, both=1, challenger_alone=3, champion_alone=1)
+    assert found.excess == 2 / 6
+    hours = [each.rpartition("/")[0].partition("images/")[2] for each in found.alarms]
+    assert hours == ["date=2026-11-30/hour=00"] * 2 + ["date=2026-11-29/hour=23"]
     assert read_shadowing(store, "textures.brick", 2, 3) == Shadowing(1, both=0, challenger_alone=0, champion_alone=1)
     assert read_shadowing(store, "textures.grass", 2, 1) == Shadowing(1, both=0, challenger_alone=0, champion_alone=1)
 

@@ -161,7 +161,8 @@ def test_a_challenger_scores_what_the_champion_has_answered(pair):
         assert answer.json()["model"]["version"] == champion
         time.sleep(0.3)
     shadow = DecisionStore(store / FOLDER)
-    rows = shadow.of_version(name, challenger).to_pylist()
+    columns = ["request_id", "score", "threshold", "is_anomalous", "kept"]
+    rows = [row for day in shadow.days() for row in shadow.of_version(day, name, challenger, columns)]
     for row in rows:
         answer = answers[row["request_id"]]
         assert row["score"] == pytest.approx(answer["score"], rel=1e-5)  # a batch's size changes the last digits
@@ -172,7 +173,9 @@ def test_a_challenger_scores_what_the_champion_has_answered(pair):
     mine = {row["request_id"] for row in rows if row["is_anomalous"]}
     theirs = {id for id, answer in answers.items() if answer["is_anomalous"]} & {row["request_id"] for row in rows}
     expected = Shadowing(len(rows), len(mine & theirs), len(mine - theirs), len(theirs - mine))
-    assert read_shadowing(store, name, challenger, champion) == expected
+    found = read_shadowing(store, name, challenger, champion)
+    assert replace(found, alarms=()) == expected
+    assert found.alarms and all(location(each).is_file() for each in found.alarms)
     assert expected.challenger_alone > 0 and expected.champion_alone == 0
     mlflow.MlflowClient().delete_registered_model_alias(name, registry.CHALLENGER)
 
