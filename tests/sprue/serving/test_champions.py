@@ -506,6 +506,7 @@ def test_a_candidate_takes_no_memory_of_its_own_for_long(plant):
             plant.release(f"textures.{name}", seed=1)
         await refreshed(champions)
         for name in NAMES:
+            await until_version(champions, name, 2)
             assert (await champions.load(champions.find(name))).champion.version == 2
         assert champions.bytes == size and champions._prepared.bytes == 0
 
