@@ -19,13 +19,12 @@ from sprue.release.decision_store import Decision
 from sprue.release.shadowing import FOLDER
 from sprue.serving import responses
 from sprue.serving.agreement import Entry
-from sprue.serving.decision_log import DecisionLog, DecisionLogSettings
+from sprue.serving.decision_log import DecisionLog, DecisionLogSettings, decision_of
 from sprue.serving.loading import Loader
 from sprue.serving.metrics import SHADOWED
 from sprue.serving.model_cache import ModelCache, ServedModel, score_together
 from sprue.serving.parsing import decode_inputs
 from sprue.store import location
-from sprue.tracking.digests import file_digests
 from sprue.tracking.names import label
 from sprue.tracking.registry import RegisteredDetector
 
@@ -182,20 +181,9 @@ class Shadow:
 
 def _decision(champions: Decision, served: ServedModel, predictions: Predictions, seconds: float) -> Decision:
     """What a challenger decides where a champion has decided."""
+    headers = {"x-request-id": champions.request_id, "x-station": champions.station}
     score = responses.score(served, predictions)
-    return replace(
-        champions,
-        version=score.model.version,
-        files=file_digests(served.champion.tags),
-        engine=served.engine.name,
-        score=score.score,
-        p_value=score.p_value,
-        alpha=score.alpha,
-        threshold=score.threshold,
-        is_anomalous=score.is_anomalous,
-        latency_s=seconds,
-        batch=1,
-    )
+    return replace(decision_of(served, score, headers, seconds, 1, champions.images), at=champions.at)
 
 
 def _count(challenger: RegisteredDetector, outcome: str) -> None:

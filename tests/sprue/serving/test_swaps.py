@@ -19,7 +19,7 @@ from sprue.release.decision_store import FOLDER as DECISIONS
 from sprue.release.decision_store import DecisionStore
 from sprue.release.shadowing import FOLDER, Shadowing, read_shadowing
 from sprue.serving.coordinator import NAME, NAMESPACE
-from sprue.serving.decision_log import DecisionLogSettings
+from sprue.serving.decision_log import FLUSH_S, DecisionLogSettings
 from sprue.serving.launch import ServeSettings, serve_champions, stop_serving
 from sprue.store import location
 from sprue.tracking import registry
@@ -160,6 +160,11 @@ def test_a_challenger_scores_what_the_champion_has_answered(pair):
         answers[answer.headers["x-request-id"]] = answer.json()
         assert answer.json()["model"]["version"] == champion
         time.sleep(0.3)
+    before = None
+    while found != before:  # until the last rows are in the store
+        before = found
+        time.sleep(FLUSH_S + 1)
+        found = read_shadowing(store, name, challenger, champion)
     shadow = DecisionStore(store / FOLDER)
     columns = ["request_id", "score", "threshold", "is_anomalous", "kept"]
     rows = [row for day in shadow.days() for row in shadow.of_version(day, name, challenger, columns)]
@@ -173,7 +178,6 @@ def test_a_challenger_scores_what_the_champion_has_answered(pair):
     mine = {row["request_id"] for row in rows if row["is_anomalous"]}
     theirs = {id for id, answer in answers.items() if answer["is_anomalous"]} & {row["request_id"] for row in rows}
     expected = Shadowing(len(rows), len(mine & theirs), len(mine - theirs), len(theirs - mine))
-    found = read_shadowing(store, name, challenger, champion)
     assert replace(found, alarms=()) == expected
     assert found.alarms and all(location(each).is_file() for each in found.alarms)
     assert expected.challenger_alone > 0 and expected.champion_alone == 0
