@@ -3,7 +3,7 @@
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -65,20 +65,23 @@ class Plant:
     register: Callable[[str], int]
 
 
-@pytest.fixture(scope="package")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plant]:
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Plant:
     """The store that tests copy, or do not change."""
     folder = tmp_path_factory.mktemp("made")
     store, threads = location(str(folder / "störe 1")), torch.get_num_threads()
     uris = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        patch.chdir(folder)
-        connect(store)
-        yield _fill(store, folder)
-    torch.set_num_threads(threads)
-    mlflow.set_tracking_uri(uris[0])
-    mlflow.set_registry_uri(uris[1])
+    # All that is the process's own is set back at once: tests of other folders run in it as well.
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+            patch.chdir(folder)
+            connect(store)
+            return _fill(store, folder)
+    finally:
+        torch.set_num_threads(threads)
+        mlflow.set_tracking_uri(uris[0])
+        mlflow.set_registry_uri(uris[1])
 
 
 def _fill(store: UPath, folder: Path) -> Plant:
