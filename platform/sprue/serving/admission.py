@@ -6,7 +6,6 @@ bodies; there is still a place in the queue. Nothing waits for a gate.
 """
 
 import asyncio
-import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,11 +15,9 @@ from starlette.requests import ClientDisconnect
 
 from sprue.inference.detector import BATCH
 from sprue.serving.errors import BUSY, ApiError
+from sprue.serving.turns import Turns
 
 TIMEOUT_HEADER = "X-Request-Timeout-Ms"
-MAX_RETRY_AFTER_S = 15.0
-"""Clients that come back too early take turns that they don't use; more of them would let others wait in vain."""
-
 LENGTHEN, SHORTEN = 0.1, 0.9
 """Places that an answer adds to the queue, and the factor for a client that leaves: where one in 20 or so leaves, the
 queue is as long as they bear."""
@@ -59,7 +56,7 @@ class Admission:
         self.places = float(limits.max_queued)
         """Length of the queue at present: where clients leave before they are answered, it is too long for them."""
         self._seconds_per_sample = seconds_per_sample
-        self._next_turn = 0.0
+        self._turns = Turns()
 
     @asynccontextmanager
     async def admit(self, headers: Mapping[str, str], scored: bool = True) -> AsyncIterator["Admitted"]:
@@ -119,14 +116,9 @@ class Admission:
             raise self.refusal(BUSY, f"{self.queued} requests are waiting to be scored")
 
     def refusal(self, code: str, reason: str) -> ApiError:
-        """A refusal whose Retry-After is the client's turn behind those queued and those refused before it.
-
-        So clients that keep to it come back one by one, at the pace of scoring, rather than all at once.
-        """
-        now, pace_s = asyncio.get_running_loop().time(), self._seconds_per_sample()
-        turn = max(now + self.queued * pace_s, self._next_turn) + pace_s
-        self._next_turn = min(turn, now + MAX_RETRY_AFTER_S)
-        retry_s = max(1, math.ceil(self._next_turn - now))
+        """A refusal whose Retry-After is the client's turn behind those queued and those refused before it."""
+        now = asyncio.get_running_loop().time()
+        retry_s = self._turns.retry_s(now, self.queued, self._seconds_per_sample())
         message = f"{reason}; try again in {retry_s} s"
         return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, code, message, {"Retry-After": str(retry_s)})
 

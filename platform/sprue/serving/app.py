@@ -174,6 +174,7 @@ class ScoringService:
         self.keys.require(credentials, "score", *(() if record else ("review",)))
         champion = self.models.find(name)
         async with self.admission.admit(request.headers) as admitted:
+            metrics.CACHE.inc(1, {"outcome": "hit" if self.models.is_loaded(champion) else "miss"})
             views = (await self.models.load(champion)).detector.views
             timer.end("load")
             responses.require_view(champion, views, view)

@@ -245,6 +245,10 @@ class Champions:
             retry = {"Retry-After": str(max(1, math.ceil(found.retry_at - time.monotonic())))}
             raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "class_unavailable", message, retry)
 
+    def is_loaded(self, champion: RegisteredDetector) -> bool:
+        """Whether a class can be scored at once."""
+        return champion.model_name in self._cache
+
     def _current(self, champion: RegisteredDetector) -> RegisteredDetector:
         """What is served in the place of a champion now."""
         self._switch()

@@ -33,6 +33,7 @@ PHASES = Histogram("sprue_phase_seconds", "Seconds of a request's phases, and of
 BATCHES = Histogram("sprue_batch_samples", "Samples that are scored together", [1, 2, 4, 8, 16], ())
 QUEUED = Gauge("sprue_queued", "Requests that wait for their score or have it and are not answered yet", ())
 READING = Gauge("sprue_reading", "Requests whose body is being read", ())
+CACHE = Counter("sprue_model_cache", "Requests whose class was loaded (hit), or had to be (miss)", ("outcome",))
 DECISIONS = Counter("sprue_decisions", "Samples that were scored", ("model", "version", "decision"))
 SHADOWED = Counter(
     "sprue_shadowed",

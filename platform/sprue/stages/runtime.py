@@ -110,6 +110,8 @@ def connect_ray() -> None:
         os.environ.setdefault(name, value)
     # On a busy machine the proxy of Ray Serve needs more than the default of five seconds.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+    # One that dies is replaced as soon as this is noticed.
+    os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
     # Its errors, too, are to be JSON.
     os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "sprue.serving.proxy:middlewares")
     # Ray Train's controller polls every two seconds by default.

@@ -1,107 +1,208 @@
-"""What the proxy refuses by itself, and what is none of its business."""
+"""What the proxy refuses by itself, and what it learns from the replicas."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from starlette.testclient import TestClient
 
 from sprue.serving import shedding
 from sprue.serving.errors import error_response
 from sprue.serving.shedding import Shedding
 
-
-def test_a_connection_that_comes_back_too_early_reaches_no_replica() -> None:
-    asked: list[str] = []
-    now = 100.0
-    code = "overloaded"
-
-    async def replica(scope: Any, receive: Any, send: Any) -> None:
-        asked.append(scope["path"])
-        await error_response(503, code, "words", {"Retry-After": "3"})(scope, receive, send)
-
-    app = Shedding(replica, lambda: now)
-
-    def answer(port: int, path: str = "/v1/classes/brick/score", **headers: str) -> str:
-        """Retry-After of the answer, and "early" where no replica was asked for it."""
-        before = len(asked)
-        response = TestClient(app, client=("10.0.0.7", port)).post(path, headers=headers)
-        assert (response.status_code, response.json()["error"]["code"]) == (503, code)
-        return response.headers["retry-after"] + ("" if len(asked) > before else " early")
-
-    assert [answer(1), answer(1), answer(2)] == ["3", "3 early", "3"]
-    now += 2.5
-    assert answer(1) == "1 early"
-    # Other requests, and connections of many clients, are none of its business.
-    assert answer(1, "/v1/classes") == "3"
-    assert answer(1, **{"X-Forwarded-For": "10.0.0.8"}) == "3"
-    now += 0.5
-    assert [answer(1), answer(1)] == ["3", "3 early"]
-    # Of other errors it learns nothing: another class may be there.
-    code = "class_unavailable"
-    assert [answer(3), answer(3)] == ["3", "3"]
+PATH = "/v1/classes/brick/score"
 
 
-def test_connections_are_remembered_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shedding, "MAX_TURNS", 10)
-    app = Shedding(error_response(503, "overloaded", "words", {"Retry-After": "3"}))
-    for port in range(30):
-        TestClient(app, client=("10.0.0.7", port)).post("/v1/classes/brick/score")
-    assert len(app._turns) == 10
+class Replica:
+    """Answers when it is told to; refuses what it has no place for."""
+
+    def __init__(self, places: int) -> None:
+        self.places, self.taken = places, 0
+        self.asked: list[str] = []
+        self.answers = asyncio.Semaphore(0)
+        self.code = "overloaded"
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.asked.append(scope["path"])
+        while (await receive()).get("more_body"):
+            pass
+        if self.taken >= self.places:
+            await error_response(503, self.code, "words", {"Retry-After": "3"})(scope, receive, send)
+            return
+        self.taken += 1
+        try:
+            await self.answers.acquire()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"{}"})
+        finally:
+            self.taken -= 1
 
 
-def test_a_crowd_is_refused_while_the_proxy_is_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shedding, "FEW", 2)
-    behind_s = 1.0
+class Clients:
+    """Sends requests through the proxy, and keeps what came back."""
 
-    async def run() -> None:
-        done = asyncio.Event()
+    def __init__(self, replica: Replica) -> None:
+        self.now = 100.0
+        self.proxy = Shedding(replica, lambda: self.now)
+        self.replica = replica
+        self.tasks: list[asyncio.Task[None]] = []
 
-        async def replica(scope: Any, receive: Any, send: Any) -> None:
-            await done.wait()
-            await error_response(422, "wrong", "words")(scope, receive, send)
+    def send(self, path: str = PATH, *, whole: bool = True) -> list[Any]:
+        """Sends a request in two parts, of which the second may stay out."""
+        parts = iter([b"im", b"age"] if whole else [b"im"])
+        sent: list[Any] = []
 
-        app = Shedding(replica)
-        monkeypatch.setattr(app, "behind_s", lambda: behind_s)
-        sent: dict[int, list[Any]] = {port: [] for port in range(6)}
+        async def receive() -> Any:
+            if (part := next(parts, None)) is None:
+                await asyncio.Event().wait()
+            return {"type": "http.request", "body": part, "more_body": part == b"im"}
 
-        async def ask(port: int) -> None:
-            async def send(message: Any) -> None:
-                sent[port].append(message)
+        async def keep(message: Any) -> None:
+            sent.append(message)
 
-            path = "/v1/classes" if port == 5 else "/v1/classes/brick/score"
-            await app({"type": "http", "path": path, "headers": [], "client": ("10.0.0.7", port)}, None, send)  # type: ignore[arg-type]
+        scope = {"type": "http", "path": path, "headers": []}
+        self.tasks.append(asyncio.create_task(self.proxy(scope, receive, keep)))  # type: ignore[arg-type]
+        return sent
 
-        nonlocal behind_s
-        first = [asyncio.create_task(ask(port)) for port in (0, 1)]
+    async def answer(self, count: int) -> None:
+        """Lets the replica answer some of the requests that it has taken."""
+        for _ in range(count):
+            self.replica.answers.release()
+        await settle()
+
+    async def end(self) -> None:
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+
+
+async def settle() -> None:
+    """Lets everything run until it waits."""
+    for _ in range(20):
         await asyncio.sleep(0)
-        await ask(2)  # beyond the few
-        behind_s = 0.0
-        second = [asyncio.create_task(ask(port)) for port in (3, 5)]
-        await asyncio.sleep(0)
-        await ask(2)  # too early
-        assert [bool(sent[port]) for port in (0, 1, 2, 3, 5)] == [False, False, True, False, False]
-        assert [each["status"] for each in sent[2] if "status" in each] == [503, 503]
-        retry_s = int(dict(sent[2][0]["headers"])[b"retry-after"])
-        assert 1 <= retry_s <= shedding.MAX_RETRY_AFTER_S
-        done.set()
-        await asyncio.gather(*first, *second)
-        assert app._in_flight == 0
-
-    asyncio.run(run())
 
 
-def test_a_busy_loop_is_behind() -> None:
-    async def run() -> None:
-        now = 0.0
-        app = Shedding(error_response(422, "wrong", "words"), lambda: now)
-        assert app.behind_s() == 0
-        task = asyncio.create_task(app._tick())
-        await asyncio.sleep(0)
-        now += 1.0
-        assert app.behind_s() == pytest.approx(1.0 - shedding.TICK_S)
-        await asyncio.sleep(2 * shedding.TICK_S)
-        assert app.behind_s() <= 0
-        task.cancel()
+def status(sent: list[Any]) -> int:
+    return sent[0]["status"] if sent else 0
 
-    asyncio.run(run())
+
+def retry_s(sent: list[Any]) -> int:
+    return int(dict(sent[0]["headers"])[b"retry-after"])
+
+
+def run(test: Callable[[Clients], Awaitable[None]], places: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shedding, "FEWEST", 2)
+
+    async def within() -> None:
+        clients = Clients(Replica(places))
+        await test(clients)
+        await clients.end()
+        assert clients.proxy._on_way == 0
+
+    asyncio.run(within())
+
+
+def test_as_many_are_passed_on_as_the_replicas_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(clients: Clients) -> None:
+        first = [clients.send() for _ in range(7)]
+        await settle()
+        assert [status(each) for each in first] == [0] * 4 + [503] * 3
+        assert len(clients.replica.asked) == 5
+
+        # The replica is not asked again, but for what is no request to score.
+        crowd = [clients.send() for _ in range(3)]
+        other = clients.send("/v1/classes")
+        await settle()
+        assert [status(each) for each in [*crowd, other]] == [503] * 4
+        assert len(clients.replica.asked) == 6
+
+        # A place that is free is taken, and as many answers as add one to the bound let one more be tried.
+        await clients.answer(4)
+        assert [status(each) for each in first[:4]] == [200] * 4
+        for _ in range(3):
+            again = [clients.send() for _ in range(5)]
+            await settle()
+            assert [status(each) for each in again[:4]] == [0] * 4
+            await clients.answer(4)
+        asked = len(clients.replica.asked)
+        more = [clients.send() for _ in range(6)]
+        await settle()
+        assert len(clients.replica.asked) - asked == 5
+        assert [status(each) for each in more] == [0] * 4 + [503] * 2
+
+    run(test, 4, monkeypatch)
+
+
+def test_until_a_replica_refuses_the_bound_grows_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(clients: Clients) -> None:
+        for more in (3, 5, 7):
+            asked = len(clients.replica.asked)
+            for _ in range(20):
+                clients.send()
+            await settle()
+            assert len(clients.replica.asked) - asked == more
+            await clients.answer(more)
+
+    monkeypatch.setattr(shedding, "FIRST", 3)
+    run(test, 100, monkeypatch)
+
+
+def test_refused_clients_get_turns_at_the_pace_of_the_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(clients: Clients) -> None:
+        for _ in range(3):
+            clients.send()
+        await settle()
+        for _ in range(4):
+            clients.now += 0.5
+            await clients.answer(1)
+            clients.send()
+            await settle()
+        crowd = [clients.send() for _ in range(6)]
+        await settle()
+        by_the_replica, *by_the_proxy = map(retry_s, crowd)
+        assert by_the_replica == 3
+        assert by_the_proxy == [2, 2, 3, 3, 4]
+
+    run(test, 2, monkeypatch)
+
+
+def test_a_body_that_does_not_arrive_takes_nobodys_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(clients: Clients) -> None:
+        for _ in range(3):
+            clients.send()
+        await settle()
+        await clients.answer(2)
+        assert clients.proxy._most == pytest.approx(2.1)
+        idle = [clients.send(whole=False) for _ in range(5)]
+        await settle()
+        scored = [clients.send() for _ in range(2)]
+        await settle()
+        await clients.answer(2)
+        assert [status(each) for each in [*idle, *scored]] == [0] * 5 + [200] * 2
+
+    run(test, 2, monkeypatch)
+
+
+def test_it_learns_nothing_from_other_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(clients: Clients) -> None:
+        clients.replica.code = "class_unavailable"
+        for _ in range(9):
+            clients.send()
+        await settle()
+        assert len(clients.replica.asked) == 9
+        clients.send()
+        await settle()
+        assert len(clients.replica.asked) == 10
+
+    run(test, 1, monkeypatch)
+
+
+def test_a_batch_is_always_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(clients: Clients) -> None:
+        for _ in range(4):
+            clients.send()
+        await settle()
+        assert len(clients.replica.asked) == 4
+        assert clients.proxy._most == 2
+
+    run(test, 0, monkeypatch)
