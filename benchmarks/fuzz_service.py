@@ -3,8 +3,9 @@
 Starts a service of its own on the loopback address, with a detector fitted to noise. A tenth of the requests is made by
 schemathesis from the service's OpenAPI description, right ones and wrong ones, and the answers are compared with it;
 the others are images of every format that is read, damaged. Prints the answers by status, what was wrong, the slowest
-answer, and how much the replica's memory grew. Ends with status 1 if there was a failure of the service (5xx), an
-answer that the description does not know, a request without an answer, or more growth than ``--growth``.
+answer, and the replica's memory after each tenth. Ends with status 1 if there was a failure of the service (5xx), an
+answer that the description does not know, a request without an answer, or more growth than ``--growth`` after the first
+tenth. Before it, the largest images are scored that the service takes, since it keeps the memory that it once had.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from schemathesis.specs.openapi import checks
 HANG_S = 20.0
 """Time for an answer: twice the service's default deadline."""
 
-CLIENTS = 8
+CLIENTS, TENTHS = 8, 10
 CHECKS = [
     not_a_server_error,
     checks.status_code_conformance,
@@ -141,7 +142,7 @@ def _damage(data: bytearray, rng: random.Random, images: list[bytes]) -> None:
             data[place : place + 8] = rng.randbytes(8)
 
 
-def send_images(url: str, model: str, count: int, seed: int, headers: dict[str, str] | None = None) -> Tally:
+def send_images(url: str, model: str, count: int, seed: int, headers: dict[str, str]) -> Tally:
     """Scores damaged images, several at a time."""
     tally, rng = Tally(), random.Random(seed)
     bodies = itertools.islice(damaged(rng), count)
@@ -162,7 +163,7 @@ def send_images(url: str, model: str, count: int, seed: int, headers: dict[str, 
                 tally.wrong[type(error).__name__] += 1
 
     async def run() -> None:
-        sent = {"Content-Type": "application/octet-stream"} | (headers or {})
+        sent = {"Content-Type": "application/octet-stream"} | headers
         timeout = aiohttp.ClientTimeout(total=HANG_S)
         async with aiohttp.ClientSession(url, headers=sent, timeout=timeout) as session:
             await asyncio.gather(*(client(session) for _ in range(CLIENTS)))
@@ -171,7 +172,7 @@ def send_images(url: str, model: str, count: int, seed: int, headers: dict[str, 
     return tally
 
 
-def send_described(url: str, model: str, count: int, seed: int, headers: dict[str, str] | None = None) -> Tally:
+def send_described(url: str, model: str, count: int, seed: int, headers: dict[str, str]) -> Tally:
     """Sends what the OpenAPI description allows and what it does not, and compares the answers with it."""
     tally, session = Tally(), requests.Session()
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json", headers=headers)
@@ -200,9 +201,7 @@ def send_described(url: str, model: str, count: int, seed: int, headers: dict[st
     return tally
 
 
-def _ask(
-    case: schemathesis.Case, url: str, session: requests.Session, headers: dict[str, str] | None, tally: Tally
-) -> None:
+def _ask(case: schemathesis.Case, url: str, session: requests.Session, headers: dict[str, str], tally: Tally) -> None:
     started = time.monotonic()
     try:
         response = case.call(url, session, headers, timeout=HANG_S)
@@ -219,7 +218,7 @@ def _ask(
 
 def main() -> int:
     """Starts the service, sends, and prints."""
-    from service_faults import MODEL, noise_plant, process_of
+    from service_faults import MODEL, large_images, noise_plant, process_of
 
     from sprue.serving.decision_log import DecisionLogSettings
     from sprue.serving.launch import ServeSettings, serve_champions
@@ -227,20 +226,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--growth", type=float, default=200.0, metavar="MIB", help="of the replica's memory, at most")
+    parser.add_argument("--growth", type=float, default=100.0, metavar="MIB", help="of the replica's memory, at most")
     arguments = parser.parse_args()
     with noise_plant() as (folder, port):
         url = serve_champions(ServeSettings(port=port, decisions=DecisionLogSettings(str(Path(folder) / "decisions"))))
-        replica, described = process_of("ServeReplica"), arguments.requests // 10
-        tally = send_described(url, MODEL, described // 2, arguments.seed)
-        tally += send_images(url, MODEL, 1000, arguments.seed)
-        before = replica.memory_info().rss
-        tally += send_described(url, MODEL, described - described // 2, arguments.seed + 1)
-        tally += send_images(url, MODEL, arguments.requests - described - 1000, arguments.seed + 1)
-        growth = (replica.memory_info().rss - before) / 2**20
+        replica, tally, tenth = process_of("ServeReplica"), Tally(), arguments.requests // TENTHS
+        print(large_images(url, 2 * CLIENTS), flush=True)
+        mib = []
+        for number in range(TENTHS):
+            tally += send_described(url, MODEL, tenth // 10, arguments.seed + number, {})
+            tally += send_images(url, MODEL, tenth - tenth // 10, arguments.seed + number, {})
+            mib.append(replica.memory_info().rss / 2**20)
+            print(f"{number + 1}/{TENTHS}: the replica has {mib[-1]:.0f} MiB", file=sys.stderr, flush=True)
     print(tally)
-    print(f"the replica: {before / 2**20:.0f} MiB after the first 1,000 images, and {growth:+.0f} MiB at the end")
-    return int(bool(tally.wrong) or growth > arguments.growth)
+    print(f"the replica's memory after each tenth, in MiB: {', '.join(f'{each:.0f}' for each in mib)}")
+    return int(bool(tally.wrong) or mib[-1] - mib[0] > arguments.growth)
 
 
 if __name__ == "__main__":

@@ -47,8 +47,8 @@ class Clients:
         self.replica = replica
         self.tasks: list[asyncio.Task[None]] = []
 
-    def send(self, path: str = PATH, *, whole: bool = True) -> list[Any]:
-        """Sends a request in two parts, of which the second may stay out."""
+    def send(self, path: str = PATH, *, whole: bool = True, keep: Any = None) -> list[Any]:
+        """Sends a request in two parts, of which the second may stay out; `keep` takes the response in its place."""
         parts = iter([b"im", b"age"] if whole else [b"im"])
         sent: list[Any] = []
 
@@ -57,11 +57,11 @@ class Clients:
                 await asyncio.Event().wait()
             return {"type": "http.request", "body": part, "more_body": part == b"im"}
 
-        async def keep(message: Any) -> None:
+        async def append(message: Any) -> None:
             sent.append(message)
 
         scope = {"type": "http", "path": path, "headers": []}
-        self.tasks.append(asyncio.create_task(self.proxy(scope, receive, keep)))  # type: ignore[arg-type]
+        self.tasks.append(asyncio.create_task(self.proxy(scope, receive, keep or append)))  # type: ignore[arg-type]
         return sent
 
     async def answer(self, count: int) -> None:
@@ -95,6 +95,7 @@ def run(test: Callable[[Clients], Awaitable[None]], places: int, monkeypatch: py
 
     async def within() -> None:
         clients = Clients(Replica(places))
+        clients.proxy._probe_at = clients.now + shedding.PROBE_S
         await test(clients)
         await clients.end()
         assert clients.proxy._on_way == 0
@@ -116,35 +117,37 @@ def test_as_many_are_passed_on_as_the_replicas_take(monkeypatch: pytest.MonkeyPa
         assert [status(each) for each in [*crowd, other]] == [503] * 4
         assert len(clients.replica.asked) == 6
 
-        # A place that is free is taken, and as many answers as add one to the bound let one more be tried.
-        await clients.answer(4)
-        assert [status(each) for each in first[:4]] == [200] * 4
+        # Each place that is free is taken.
         for _ in range(3):
+            await clients.answer(3)
+            asked = len(clients.replica.asked)
             again = [clients.send() for _ in range(5)]
             await settle()
-            assert [status(each) for each in again[:4]] == [0] * 4
-            await clients.answer(4)
-        asked = len(clients.replica.asked)
-        more = [clients.send() for _ in range(6)]
-        await settle()
-        assert len(clients.replica.asked) - asked == 5
-        assert [status(each) for each in more] == [0] * 4 + [503] * 2
+            assert [status(each) for each in again] == [0] * 3 + [503] * 2
+            assert len(clients.replica.asked) == asked + 3
 
     run(test, 4, monkeypatch)
 
 
-def test_until_a_replica_refuses_the_bound_grows_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_more_is_passed_on_every_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(clients: Clients) -> None:
-        for more in (3, 5, 7):
-            asked = len(clients.replica.asked)
-            for _ in range(20):
+        for _ in range(3):
+            clients.send()
+        await settle()
+        assert clients.proxy._most == 2
+        clients.replica.places = 4
+        asked = []
+        for _ in range(4):
+            clients.now += shedding.PROBE_S
+            before = len(clients.replica.asked)
+            for _ in range(5):
                 clients.send()
             await settle()
-            assert len(clients.replica.asked) - asked == more
-            await clients.answer(more)
+            asked.append(len(clients.replica.asked) - before)
+        assert asked == [1, 1, 1, 1]
+        assert clients.proxy._most == clients.replica.taken == 4
 
-    monkeypatch.setattr(shedding, "FIRST", 3)
-    run(test, 100, monkeypatch)
+    run(test, 2, monkeypatch)
 
 
 def test_refused_clients_get_turns_at_the_pace_of_the_answers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,19 +169,72 @@ def test_refused_clients_get_turns_at_the_pace_of_the_answers(monkeypatch: pytes
     run(test, 2, monkeypatch)
 
 
+def test_a_pause_is_no_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(clients: Clients) -> None:
+        for _ in range(2):
+            clients.send()
+        await settle()
+        await clients.answer(2)
+        clients.now += 10.0
+        for _ in range(4):
+            clients.send()
+        await settle()
+        clients.now += 0.25
+        await clients.answer(1)
+        clients.now += 0.25
+        await clients.answer(1)
+        assert list(clients.proxy._gaps) == [0.0, 0.25]
+
+    run(test, 4, monkeypatch)
+
+
 def test_a_body_that_does_not_arrive_takes_nobodys_place(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(clients: Clients) -> None:
         for _ in range(3):
             clients.send()
         await settle()
         await clients.answer(2)
-        assert clients.proxy._most == pytest.approx(2.1)
+        assert clients.proxy._most == 2
         idle = [clients.send(whole=False) for _ in range(5)]
         await settle()
         scored = [clients.send() for _ in range(2)]
         await settle()
         await clients.answer(2)
         assert [status(each) for each in [*idle, *scored]] == [0] * 5 + [200] * 2
+
+    run(test, 2, monkeypatch)
+
+
+def test_a_client_that_does_not_read_its_answer_keeps_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(clients: Clients) -> None:
+        async def never(message: Any) -> None:
+            await asyncio.Event().wait()
+
+        for places in (2, 0):  # for an answer, and for a refusal
+            clients.replica.places = places
+            sent = [clients.send(keep=never) for _ in range(2)]
+            await settle()
+            await clients.answer(places)
+            assert not any(sent)
+            assert clients.proxy._on_way == 0
+
+    run(test, 2, monkeypatch)
+
+
+def test_a_body_that_is_read_after_the_end_takes_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(clients: Clients) -> None:
+        left: list[asyncio.Task[Any]] = []
+
+        async def fail(scope: Any, receive: Any, send: Any) -> None:
+            await receive()
+            left.append(asyncio.create_task(receive()))
+            raise UnicodeDecodeError("ascii", b"\xff", 0, 1, "a header")
+
+        clients.proxy._app = fail
+        clients.send()
+        await settle()
+        assert all(task.done() for task in left) and left
+        assert clients.proxy._on_way == 0
 
     run(test, 2, monkeypatch)
 
@@ -190,9 +246,7 @@ def test_it_learns_nothing_from_other_errors(monkeypatch: pytest.MonkeyPatch) ->
             clients.send()
         await settle()
         assert len(clients.replica.asked) == 9
-        clients.send()
-        await settle()
-        assert len(clients.replica.asked) == 10
+        assert clients.proxy._most == shedding.FIRST
 
     run(test, 1, monkeypatch)
 
