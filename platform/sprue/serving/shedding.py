@@ -18,88 +18,130 @@ from sprue.serving.turns import MAX_RETRY_AFTER_S, Turns
 FIRST, FEWEST = 32, 16
 """How many are passed on at first, a replica's places; and at least, a batch."""
 
-PROBE_S = 0.2
-"""Until one more is passed on than the replicas are known to take."""
+PROBE_S, SHARE = 0.2, 32
+"""How often more are passed on than the replicas are known to take, and for how many it is one more."""
 
-RECENT = 64
+RECENT = 32
 """Answers whose pace is that of scoring."""
 
 
 class Shedding:
     """Bounds how many requests to score, whose bodies have arrived, are on their way to replicas and not answered yet.
 
-    The bound follows the replicas: one that they refuse shows how many are too many, and every now and then one more
-    than the bound is passed on, so that it grows where they take more, and no request that hangs keeps others out.
+    The bound follows the replicas: a request that they refuse shows how many are too many, and every now and then more
+    than the bound are passed on: it grows where they take more, and requests that hang do not keep all others out.
     """
 
     def __init__(self, app: ASGIApp, now: Callable[[], float] = time.monotonic) -> None:
         self._app, self._now = app, now
-        self._on_way, self._most, self._probe_at = 0, FIRST, 0.0
-        self._turns = Turns()
-        self._answered_at: float | None = None
-        """When the last answer was made, while others wait."""
-        self._gaps: deque[float] = deque(maxlen=RECENT)
+        self._probe_at = 0.0
+        self._turns, self._pace = Turns(), Pace()
+        self.on_way, self.most = 0, FIRST
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
         if scope["type"] != "http" or not scope["path"].endswith("/score"):
             await self._app(scope, receive, send)
-        elif self._on_way < self._most or self._may_probe():
+        elif self.on_way < self.most:
             await self._pass_on(scope, receive, send)
+        elif self._now() >= self._probe_at:
+            self._probe_at = self._now() + PROBE_S
+            more = max(1, self.most // SHARE)
+            self.most += more
+            if not await self._pass_on(scope, receive, send):
+                self.most = max(FEWEST, self.most - more)
         else:
-            retry_s = self._turns.retry_s(self._now(), self._on_way, fmean(self._gaps) if self._gaps else 0.0)
-            message = f"{self._on_way} requests are waiting to be scored; try again in {retry_s} s"
+            retry_s = self._turns.retry_s(self._now(), self.on_way, self._pace.seconds)
+            message = f"{self.on_way} requests are waiting to be scored; try again in {retry_s} s"
             headers = {"Retry-After": str(retry_s)}
             await error_response(HTTPStatus.SERVICE_UNAVAILABLE, BUSY, message, headers)(scope, receive, send)
 
-    def _may_probe(self) -> bool:
-        now = self._now()
-        if now < self._probe_at:
-            return False
-        self._probe_at = now + PROBE_S
-        self._most += 1
-        return True
-
-    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
-        place, status, has_ended = 0, 0, False
-
-        async def receive_and_count() -> Message:
-            nonlocal place
-            message = await receive()
-            # Ray's proxy may read on after it has given a request up.
-            if not place and not has_ended and message["type"] == "http.request" and not message.get("more_body"):
-                self._on_way += 1
-                place = self._on_way
-            return message
-
-        async def send_and_learn(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            elif status == HTTPStatus.SERVICE_UNAVAILABLE and f'"code":"{BUSY}"'.encode() in message.get("body", b""):
-                taken = place - 1 if place else self._on_way
-                self._most = max(FEWEST, min(self._most, taken))
-            end()  # before it is sent: a client that does not read its answer keeps no place
-            await send(message)
-
-        def end() -> None:
-            nonlocal has_ended
-            if place and not has_ended:
-                self._end(status)
-            has_ended = True
-
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> bool:
+        """Says whether it was scored or refused for want of a place: only these show what the replicas take."""
+        request = _Request(self, receive, send)
         try:
-            await self._app(scope, receive_and_count, send_and_learn)
+            await self._app(scope, request.receive, request.send)
         finally:
-            end()
+            request.end()
+        return request.status == HTTPStatus.OK or request.is_busy
 
-    def _end(self, status: int) -> None:
-        """A request is no longer on its way."""
-        self._on_way -= 1
-        if status == HTTPStatus.OK:
-            now = self._now()
-            if self._answered_at is not None and now - self._answered_at < MAX_RETRY_AFTER_S:
-                self._gaps.append(now - self._answered_at)
-            self._answered_at = now
-        if not self._on_way:
-            self._answered_at = None
+    def begin(self) -> int:
+        """A request is on its way; returns how many were before it."""
+        self.on_way += 1
+        return self.on_way - 1
+
+    def end(self, was_scored: bool) -> None:
+        """A request is on its way no longer."""
+        self.on_way -= 1
+        if was_scored:
+            self._pace.answered(self._now())
+        if not self.on_way:
+            self._pace.pause()
+
+    def refused(self, ahead: int) -> None:
+        """A replica had no place for a request, with so many ahead of it."""
+        self.most = max(FEWEST, min(self.most, ahead))
+
+
+class _Request:
+    """A request that is passed on."""
+
+    def __init__(self, owner: Shedding, receive: Receive, send: Send) -> None:
+        self._owner, self._receive, self._send = owner, receive, send
+        self._ahead: int | None = None
+        self._has_ended = False
+        self.status, self.is_busy = 0, False
+
+    async def receive(self) -> Message:
+        """Counts it when its body is complete; Ray's proxy may read on when it has given a request up."""
+        message = await self._receive()
+        is_whole = message["type"] == "http.request" and not message.get("more_body")
+        if is_whole and self._ahead is None and not self._has_ended:
+            self._ahead = self._owner.begin()
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Learns from the answer, and ends before it is sent: a client that does not read it keeps no place."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        elif self.status == HTTPStatus.SERVICE_UNAVAILABLE and f'"code":"{BUSY}"'.encode() in message.get("body", b""):
+            self.is_busy = True
+            self._owner.refused(self._owner.on_way if self._ahead is None else self._ahead)
+        self.end()
+        await self._send(message)
+
+    def end(self) -> None:
+        """Gives its place back, once."""
+        if self._ahead is not None and not self._has_ended:
+            self._owner.end(self.status == HTTPStatus.OK)
+        self._has_ended = True
+
+
+class Pace:
+    """How long the replicas take for an answer while others wait; longer than any Retry-After, they did not work.
+
+    >>> pace = Pace()
+    >>> for at in (10.0, 10.5, 100.0):
+    ...     pace.answered(at)
+    >>> pace.seconds
+    0.5
+    """
+
+    def __init__(self) -> None:
+        self._last: float | None = None
+        self._gaps: deque[float] = deque(maxlen=RECENT)
+
+    @property
+    def seconds(self) -> float:
+        """Of late; 0 while unknown."""
+        return fmean(self._gaps) if self._gaps else 0.0
+
+    def answered(self, now: float) -> None:
+        """An answer is made."""
+        if self._last is not None and now - self._last < MAX_RETRY_AFTER_S:
+            self._gaps.append(now - self._last)
+        self._last = now
+
+    def pause(self) -> None:
+        """Nothing waits: the time until the next answer is not the replicas'."""
+        self._last = None

@@ -98,7 +98,7 @@ def run(test: Callable[[Clients], Awaitable[None]], places: int, monkeypatch: py
         clients.proxy._probe_at = clients.now + shedding.PROBE_S
         await test(clients)
         await clients.end()
-        assert clients.proxy._on_way == 0
+        assert clients.proxy.on_way == 0
 
     asyncio.run(within())
 
@@ -134,7 +134,7 @@ def test_one_more_is_passed_on_every_now_and_then(monkeypatch: pytest.MonkeyPatc
         for _ in range(3):
             clients.send()
         await settle()
-        assert clients.proxy._most == 2
+        assert clients.proxy.most == 2
         clients.replica.places = 4
         asked = []
         for _ in range(4):
@@ -145,7 +145,7 @@ def test_one_more_is_passed_on_every_now_and_then(monkeypatch: pytest.MonkeyPatc
             await settle()
             asked.append(len(clients.replica.asked) - before)
         assert asked == [1, 1, 1, 1]
-        assert clients.proxy._most == clients.replica.taken == 4
+        assert clients.proxy.most == clients.replica.taken == 4
 
     run(test, 2, monkeypatch)
 
@@ -183,7 +183,7 @@ def test_a_pause_is_no_pace(monkeypatch: pytest.MonkeyPatch) -> None:
         await clients.answer(1)
         clients.now += 0.25
         await clients.answer(1)
-        assert list(clients.proxy._gaps) == [0.0, 0.25]
+        assert list(clients.proxy._pace._gaps) == [0.0, 0.25]
 
     run(test, 4, monkeypatch)
 
@@ -194,7 +194,7 @@ def test_a_body_that_does_not_arrive_takes_nobodys_place(monkeypatch: pytest.Mon
             clients.send()
         await settle()
         await clients.answer(2)
-        assert clients.proxy._most == 2
+        assert clients.proxy.most == 2
         idle = [clients.send(whole=False) for _ in range(5)]
         await settle()
         scored = [clients.send() for _ in range(2)]
@@ -212,11 +212,13 @@ def test_a_client_that_does_not_read_its_answer_keeps_no_place(monkeypatch: pyte
 
         for places in (2, 0):  # for an answer, and for a refusal
             clients.replica.places = places
-            sent = [clients.send(keep=never) for _ in range(2)]
+            asked = len(clients.replica.asked)
+            for _ in range(2):
+                clients.send(keep=never)
             await settle()
             await clients.answer(places)
-            assert not any(sent)
-            assert clients.proxy._on_way == 0
+            assert len(clients.replica.asked) == asked + 2
+            assert clients.proxy.on_way == 0
 
     run(test, 2, monkeypatch)
 
@@ -234,7 +236,7 @@ def test_a_body_that_is_read_after_the_end_takes_no_place(monkeypatch: pytest.Mo
         clients.send()
         await settle()
         assert all(task.done() for task in left) and left
-        assert clients.proxy._on_way == 0
+        assert clients.proxy.on_way == 0
 
     run(test, 2, monkeypatch)
 
@@ -246,9 +248,51 @@ def test_it_learns_nothing_from_other_errors(monkeypatch: pytest.MonkeyPatch) ->
             clients.send()
         await settle()
         assert len(clients.replica.asked) == 9
-        assert clients.proxy._most == shedding.FIRST
+        assert clients.proxy.most == shedding.FIRST
 
     run(test, 1, monkeypatch)
+
+
+def test_a_refusal_that_comes_late_counts_what_was_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(clients: Clients) -> None:
+        refuse = asyncio.Event()
+
+        async def hesitate(scope: Any, receive: Any, send: Any) -> None:
+            if clients.replica.taken == 4:
+                await receive(), await receive()
+                await refuse.wait()
+                await error_response(503, "overloaded", "words", {"Retry-After": "3"})(scope, receive, send)
+            else:
+                await clients.replica(scope, receive, send)
+
+        clients.proxy._app = hesitate
+        for _ in range(5):
+            clients.send()
+        await settle()
+        await clients.answer(3)
+        refuse.set()
+        await settle()
+        assert clients.proxy.most == 4
+
+    run(test, 4, monkeypatch)
+
+
+def test_a_probe_that_shows_nothing_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(clients: Clients) -> None:
+        for _ in range(3):
+            clients.send()
+        await settle()
+        clients.replica.places = 0
+        clients.replica.code = "deadline_too_short"
+        for _ in range(5):
+            clients.now += shedding.PROBE_S
+            sent = clients.send()
+            await settle()
+            assert status(sent) == 503
+            assert clients.proxy.most == 2
+        assert len(clients.replica.asked) == 8
+
+    run(test, 2, monkeypatch)
 
 
 def test_a_batch_is_always_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,6 +301,6 @@ def test_a_batch_is_always_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
             clients.send()
         await settle()
         assert len(clients.replica.asked) == 4
-        assert clients.proxy._most == 2
+        assert clients.proxy.most == 2
 
     run(test, 0, monkeypatch)
