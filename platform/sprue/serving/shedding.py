@@ -18,8 +18,8 @@ from sprue.serving.turns import MAX_RETRY_AFTER_S, Turns
 FIRST, FEWEST = 32, 16
 """How many are passed on at first, a replica's places; and at least, a batch."""
 
-PROBE_S, SHARE = 0.2, 32
-"""How often more are passed on than the replicas are known to take, and for how many it is one more."""
+PROBE_S = 0.2
+"""How often one more is passed on than the replicas are known to take."""
 
 RECENT = 32
 """Answers whose pace is that of scoring."""
@@ -28,8 +28,9 @@ RECENT = 32
 class Shedding:
     """Bounds how many requests to score, whose bodies have arrived, are on their way to replicas and not answered yet.
 
-    The bound follows the replicas: a request that they refuse shows how many are too many, and every now and then more
-    than the bound are passed on: it grows where they take more, and requests that hang do not keep all others out.
+    The bound follows the replicas: a request that they refuse shows how many are too many, and so does each that is not
+    scored in time. Every now and then one more than the bound is passed on: it grows where they take more, and requests
+    that hang do not keep all others out.
     """
 
     def __init__(self, app: ASGIApp, now: Callable[[], float] = time.monotonic) -> None:
@@ -46,35 +47,33 @@ class Shedding:
             await self._pass_on(scope, receive, send)
         elif self._now() >= self._probe_at:
             self._probe_at = self._now() + PROBE_S
-            more = max(1, self.most // SHARE)
-            self.most += more
-            if not await self._pass_on(scope, receive, send):
-                self.most = max(FEWEST, self.most - more)
+            self.most += 1
+            await self._pass_on(scope, receive, send)
         else:
             retry_s = self._turns.retry_s(self._now(), self.on_way, self._pace.seconds)
             message = f"{self.on_way} requests are waiting to be scored; try again in {retry_s} s"
             headers = {"Retry-After": str(retry_s)}
             await error_response(HTTPStatus.SERVICE_UNAVAILABLE, BUSY, message, headers)(scope, receive, send)
 
-    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> bool:
-        """Says whether it was scored or refused for want of a place: only these show what the replicas take."""
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = _Request(self, receive, send)
         try:
             await self._app(scope, request.receive, request.send)
         finally:
             request.end()
-        return request.status == HTTPStatus.OK or request.is_busy
 
     def begin(self) -> int:
         """A request is on its way; returns how many were before it."""
         self.on_way += 1
         return self.on_way - 1
 
-    def end(self, was_scored: bool) -> None:
-        """A request is on its way no longer."""
+    def end(self, status: int) -> None:
+        """A request is on its way no longer; its status is 0 if its client has left."""
         self.on_way -= 1
-        if was_scored:
+        if status == HTTPStatus.OK:
             self._pace.answered(self._now())
+        elif status in (0, HTTPStatus.GATEWAY_TIMEOUT):
+            self.most = max(FEWEST, self.most - 1)
         if not self.on_way:
             self._pace.pause()
 
@@ -90,7 +89,7 @@ class _Request:
         self._owner, self._receive, self._send = owner, receive, send
         self._ahead: int | None = None
         self._has_ended = False
-        self.status, self.is_busy = 0, False
+        self._status = 0
 
     async def receive(self) -> Message:
         """Counts it when its body is complete; Ray's proxy may read on when it has given a request up."""
@@ -103,9 +102,8 @@ class _Request:
     async def send(self, message: Message) -> None:
         """Learns from the answer, and ends before it is sent: a client that does not read it keeps no place."""
         if message["type"] == "http.response.start":
-            self.status = message["status"]
-        elif self.status == HTTPStatus.SERVICE_UNAVAILABLE and f'"code":"{BUSY}"'.encode() in message.get("body", b""):
-            self.is_busy = True
+            self._status = message["status"]
+        elif self._status == HTTPStatus.SERVICE_UNAVAILABLE and f'"code":"{BUSY}"'.encode() in message.get("body", b""):
             self._owner.refused(self._owner.on_way if self._ahead is None else self._ahead)
         self.end()
         await self._send(message)
@@ -113,7 +111,7 @@ class _Request:
     def end(self) -> None:
         """Gives its place back, once."""
         if self._ahead is not None and not self._has_ended:
-            self._owner.end(self.status == HTTPStatus.OK)
+            self._owner.end(self._status)
         self._has_ended = True
 
 

@@ -277,22 +277,20 @@ def test_a_refusal_that_comes_late_counts_what_was_ahead(monkeypatch: pytest.Mon
     run(test, 4, monkeypatch)
 
 
-def test_a_probe_that_shows_nothing_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_that_is_not_scored_in_time_shortens_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(clients: Clients) -> None:
-        for _ in range(3):
+        clients.proxy.most = 6
+        for _ in range(6):
             clients.send()
         await settle()
-        clients.replica.places = 0
-        clients.replica.code = "deadline_too_short"
-        for _ in range(5):
-            clients.now += shedding.PROBE_S
-            sent = clients.send()
-            await settle()
-            assert status(sent) == 503
-            assert clients.proxy.most == 2
-        assert len(clients.replica.asked) == 8
+        for task in clients.tasks[:2]:  # their clients leave
+            task.cancel()
+        await settle()
+        assert clients.proxy.most == 4
+        await clients.answer(1)
+        assert clients.proxy.most == 4
 
-    run(test, 2, monkeypatch)
+    run(test, 6, monkeypatch)
 
 
 def test_a_batch_is_always_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
