@@ -676,6 +676,7 @@ COUNTS = {
     "scores": "ray_sprue_relative_score_count",
     "above": 'ray_sprue_relative_score_count - ignoring(le) ray_sprue_relative_score_bucket{le="1.0"}',
     "p-values": "ray_sprue_p_value_count",
+    "hits": 'ray_sprue_model_cache_total{outcome="hit"}',
     "unknown": 'ray_sprue_refusals_total{code="unknown_class"}',
 }
 
@@ -719,6 +720,7 @@ def test_prometheus_has_what_every_panel_of_the_board_shows(plant: Any, promethe
         "scores": 10,
         "above": 3,
         "p-values": 10,
+        "hits": 10,
         "unknown": 1,
     }
     assert values(prometheus, "max by (model) (ray_sprue_alpha)", "model")["textures.brick"] == 0.05
