@@ -141,7 +141,10 @@ def init_ray(**settings: Any) -> None:
         SprueError: If it still has not started.
     """
     import ray
+    from ray._private import auto_init_hook
 
+    # Else a thread that outlives its Ray would start another, or end this process if it met one that is ending.
+    auto_init_hook.enable_auto_connect = False
     for _ in range(RAY_STARTS):
         try:
             ray.init(**settings)

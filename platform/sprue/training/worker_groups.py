@@ -3,7 +3,7 @@
 import itertools
 import logging
 import time
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import ray
@@ -34,6 +34,9 @@ RETRY_S = 5.0
 JOINED_S = 10.0
 """How often a look at the cluster finds machines that have joined."""
 
+THREADS = "worker-group"
+"""What the names of the threads that wait for worker groups begin with."""
+
 FOLDER = "worker-groups"
 """The folder that Ray Train writes to."""
 
@@ -51,6 +54,7 @@ class WorkerGroups:
         """
         self._config, self._placement, self._runs = config, placement, runs
         self._threads: list[Thread] = []
+        self._left = Event()
         self._looked = time.monotonic()
         self._start(placement.groups)
 
@@ -67,14 +71,16 @@ class WorkerGroups:
             self._start(more)
 
     def join(self) -> None:
-        """Waits until all have ended, but not for long."""
+        """Waits until all have ended, but not for long; those that have not are left to Ray, which ends with the job."""
         for thread in self._threads:
             thread.join(SHUTDOWN_S)
+        self._left.set()
 
     def _start(self, count: int) -> None:
         for number in range(len(self._threads), len(self._threads) + count):
             config = self._config | {"group": number}
-            self._threads.append(Thread(target=_run, args=(config, self._placement, self._runs), daemon=True))
+            arguments = (config, self._placement, self._runs, self._left)
+            self._threads.append(Thread(name=f"{THREADS}-{number}", target=_run, args=arguments, daemon=True))
             self._threads[-1].start()
 
 
@@ -83,12 +89,12 @@ def storage_filesystem(folder: UPath) -> PyFileSystem | None:
     return None if folder.protocol in ("", "file") else PyFileSystem(FSSpecHandler(folder.fs))
 
 
-def _run(config: dict[str, Any], placement: FitPlacement, runs: UPath) -> None:
+def _run(config: dict[str, Any], placement: FitPlacement, runs: UPath, left: Event) -> None:
     """Runs a worker group to its end; tells the queue why, should it leave a fit unfinished.
 
     A run of Ray Train bears as many deaths as a fit, and none while its workers start. Another run follows; only if
     several in a row finish no epoch and no fit, the group is given up. So machines may come and go for as long as the
-    fits make progress.
+    fits make progress. A run that is ``left`` may find its Ray gone.
     """
     queue, group = config["queue"], config["group"]
     name = f"{runs.parent.name}-fits-{group + 1}"
@@ -98,8 +104,10 @@ def _run(config: dict[str, Any], placement: FitPlacement, runs: UPath) -> None:
             try:
                 _trainer(f"{name}-{number}", config, placement, runs).fit()
                 break
-            except Exception as error:  # whatever it is, it becomes the reason of the fits' failure
+            except (Exception, SystemExit) as error:  # whatever it is, it becomes the reason of the fits' failure
                 logger.debug("%s failed", name, exc_info=error)
+                if left.is_set():
+                    break
                 reason = _innermost(error)
             before, finished = finished, ray.get(queue.finished.remote(group))
             fruitless = 0 if finished > before else fruitless + 1
@@ -108,7 +116,8 @@ def _run(config: dict[str, Any], placement: FitPlacement, runs: UPath) -> None:
             logger.warning("%s starts anew: %s", name, reason)
             time.sleep(RETRY_S)
     finally:
-        queue.close.remote(group, reason)
+        if not left.is_set():
+            queue.close.remote(group, reason)
 
 
 def _trainer(name: str, config: dict[str, Any], placement: FitPlacement, runs: UPath) -> DataParallelTrainer:

@@ -1,6 +1,7 @@
 """Machines join and leave a cluster while classes are fitted: real Ray nodes, which are processes here."""
 
 import contextlib
+import threading
 import time
 
 import psutil
@@ -9,6 +10,7 @@ import ray
 from ray.cluster_utils import Cluster
 from upath import UPath
 
+from sprue.stages.runtime import init_ray
 from sprue.training import worker_groups
 from sprue.training.run import fit_classes
 
@@ -25,11 +27,18 @@ class Nodes(Cluster):
 
 
 @pytest.fixture
-def nodes():
+def nodes(monkeypatch):
+    """The cluster of a driver that does not wait for its worker groups: none of them connects to Ray once more."""
+    monkeypatch.setattr(worker_groups, "SHUTDOWN_S", 0)
     cluster = Nodes(initialize_head=True, head_node_args={"num_cpus": 1})
-    ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
+    init_ray(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     yield cluster
+    left = [thread for thread in threading.enumerate() if thread.name.startswith(worker_groups.THREADS)]
     ray.shutdown()
+    for thread in left:
+        thread.join(60)
+    assert left and not any(thread.is_alive() for thread in left)
+    assert not ray.is_initialized()
     cluster.shutdown()
 
 
