@@ -29,6 +29,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -61,6 +62,20 @@ def pytest_collection_finish() -> None:
     """Looks for garbage again, but not in what was collected."""
     gc.freeze()
     gc.enable()
+
+
+DIED = pytest.StashKey[bool]()
+
+
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Remembers that one of the processes that run tests has died; the tests that it was to run were not run."""
+    node.config.stash[DIED] = node.config.stash.get(DIED, False) or bool(error)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Ends with another status than that of tests that failed, for these alone are run once more."""
+    if session.config.stash.get(DIED, False):
+        session.exitstatus = pytest.ExitCode.INTERRUPTED
 
 
 @pytest.fixture(autouse=True)
