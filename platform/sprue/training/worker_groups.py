@@ -71,7 +71,7 @@ class WorkerGroups:
             self._start(more)
 
     def join(self) -> None:
-        """Waits until all have ended, but not for long; those that have not are left to Ray, which ends with the job."""
+        """Waits until all have ended, but not for long; Ray ends those that are left with the job."""
         for thread in self._threads:
             thread.join(SHUTDOWN_S)
         self._left.set()

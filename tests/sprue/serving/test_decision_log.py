@@ -1,8 +1,9 @@
 """Decisions reach the store behind the requests' backs; where it is down they wait, and the oldest are dropped."""
 
-import glob
+import fnmatch
 import hashlib
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -59,8 +60,8 @@ def rows(folder: Path) -> pd.DataFrame:
 
 
 def names(folder: Path, pattern: str) -> list[str]:
-    """The files below a folder; unlike `Path.rglob`, `glob` takes folders that are deleted meanwhile."""
-    return [Path(found).name for found in glob.glob(f"{folder}/**/{pattern}", recursive=True)]
+    """The files below a folder; unlike `Path.rglob`, `os.walk` takes folders that are deleted meanwhile."""
+    return [name for _, _, files in os.walk(folder) for name in fnmatch.filter(files, pattern)]
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
