@@ -58,6 +58,7 @@ class ClassQueue:
         self.waiting = deque(fits)
         self.current: dict[int, str] = {}
         self.groups = groups
+        self.controllers: dict[int, Any] = {}
         self.attempts: Counter[str] = Counter()
         self.resumed: set[str] = set()
         self.progress: Counter[int] = Counter()
@@ -135,6 +136,14 @@ class ClassQueue:
         """Opens another worker group."""
         self.groups += 1
 
+    async def begin(self, group: int, controller: Any) -> None:
+        """Remembers the actor that controls a worker group's run of Ray Train."""
+        self.controllers[group] = controller
+
+    async def running(self) -> list[Any]:
+        """The actors that control the runs of the worker groups that are not closed."""
+        return list(self.controllers.values())
+
     async def finished(self, group: int) -> int:
         """How many epochs and fits a worker group has finished."""
         return self.progress[group]
@@ -145,6 +154,7 @@ class ClassQueue:
     async def close(self, group: int, reason: str) -> None:
         """Closes a worker group; the fit that it leaves fails, and after the last group all that still wait."""
         self.groups -= 1
+        self.controllers.pop(group, None)
         unfinished = [self.current.pop(group)] if group in self.current else []
         if not self.groups:
             unfinished += self.waiting

@@ -8,8 +8,11 @@ from typing import Any
 
 import ray
 from pyarrow.fs import FSSpecHandler, PyFileSystem
+from ray.actor import ActorHandle
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback
 
 # No public module exports the trainer without torch, whose controller starts seconds sooner.
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -23,7 +26,10 @@ from sprue.training.worker import fit_worker
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_S = 10.0
-"""How long a worker group may take to end after the last fit."""
+"""How long a worker group may take to end after the last fit; then it is ended."""
+
+ENDED_S = 30.0
+"""Until a worker group that is ended has ended."""
 
 RESIZE_S = 30.0
 """How often a fit with fewer workers than it may have looks for room, and resumes with more after its last epoch."""
@@ -71,10 +77,20 @@ class WorkerGroups:
             self._start(more)
 
     def join(self) -> None:
-        """Waits until all have ended, but not for long; Ray ends those that are left with the job."""
-        for thread in self._threads:
-            thread.join(SHUTDOWN_S)
+        """Waits until all have ended, and ends those that take long, such as one for which there was no room.
+
+        None is left: a thread that asks something of Ray while this process leaves it would end the process.
+        """
+        self._wait_until(time.monotonic() + SHUTDOWN_S)
         self._left.set()
+        if any(thread.is_alive() for thread in self._threads):
+            for controller in ray.get(self._config["queue"].running.remote()):
+                ray.kill(controller)
+            self._wait_until(time.monotonic() + ENDED_S)
+
+    def _wait_until(self, deadline: float) -> None:
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _start(self, count: int) -> None:
         for number in range(len(self._threads), len(self._threads) + count):
@@ -94,7 +110,7 @@ def _run(config: dict[str, Any], placement: FitPlacement, runs: UPath, left: Eve
 
     A run of Ray Train bears as many deaths as a fit, and none while its workers start. Another run follows; only if
     several in a row finish no epoch and no fit, the group is given up. So machines may come and go for as long as the
-    fits make progress. A run that is ``left`` may find its Ray gone.
+    fits make progress. It is the last if the driver has ``left``.
     """
     queue, group = config["queue"], config["group"]
     name = f"{runs.parent.name}-fits-{group + 1}"
@@ -104,7 +120,7 @@ def _run(config: dict[str, Any], placement: FitPlacement, runs: UPath, left: Eve
             try:
                 _trainer(f"{name}-{number}", config, placement, runs).fit()
                 break
-            except (Exception, SystemExit) as error:  # whatever it is, it becomes the reason of the fits' failure
+            except Exception as error:  # whatever it is, it becomes the reason of the fits' failure
                 logger.debug("%s failed", name, exc_info=error)
                 if left.is_set():
                     break
@@ -116,14 +132,34 @@ def _run(config: dict[str, Any], placement: FitPlacement, runs: UPath, left: Eve
             logger.warning("%s starts anew: %s", name, reason)
             time.sleep(RETRY_S)
     finally:
-        if not left.is_set():
-            queue.close.remote(group, reason)
+        queue.close.remote(group, reason)
+
+
+class _Announcement(ControllerCallback):
+    """Tells the queue which actor controls a worker group's run."""
+
+    def __init__(self, queue: ActorHandle, group: int) -> None:
+        self._queue, self._group = queue, group
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """See Ray Train."""
+        self._queue.begin.remote(self._group, ray.get_runtime_context().current_actor)
+
+
+class _WithoutDatasets(DataParallelTrainer):
+    """A trainer without the process that shares out datasets of Ray Data: workers read the stored features."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [each for each in super()._create_default_callbacks() if not isinstance(each, DatasetsCallback)]
+
+
+class _WithProcessGroup(_WithoutDatasets, TorchTrainer):
+    """For several workers; a single one needs no process group."""
 
 
 def _trainer(name: str, config: dict[str, Any], placement: FitPlacement, runs: UPath) -> DataParallelTrainer:
     fewest, workers = placement.min_workers or placement.workers, placement.workers
-    # A single worker needs no process group.
-    return (TorchTrainer if workers > 1 else DataParallelTrainer)(
+    return (_WithProcessGroup if workers > 1 else _WithoutDatasets)(
         fit_worker,
         train_loop_config=config,
         scaling_config=ScalingConfig(
@@ -138,7 +174,7 @@ def _trainer(name: str, config: dict[str, Any], placement: FitPlacement, runs: U
             storage_filesystem=storage_filesystem(runs),
             failure_config=FailureConfig(max_failures=ATTEMPTS),
             logging_config=LoggingConfig(log_level="WARNING"),
-            callbacks=[RoomKeeper()],
+            callbacks=[RoomKeeper(), _Announcement(config["queue"], config["group"])],
         ),
     )
 
