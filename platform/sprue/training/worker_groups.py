@@ -8,19 +8,17 @@ from typing import Any
 
 import ray
 from pyarrow.fs import FSSpecHandler, PyFileSystem
-from ray.actor import ActorHandle
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
-from ray.train.v2._internal.execution.callback import ControllerCallback
 
 # No public module exports the trainer without torch, whose controller starts seconds sooner.
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from upath import UPath
 
 from sprue.training.class_queue import ATTEMPTS
+from sprue.training.controller import Announcement, RoomKeeper
 from sprue.training.placement import FitPlacement
-from sprue.training.room import RoomKeeper
 from sprue.training.worker import fit_worker
 
 logger = logging.getLogger(__name__)
@@ -135,17 +133,6 @@ def _run(config: dict[str, Any], placement: FitPlacement, runs: UPath, left: Eve
         queue.close.remote(group, reason)
 
 
-class _Announcement(ControllerCallback):
-    """Tells the queue which actor controls a worker group's run."""
-
-    def __init__(self, queue: ActorHandle, group: int) -> None:
-        self._queue, self._group = queue, group
-
-    def after_controller_start(self, train_run_context: Any) -> None:
-        """See Ray Train."""
-        self._queue.begin.remote(self._group, ray.get_runtime_context().current_actor)
-
-
 class _WithoutDatasets(DataParallelTrainer):
     """A trainer without the process that shares out datasets of Ray Data: workers read the stored features."""
 
@@ -174,7 +161,7 @@ def _trainer(name: str, config: dict[str, Any], placement: FitPlacement, runs: U
             storage_filesystem=storage_filesystem(runs),
             failure_config=FailureConfig(max_failures=ATTEMPTS),
             logging_config=LoggingConfig(log_level="WARNING"),
-            callbacks=[RoomKeeper(), _Announcement(config["queue"], config["group"])],
+            callbacks=[RoomKeeper(), Announcement(config["queue"], config["group"])],
         ),
     )
 

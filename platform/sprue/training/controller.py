@@ -1,5 +1,9 @@
-"""Gives back the room that a run of Ray Train has reserved, however the run ends."""
+"""What the controller of a run of Ray Train does besides. It imports neither torch nor a flow."""
 
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.util import remove_placement_group
@@ -25,3 +29,14 @@ class RoomKeeper(ControllerCallback, WorkerGroupCallback):
         """Removes all; those that Ray Train has removed stay so."""
         for room in self._rooms:
             remove_placement_group(room)
+
+
+class Announcement(ControllerCallback):
+    """Tells the queue which actor controls a worker group's run, so that the driver can end it."""
+
+    def __init__(self, queue: ActorHandle, group: int) -> None:
+        self._queue, self._group = queue, group
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Begins the run."""
+        self._queue.begin.remote(self._group, ray.get_runtime_context().current_actor)
