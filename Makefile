@@ -69,4 +69,4 @@ lint: setup ## check style, types and the layers
 
 test: setup lint ## run all tests; what fails beside others is run once more, alone
 	$(BIN)/python -m pytest --numprocesses 3 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder || \
-		{ [ $$? -eq 1 ] && echo "once more, alone:" && $(BIN)/python -m pytest --last-failed --exitfirst; }
+		{ [ $$? -eq 1 ] && echo "once more, alone:" && $(BIN)/python -m pytest --last-failed --last-failed-no-failures none --exitfirst; }

@@ -67,6 +67,7 @@ def pytest_collection_finish() -> None:
 DIED = pytest.StashKey[bool]()
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
     """Remembers that one of the processes that run tests has died; the tests that it was to run were not run."""
     node.config.stash[DIED] = node.config.stash.get(DIED, False) or bool(error)

@@ -136,12 +136,12 @@ class ClassQueue:
         """Opens another worker group."""
         self.groups += 1
 
-    async def begin(self, group: int, controller: Any) -> None:
-        """Remembers the actor that controls a worker group's run of Ray Train."""
+    async def announce(self, group: int, controller: Any) -> None:
+        """Remembers the actor that controls a worker group's latest run of Ray Train."""
         self.controllers[group] = controller
 
-    async def running(self) -> list[Any]:
-        """The actors that control the runs of the worker groups that are not closed."""
+    async def announced(self) -> list[Any]:
+        """The actors that control the latest runs of the worker groups that are not closed."""
         return list(self.controllers.values())
 
     async def finished(self, group: int) -> int:

@@ -32,11 +32,11 @@ class RoomKeeper(ControllerCallback, WorkerGroupCallback):
 
 
 class Announcement(ControllerCallback):
-    """Tells the queue which actor controls a worker group's run, so that the driver can end it."""
+    """Tells the queue which actor controls a worker group's run, so that the driver can kill it."""
 
     def __init__(self, queue: ActorHandle, group: int) -> None:
         self._queue, self._group = queue, group
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        """Begins the run."""
-        self._queue.begin.remote(self._group, ray.get_runtime_context().current_actor)
+        """Announces this actor."""
+        self._queue.announce.remote(self._group, ray.get_runtime_context().current_actor)

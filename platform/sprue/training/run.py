@@ -105,8 +105,9 @@ def fit_classes(
             if ended == len(specs):
                 break
     finally:
+        # Releases worker groups for which there was no room.
         queue.cancel.remote()
-        groups.join()
+    groups.join()
     remove_folder(runs / FOLDER)
     return [outcomes[spec.name] for spec in specs if spec.name in outcomes]
 

@@ -24,10 +24,10 @@ from sprue.training.worker import fit_worker
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_S = 10.0
-"""How long a worker group may take to end after the last fit; then it is ended."""
+"""How long a worker group may take to end after the last fit; then its controller is killed."""
 
-ENDED_S = 30.0
-"""Until a worker group that is ended has ended."""
+KILLED_S = 30.0
+"""How long its thread may take then."""
 
 RESIZE_S = 30.0
 """How often a fit with fewer workers than it may have looks for room, and resumes with more after its last epoch."""
@@ -58,7 +58,7 @@ class WorkerGroups:
         """
         self._config, self._placement, self._runs = config, placement, runs
         self._threads: list[Thread] = []
-        self._left = Event()
+        self._closing = Event()
         self._looked = time.monotonic()
         self._start(placement.groups)
 
@@ -75,25 +75,33 @@ class WorkerGroups:
             self._start(more)
 
     def join(self) -> None:
-        """Waits until all have ended, and ends those that take long, such as one for which there was no room.
+        """Waits until all have ended; kills the controllers of those that take long, which may wait for room.
 
-        None is left: a thread that asks something of Ray while this process leaves it would end the process.
+        A thread that asked something of Ray while its process leaves Ray would end the process. What a killed
+        controller had reserved is given back with the job.
         """
-        self._wait_until(time.monotonic() + SHUTDOWN_S)
-        self._left.set()
-        if any(thread.is_alive() for thread in self._threads):
-            for controller in ray.get(self._config["queue"].running.remote()):
+        self._wait(SHUTDOWN_S)
+        self._closing.set()
+        deadline = time.monotonic() + KILLED_S
+        while self._running() and time.monotonic() < deadline:
+            for controller in ray.get(self._config["queue"].announced.remote()):
                 ray.kill(controller)
-            self._wait_until(time.monotonic() + ENDED_S)
+            self._wait(1.0)
+        if names := ", ".join(thread.name for thread in self._running()):
+            logger.warning("still running after the last fit: %s", names)
 
-    def _wait_until(self, deadline: float) -> None:
+    def _running(self) -> list[Thread]:
+        return [thread for thread in self._threads if thread.is_alive()]
+
+    def _wait(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def _start(self, count: int) -> None:
         for number in range(len(self._threads), len(self._threads) + count):
             config = self._config | {"group": number}
-            arguments = (config, self._placement, self._runs, self._left)
+            arguments = (config, self._placement, self._runs, self._closing)
             self._threads.append(Thread(name=f"{THREADS}-{number}", target=_run, args=arguments, daemon=True))
             self._threads[-1].start()
 
@@ -103,12 +111,12 @@ def storage_filesystem(folder: UPath) -> PyFileSystem | None:
     return None if folder.protocol in ("", "file") else PyFileSystem(FSSpecHandler(folder.fs))
 
 
-def _run(config: dict[str, Any], placement: FitPlacement, runs: UPath, left: Event) -> None:
+def _run(config: dict[str, Any], placement: FitPlacement, runs: UPath, closing: Event) -> None:
     """Runs a worker group to its end; tells the queue why, should it leave a fit unfinished.
 
     A run of Ray Train bears as many deaths as a fit, and none while its workers start. Another run follows; only if
     several in a row finish no epoch and no fit, the group is given up. So machines may come and go for as long as the
-    fits make progress. It is the last if the driver has ``left``.
+    fits make progress. None follows once the groups are ``closing``.
     """
     queue, group = config["queue"], config["group"]
     name = f"{runs.parent.name}-fits-{group + 1}"
@@ -120,15 +128,16 @@ def _run(config: dict[str, Any], placement: FitPlacement, runs: UPath, left: Eve
                 break
             except Exception as error:  # whatever it is, it becomes the reason of the fits' failure
                 logger.debug("%s failed", name, exc_info=error)
-                if left.is_set():
-                    break
                 reason = _innermost(error)
+            if closing.is_set():
+                break
             before, finished = finished, ray.get(queue.finished.remote(group))
             fruitless = 0 if finished > before else fruitless + 1
             if fruitless > ATTEMPTS:
                 break
             logger.warning("%s starts anew: %s", name, reason)
-            time.sleep(RETRY_S)
+            if closing.wait(RETRY_S):
+                break
     finally:
         queue.close.remote(group, reason)
 

@@ -115,6 +115,7 @@ def test_trials_of_several_workers_are_runs_of_ray_train(cluster, case):
     spec = case.spec.model_copy(update={"fit": case.spec.fit.model_copy(update=fit)})
     found = search(case, spec, SearchSettings(trials=2, space={"fit.learning_rate": [0.01, 0.1]}))
     assert found.trials[0].completed
+    assert not any(trial.failure for trial in found.trials)
     assert any(len(trial.history) < 4 for trial in found.trials), "no trial was stopped"
     alone, _ = fitted_here(spec.with_values(found.best.point), case.features)
     assert found.best.best["validation_nll"] == pytest.approx(alone.validation_nll, rel=1e-4)

@@ -28,14 +28,15 @@ class Nodes(Cluster):
 
 @pytest.fixture
 def nodes(monkeypatch):
-    """The cluster of a driver that waits for no worker group, but ends them; none of its threads is left with Ray."""
+    """The cluster of a driver that kills its worker groups at once; it leaves Ray without a thread of theirs."""
     monkeypatch.setattr(worker_groups, "SHUTDOWN_S", 0)
     cluster = Nodes(initialize_head=True, head_node_args={"num_cpus": 1})
     init_ray(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     yield cluster
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith(worker_groups.THREADS)]
+    left = [thread.name for thread in threading.enumerate() if thread.name.startswith(worker_groups.THREADS)]
     ray.shutdown()
     cluster.shutdown()
+    assert not left
 
 
 def workers():

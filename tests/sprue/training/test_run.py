@@ -64,6 +64,7 @@ def test_classes_are_fitted_and_one_that_fails_stops_no_other(cluster, dataset):
 
     (queue,) = list_actors(cluster, filters=[("class_name", "=", "ClassQueue")])
     assert queue.name.startswith("fits of brick, grass, box (")
+    assert not list_actors(cluster, filters=[("class_name", "=", "DatasetManager")])
 
     repeated = []
     (second,) = fit([good], folder, lambda name, epoch: repeated.append(name))
