@@ -18,7 +18,7 @@ from sprue.evaluation.baseline import in_words
 from sprue.evaluation.evaluate import Evaluation, sample_panel
 from sprue.evaluation.metrics import Estimate
 from sprue.evaluation.outliers import outliers
-from sprue.evaluation.render import histogram
+from sprue.evaluation.render import figure, histogram
 from sprue.evaluation.summary import wrong_samples
 from sprue.inference.calibration import (
     RATE_COVERAGE,
@@ -168,8 +168,7 @@ def _charts(evaluation: Evaluation, detector: Detector) -> list[Figure]:
     }
     for name, (x, y, title) in axes_of.items():
         if name in evaluation.curves:
-            drawing = Figure(figsize=(3.4, 3.2), layout="constrained")
-            axes = drawing.subplots()
+            drawing, axes = figure(width=3.4)
             axes.plot(*evaluation.curves[name], color="#3b6fb6")
             axes.set(xlabel=x, ylabel=y, title=title, xlim=(0, 0.3 if name == "pro" else 1.01), ylim=(0, 1.01))
             axes.grid(alpha=0.3)
