@@ -3,8 +3,10 @@
 import logging
 import re
 import shutil
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -101,14 +103,14 @@ def _log(
     with tempfile.TemporaryDirectory() as temporary:
         # The artifact's folder gets the name of the source.
         shutil.copytree(folder, Path(temporary, "detector"))
-        with mlflow.start_run(run_id=run_id):
+        with mlflow.start_run(run_id=run_id), _import_path_kept():
             info = mlflow.pyfunc.log_model(
                 # A class's name may have characters that MLflow takes in no logged model's name.
                 name=re.sub("[/:.%\"']", "-", detector.class_name),
                 python_model=str(Path(__file__).parent / "pyfunc_model.py"),
                 artifacts={"detector": str(Path(temporary, "detector"))},
                 model_config={"weights": weights},
-                code_paths=_portable_code(Path(temporary, "code")),
+                code_paths=[str(_portable_code(Path(temporary, "code")))],
                 signature=signature(detector.views),
                 input_example=pd.DataFrame([example], columns=[view or "image" for view in detector.views]),
                 pip_requirements=["mlflow-skinny==" + version("mlflow"), *pinned(REQUIREMENTS)],
@@ -118,8 +120,21 @@ def _log(
     return info.model_uri
 
 
-def _portable_code(folder: Path) -> list[str]:
-    """Copies the packages that prediction imports, and nothing else of sprue."""
+@contextmanager
+def _import_path_kept() -> Iterator[None]:
+    """Takes back what MLflow, as it tries a model, adds to `sys.path`: every later import would look there, too."""
+    before = list(sys.path)
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _portable_code(folder: Path) -> Path:
+    """An archive of the packages that prediction imports, and of nothing else of sprue.
+
+    It is one file, as each is a request to the tracking server for each class; ``pyfunc_model.py`` finds it.
+    """
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(Path(defectflow.__file__).parent, folder / "defectflow", ignore=ignore)
     source = Path(sprue.__file__).parent
@@ -127,4 +142,4 @@ def _portable_code(folder: Path) -> list[str]:
     for module in ("__init__.py", "errors.py", "formats.py", "config.py"):
         shutil.copy(source / module, folder / "sprue" / module)
     shutil.copytree(source / "inference", folder / "sprue" / "inference", ignore=ignore)
-    return [str(folder / "defectflow"), str(folder / "sprue")]
+    return Path(shutil.make_archive(str(folder), "zip", folder))

@@ -1,5 +1,6 @@
 """The detector behind MLflow's model interface; MLflow runs this file when it loads the model."""
 
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,11 @@ import mlflow
 import pandas as pd
 from mlflow.pyfunc.model import PythonModel
 
-from sprue.inference.detector import Detector
-from sprue.inference.images import open_image
+# The packages that are imported below are in an archive in a folder that MLflow has added.
+sys.path[:0] = [str(Path(folder, "code.zip")) for folder in sys.path if Path(folder, "code.zip").is_file()]
+
+from sprue.inference.detector import Detector  # noqa: E402
+from sprue.inference.images import open_image  # noqa: E402
 
 
 class DetectorModel(PythonModel):

@@ -373,6 +373,7 @@ def test_a_packaged_model_runs_without_ray_dvc_and_pickle(logged, detector, tmp_
     assert not [file.name for file in Path(folder).rglob("*") if file.suffix in (".pkl", ".pickle")]
     assert not list(Path(folder).rglob("backbone.safetensors"))
     assert "ray" not in (Path(folder) / "requirements.txt").read_text()
+    assert [path.name for path in Path(folder, "code").iterdir()] == ["code.zip"]
     images = crops(3, seed=2)
     files = []
     for index, image in enumerate(images):
@@ -418,7 +419,9 @@ def test_a_packaged_model_of_views_has_a_column_for_each(store, spec, weights, t
     frame = pd.DataFrame([[png(image) for image in sample] for sample in samples], columns=list(views))
 
     run = FitRun.open(experiment_id("views", store), "m4.box", "k", {})
+    before = list(sys.path)
     uri = log_detector(saved(detector, tmp_path / "box"), weights, run.run_id, "k", frame.iloc[0].tolist(), {})
+    assert sys.path == before
     model = mlflow.pyfunc.load_model(uri)
     answer, expected = model.predict(frame[["1-side", "0-top"]]), detector.predict(samples, engine)
     assert list(answer) == ["score", "p_value", "is_anomalous", "score_0-top", "score_1-side"]
