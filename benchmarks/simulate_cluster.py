@@ -6,10 +6,10 @@ a stage costs once is left out. How long the work itself takes (an epoch, an ima
 measured there and is an argument, as are failures and the machines.
 
 The simulation goes from event to event: a slot of a node begins a piece of a class's work (an epoch; in the other
-stages the whole), which may end with the node's failure; then a piece is repeated when another slot is free. Driver
-and tracking server are queues, first come, first served. Fits do not wait for the driver, which logs their epochs;
-register's tasks wait for the tracking server. Stages follow each other. Prints for each stage how long it takes, how
-busy everything is, and what is busiest: the bottleneck.
+stages the whole), which may end with the node's failure; then a piece is repeated when another slot is free. Driver,
+tracking server and store are queues, first come, first served: all wait for the store, register's tasks for the
+tracking server, and fits not for the driver, which logs their epochs. Stages follow each other. Prints for each stage
+how long it takes, how busy everything is, and what is busiest: the bottleneck.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def simulate(
 ) -> Result:
     """Runs a stage; a class is so many pieces of work, of so many seconds each, on one slot."""
     rng = random.Random(stage)
-    driver, server = Queue(1), Queue(given.server_workers)
+    driver, server, store = Queue(1), Queue(given.server_workers), Queue(1)
     fails_at = [rng.expovariate(1 / (3600 * given.mtbf_hours)) for _ in range(given.nodes)]
     ready = [(0.0, number, number // slots_of_node) for number in range(given.nodes * slots_of_node)]
     left = {slot: 0 for _, slot, _ in ready}
@@ -125,10 +125,11 @@ def simulate(
         work += done - now
         left[slot] -= 1
         logged = server.use(done, cost.server / pieces)
-        end = max(end, logged)
+        stored = store.use(done, cost.store / pieces / given.store_requests)
+        end = max(end, logged, stored)
         if stage == "fit":
             end = max(end, driver.use(done, cost.driver / pieces))
-        heapq.heappush(ready, (logged if stage == "register" else done, slot, node))
+        heapq.heappush(ready, (max(logged, stored) if stage == "register" else stored, slot, node))
     end = max(end, driver.free[0] if driver.free else 0.0)
     return Result(
         end / 3600,
@@ -136,7 +137,7 @@ def simulate(
             "nodes": work / (end * given.nodes * slots_of_node),
             "driver": driver.busy / end,
             "tracking server": server.busy / (end * given.server_workers),
-            "store": cost.store * given.classes / (end * given.store_requests),
+            "store": store.busy / end,
         },
         failures,
     )
@@ -144,9 +145,10 @@ def simulate(
 
 def alone(cost: Cost, given: argparse.Namespace) -> Result:
     """A stage that the driver does by itself."""
-    seconds = max(cost.driver * given.classes, 1e-9)
-    store = cost.store * given.classes / (seconds * given.store_requests)
-    return Result(seconds / 3600, {"nodes": 0.0, "driver": 1.0, "tracking server": 0.0, "store": store}, 0)
+    driver, store = cost.driver * given.classes, cost.store * given.classes / given.store_requests
+    seconds = max(driver, store, 1e-9)
+    busy = {"nodes": 0.0, "driver": driver / seconds, "tracking server": 0.0, "store": store / seconds}
+    return Result(seconds / 3600, busy, 0)
 
 
 def main() -> None:
