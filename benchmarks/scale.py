@@ -63,6 +63,9 @@ SETTINGS = {
     "flow": {"name": "patchflow", "adapted": 16, "bottleneck": 16, "steps": 1},
     "fit": {"epochs": 1},
 }
+MOST_FAILED = 2
+"""Classes that may look like others and are not fitted."""
+
 ATTEMPTS = 5
 """At starting a Ray node."""
 KINDS = ("read", "written", "listed", "removed")
@@ -296,7 +299,7 @@ class Site:
         return {f"{name}_cpu_seconds": meter.seconds() for name, meter in self.meters.items()}
 
     def run(self, stage: str) -> dict[str, Any]:
-        """Runs a stage, of which a class or two may fail; returns what was measured."""
+        """Runs a stage, of which `MOST_FAILED` classes may fail; returns what was measured."""
         before, started = self.counted() | self.busy(), time.perf_counter()
         command = [
             sys.executable, str(ROOT / "pipelines" / f"{stage}.py"), "--params", str(self.folder / "params.yaml"),
@@ -307,7 +310,8 @@ class Site:
             process = subprocess.Popen(command, env=self.environment, cwd=ROOT, stdout=output, stderr=output)
             _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - started
-        if status and "the others are done" not in log.read_text():
+        failed = re.search(r"(\d+) class(es)? of \S+ failed, the others are done", log.read_text())
+        if status and (failed is None or int(failed[1]) > MOST_FAILED):
             raise SystemExit(f"the stage {stage} failed:\n" + log.read_text()[-3000:])
         counts = {name: round(count - before[name], 2) for name, count in (self.counted() | self.busy()).items()}
         return {

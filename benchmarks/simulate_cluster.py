@@ -24,6 +24,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+FREE, FINISHED = 0, 1
+
 STAGES = ("manifest", "features", "search", "fit", "evaluate", "register")
 
 
@@ -96,13 +98,22 @@ def simulate(
     rng = random.Random(stage)
     driver, server, store = Queue(1), Queue(given.server_workers), Queue(1)
     fails_at = [rng.expovariate(1 / (3600 * given.mtbf_hours)) for _ in range(given.nodes)]
-    ready = [(0.0, number, number // slots_of_node) for number in range(given.nodes * slots_of_node)]
-    left = {slot: 0 for _, slot, _ in ready}
+    # Events in the order of time: a slot is free, or has finished a piece.
+    events = [(0.0, FREE, number, number // slots_of_node) for number in range(given.nodes * slots_of_node)]
+    left = dict.fromkeys(range(len(events)), 0)
     waiting, interrupted = given.classes, []
     work = end = 0.0
     failures = 0
-    while ready:
-        now, slot, node = heapq.heappop(ready)
+    while events:
+        now, what, slot, node = heapq.heappop(events)
+        if what == FINISHED:
+            left[slot] -= 1
+            logged = server.use(now, cost.server / pieces)
+            stored = store.use(now, cost.store / pieces / given.store_requests)
+            kept = driver.use(now, cost.driver / pieces) if stage == "fit" else now
+            end = max(end, logged, stored, kept)
+            heapq.heappush(events, (max(logged, stored) if stage == "register" else stored, FREE, slot, node))
+            continue
         if not left[slot]:
             if interrupted:
                 left[slot] = interrupted.pop()
@@ -120,17 +131,11 @@ def simulate(
             work += fails_at[node] - now
             interrupted.append(left[slot])
             left[slot] = 0
-            heapq.heappush(ready, (fails_at[node] + 60 * given.repair_minutes + given.restart_seconds, slot, node))
+            back = fails_at[node] + 60 * given.repair_minutes + given.restart_seconds
+            heapq.heappush(events, (back, FREE, slot, node))
             continue
         work += done - now
-        left[slot] -= 1
-        logged = server.use(done, cost.server / pieces)
-        stored = store.use(done, cost.store / pieces / given.store_requests)
-        end = max(end, logged, stored)
-        if stage == "fit":
-            end = max(end, driver.use(done, cost.driver / pieces))
-        heapq.heappush(ready, (max(logged, stored) if stage == "register" else stored, slot, node))
-    end = max(end, driver.free[0] if driver.free else 0.0)
+        heapq.heappush(events, (done, FINISHED, slot, node))
     return Result(
         end / 3600,
         {
