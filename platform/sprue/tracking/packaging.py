@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 import mlflow
 import pandas as pd
@@ -110,7 +111,7 @@ def _log(
                 python_model=str(Path(__file__).parent / "pyfunc_model.py"),
                 artifacts={"detector": str(Path(temporary, "detector"))},
                 model_config={"weights": weights},
-                code_paths=[str(_portable_code(Path(temporary, "code")))],
+                code_paths=[str(_portable_code(Path(temporary)))],
                 signature=signature(detector.views),
                 input_example=pd.DataFrame([example], columns=[view or "image" for view in detector.views]),
                 pip_requirements=["mlflow-skinny==" + version("mlflow"), *pinned(REQUIREMENTS)],
@@ -135,11 +136,18 @@ def _portable_code(folder: Path) -> Path:
 
     It is one file, as each is a request to the tracking server for each class; ``pyfunc_model.py`` finds it.
     """
-    ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(Path(defectflow.__file__).parent, folder / "defectflow", ignore=ignore)
-    source = Path(sprue.__file__).parent
-    (folder / "sprue").mkdir()
-    for module in ("__init__.py", "errors.py", "formats.py", "config.py"):
-        shutil.copy(source / module, folder / "sprue" / module)
-    shutil.copytree(source / "inference", folder / "sprue" / "inference", ignore=ignore)
-    return Path(shutil.make_archive(str(folder), "zip", folder))
+    flows, platform = Path(defectflow.__file__).parent, Path(sprue.__file__).parent
+    modules = [platform / name for name in ("__init__.py", "errors.py", "formats.py", "config.py")]
+    files = {
+        path.relative_to(package.parent): path
+        for package, found in (
+            (flows, flows.rglob("*.py")),
+            (platform, [*modules, *platform.glob("inference/**/*.py")]),
+        )
+        for path in found
+    }
+    with ZipFile(folder / "code.zip", "w", ZIP_DEFLATED) as archive:
+        for name, path in sorted(files.items()):
+            # A time of its own would make equal code differ.
+            archive.writestr(ZipInfo(name.as_posix()), path.read_bytes(), ZIP_DEFLATED)
+    return folder / "code.zip"

@@ -9,11 +9,12 @@ import mlflow
 import pandas as pd
 from mlflow.pyfunc.model import PythonModel
 
-# The packages that are imported below are in an archive in a folder that MLflow has added.
-sys.path[:0] = [str(Path(folder, "code.zip")) for folder in sys.path if Path(folder, "code.zip").is_file()]
+# The packages that are imported below, in a logged model.
+if (archive := Path(__file__).parent / "code" / "code.zip").is_file():
+    sys.path.insert(0, str(archive))
 
-from sprue.inference.detector import Detector  # noqa: E402
-from sprue.inference.images import open_image  # noqa: E402
+from sprue.inference.detector import Detector
+from sprue.inference.images import open_image
 
 
 class DetectorModel(PythonModel):

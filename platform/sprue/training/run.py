@@ -105,8 +105,8 @@ def fit_classes(
             if ended == len(specs):
                 break
     finally:
-        # Releases worker groups for which there was no room.
-        queue.cancel.remote()
+        groups.close()
+    # Not after an exception: a trial of a search must end at once, and a stage says why it fails.
     groups.join()
     remove_folder(runs / FOLDER)
     return [outcomes[spec.name] for spec in specs if spec.name in outcomes]

@@ -74,6 +74,11 @@ class WorkerGroups:
                 self._config["queue"].open.remote()
             self._start(more)
 
+    def close(self) -> None:
+        """Ends each fit after its current epoch, and begins no other; releases groups for which there was no room."""
+        self._closing.set()
+        self._config["queue"].cancel.remote()
+
     def join(self) -> None:
         """Waits until all have ended; kills the controllers of those that take long, which may wait for room.
 
@@ -81,7 +86,6 @@ class WorkerGroups:
         controller had reserved is given back with the job.
         """
         self._wait(SHUTDOWN_S)
-        self._closing.set()
         deadline = time.monotonic() + KILLED_S
         while self._running() and time.monotonic() < deadline:
             for controller in ray.get(self._config["queue"].announced.remote()):
