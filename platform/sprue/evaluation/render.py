@@ -17,7 +17,7 @@ from sprue.inference.calibration import Calibration
 from sprue.inference.heatmap import colour, heat, overlay
 
 matplotlib.use("Agg")
-# Text stays text, which takes half of the time and of the size of paths.
+# Text stays text: as paths it would take more time, and twice the size.
 matplotlib.rcParams["svg.fonttype"] = "none"
 
 TILE = 256

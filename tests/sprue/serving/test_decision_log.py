@@ -115,6 +115,8 @@ def test_images_are_deleted_as_soon_as_they_are_too_large_together(folder: Path)
         wait_for(lambda: not log.waiting)
     wait_for(lambda: names(folder / "images", "?" * 64) == list(image_digests(images[2:])))
     log.close(10)
+    (kept,) = (path for path in (folder / "images").rglob("*") if path.is_file())
+    assert kept.read_bytes() == images[2]
     assert rows(folder)["kept"].tolist() == ["alarm"] * 3
 
 
