@@ -35,6 +35,7 @@ from sprue.inference.engines import build_engine
 from sprue.release import audit_log
 from sprue.release.aliases import assign_alias, promote, version_for_alias
 from sprue.tracking.backbones import log_backbone
+from sprue.tracking.lock import alias_lock
 from sprue.tracking.packaging import log_detector, logged_models
 from sprue.tracking.registry import (
     CHALLENGER,
@@ -84,12 +85,13 @@ def register_one(detector: Path, digest: str, number: int, example: bytes, store
     key = f"key-{number}"
     run = FitRun.open(experiment_id(DATASET, store), CLASS_NAME, key, {"number": number})
     weights = log_backbone(digest, UPath(detector.with_suffix(".safetensors")), store)
-    uri = log_detector(detector, weights, run.run_id, key, [example], {})
+    uri = log_detector(detector, weights, run, key, [example], {})
     run.finish({"number": number}, ROOT / "docs", "evaluation", {})
     tags = {"sprue.number": str(number), **detector_tags(detector)}
-    version = register(DATASET, CLASS_NAME, uri, run.run_id, key, tags, "words")
-    before = version_for_alias(MODEL, CHAMPION)
-    if assign_alias(MODEL, version) == CHALLENGER:
+    with alias_lock(MODEL):
+        version = register(DATASET, CLASS_NAME, uri, run.run_id, key, tags, "words")
+        before, alias = version_for_alias(MODEL, CHAMPION), assign_alias(MODEL, version)
+    if alias == CHALLENGER:
         promote(MODEL, version, before, "promoted", f"number {number}")
 
 
@@ -121,7 +123,8 @@ def lost(numbers: int) -> list[str]:
             load_detector(find_registered(MODEL, version.version))
         except SprueError as error:
             found.append(str(error))
-        models = logged_models(version.run_id, key)
+        experiment = mlflow.get_run(version.run_id).info.experiment_id
+        models = logged_models(FitRun(version.run_id, experiment, {}), key)
         if [str(model.status) for model in models] != ["READY"]:
             found.append(f"detector {number} was logged {len(models)} times: {[str(each.status) for each in models]}")
     entries = Counter(entry.challenger for entry in audit_log.entries(MODEL))

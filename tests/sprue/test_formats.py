@@ -229,7 +229,7 @@ def read_lineage(folder):
 
 def audit(folder):
     """As the tag of a run."""
-    audit_log.append("formats.brick", "forced", None, 1, "words", 1)
+    audit_log.History.read("formats.brick").append("forced", None, 1, "words", 1)
     runs = mlflow.MlflowClient().search_runs(
         [mlflow.MlflowClient().get_experiment_by_name(audit_log.EXPERIMENT).experiment_id],
         "tags.`sprue.model` = 'formats.brick'",

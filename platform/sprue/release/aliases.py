@@ -4,7 +4,7 @@ import mlflow
 from mlflow.exceptions import MlflowException
 
 from sprue.errors import SprueError
-from sprue.release import audit_log
+from sprue.release.audit_log import History, Kind
 from sprue.tracking.lock import alias_lock
 from sprue.tracking.registry import CHALLENGER, CHAMPION, NOT_FOUND
 
@@ -19,42 +19,40 @@ def version_for_alias(model: str, alias: str) -> int | None:
         return None
 
 
-def reconcile(model: str) -> int | None:
-    """The champion's version. A change that the audit log does not have is recorded as external first."""
-    current = version_for_alias(model, CHAMPION)
-    changes = [entry for entry in audit_log.entries(model) if entry.kind != "refused"]
-    known = changes[-1].after if changes else None
-    if current != known:
-        audit_log.append(model, "external", known, current, "the alias was changed outside of sprue")
-    return current
+def reconcile(model: str) -> History:
+    """The decisions about a model; a change of the champion that they lack is recorded as external first."""
+    current, history = version_for_alias(model, CHAMPION), History.read(model)
+    if current != history.champion:
+        history.append("external", history.champion, current, "the alias was changed outside of sprue")
+    return history
 
 
 def assign_alias(model: str, version: int) -> str:
     """Assigns the current detector's version its alias: a model's first is champion, every other one challenger.
 
+    The caller holds the model's lock.
+
     Returns:
         The alias that the version has.
     """
-    client = mlflow.MlflowClient()
-    with alias_lock(model):
-        champion = reconcile(model)
-        if champion is None:
-            client.set_registered_model_alias(model, CHAMPION, str(version))
-            audit_log.append(model, "first", None, version, "the class had no champion", version)
-        elif champion != version:
-            if version_for_alias(model, CHALLENGER) != version:
-                client.set_registered_model_alias(model, CHALLENGER, str(version))
-            return CHALLENGER
-        elif version_for_alias(model, CHALLENGER) is not None:
-            client.delete_registered_model_alias(model, CHALLENGER)
-        return CHAMPION
+    client, history = mlflow.MlflowClient(), reconcile(model)
+    if history.champion is None:
+        client.set_registered_model_alias(model, CHAMPION, str(version))
+        history.append("first", None, version, "the class had no champion", version)
+    elif history.champion != version:
+        if version_for_alias(model, CHALLENGER) != version:
+            client.set_registered_model_alias(model, CHALLENGER, str(version))
+        return CHALLENGER
+    elif version_for_alias(model, CHALLENGER) is not None:
+        client.delete_registered_model_alias(model, CHALLENGER)
+    return CHAMPION
 
 
 def promote(
     model: str,
     version: int,
     judged_against: int | None,
-    kind: audit_log.Kind,
+    kind: Kind,
     reason: str,
     metrics: dict[str, float] | None = None,
 ) -> None:
@@ -73,7 +71,8 @@ def promote(
     """
     client = mlflow.MlflowClient()
     with alias_lock(model):
-        champion = reconcile(model)
+        history = reconcile(model)
+        champion = history.champion
         if champion != judged_against:
             raise SprueError(
                 f"{model}: version {champion or 'none'} has become champion in the meantime, and version {version} was "
@@ -82,7 +81,7 @@ def promote(
         client.set_registered_model_alias(model, CHAMPION, str(version))
         if version_for_alias(model, CHALLENGER) == version:
             client.delete_registered_model_alias(model, CHALLENGER)
-        audit_log.append(model, kind, champion, version, reason, version, metrics)
+        history.append(kind, champion, version, reason, version, metrics)
 
 
 def roll_back(model: str, reason: str) -> int:
@@ -95,22 +94,23 @@ def roll_back(model: str, reason: str) -> int:
         SprueError: If there was none, or it is no longer registered.
     """
     with alias_lock(model):
-        current = reconcile(model)
-    before = previous_champion(model, current)
+        history = reconcile(model)
+    current, before = history.champion, _previous_champion(history)
     if before is None:
         raise SprueError(f"{model}: there is no champion before version {current or 'none'} to roll back to")
     promote(model, before, current, "rolled back", reason)
     return before
 
 
-def previous_champion(model: str, current: int | None) -> int | None:
+def _previous_champion(history: History) -> int | None:
     """The champion before the current one, however it changed; two rollbacks go back two steps."""
-    history: list[int | None] = [None]
-    for entry in audit_log.entries(model):
-        if entry.kind == "rolled back" and entry.after in history:
-            del history[len(history) - history[::-1].index(entry.after) :]
+    champions: list[int | None] = [None]
+    for entry in history.entries:
+        if entry.kind == "rolled back" and entry.after in champions:
+            del champions[len(champions) - champions[::-1].index(entry.after) :]
         elif entry.kind != "refused":
-            history.append(entry.after)
-    registered = {int(version.version) for version in mlflow.MlflowClient().search_model_versions(f"name = '{model}'")}
-    earlier = [version for version in history if version is not None and version != current and version in registered]
+            champions.append(entry.after)
+    versions = mlflow.MlflowClient().search_model_versions(f"name = '{history.model}'")
+    registered = {int(version.version) for version in versions}
+    earlier = [each for each in champions if each is not None and each != history.champion and each in registered]
     return earlier[-1] if earlier else None

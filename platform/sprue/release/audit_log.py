@@ -10,10 +10,10 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import mlflow
-from mlflow.entities import Metric, RunTag
+from mlflow.entities import Metric, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 
@@ -65,40 +65,62 @@ class Entry:
         return asdict(self) | {"at": self.at.isoformat()}
 
 
-def append(
-    model: str,
-    kind: Kind,
-    before: int | None,
-    after: int | None,
-    reason: str,
-    challenger: int | None = None,
-    metrics: Mapping[str, float] | None = None,
-) -> None:
-    """Appends an entry; the caller holds the model's lock. `metrics` are what the decision rests on."""
-    client = mlflow.MlflowClient()
-    reason = textwrap.shorten(reason, LONGEST_REASON)
-    # The clocks of several machines do not tell the order.
-    number = len(entries(model)) + 1
-    facts = {
-        "id": uuid.uuid4().hex,
-        "number": number,
-        "model": model,
-        "kind": kind,
-        "before": before,
-        "after": after,
-        "challenger": challenger,
-    }
-    tags = {
-        "sprue.audit": json.dumps(AUDIT.stamped(facts | {"reason": reason, "by": whoami()})),
-        "sprue.model": model,
-    }
-    run = client.create_run(_experiment(), run_name=f"{model} {kind}", tags=tags)
-    client.log_batch(
-        run.info.run_id,
-        metrics=[Metric(name, value, 0, 0) for name, value in (metrics or {}).items()],
-        tags=[RunTag("mlflow.note.content", reason)],
-    )
-    client.set_terminated(run.info.run_id)
+@dataclass
+class History:
+    """The decisions about one model. Who appends to it holds the model's lock since before it was read.
+
+    Attributes:
+        model: The registered model.
+        entries: In the order of the decisions.
+    """
+
+    model: str
+    entries: list[Entry]
+
+    @classmethod
+    def read(cls, model: str) -> Self:
+        """Reads it."""
+        return cls(model, entries(model))
+
+    @property
+    def champion(self) -> int | None:
+        """The champion's version, as the last entry says."""
+        changes = [entry for entry in self.entries if entry.kind != "refused"]
+        return changes[-1].after if changes else None
+
+    def append(
+        self,
+        kind: Kind,
+        before: int | None,
+        after: int | None,
+        reason: str,
+        challenger: int | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Appends an entry; `metrics` are what the decision rests on."""
+        client = mlflow.MlflowClient()
+        facts: dict[str, Any] = {
+            "number": len(self.entries) + 1,  # the clocks of several machines do not tell the order
+            "model": self.model,
+            "kind": kind,
+            "before": before,
+            "after": after,
+            "challenger": challenger,
+            "reason": textwrap.shorten(reason, LONGEST_REASON),
+            "by": whoami(),
+        }
+        tags = {
+            "sprue.audit": json.dumps(AUDIT.stamped({"id": uuid.uuid4().hex} | facts)),
+            "sprue.model": self.model,
+        }
+        run = client.create_run(_experiment(), run_name=f"{self.model} {kind}", tags=tags)
+        client.log_batch(
+            run.info.run_id,
+            metrics=[Metric(name, value, 0, 0) for name, value in (metrics or {}).items()],
+            tags=[RunTag("mlflow.note.content", facts["reason"])],
+        )
+        client.set_terminated(run.info.run_id)
+        self.entries.append(Entry(**facts, at=_time(run)))
 
 
 def _experiment() -> str:
@@ -130,9 +152,12 @@ def entries(model: str | None = None) -> list[Entry]:
         )
         for run in page:
             facts = AUDIT.current(json.loads(run.data.tags["sprue.audit"]), f"run {run.info.run_id} of the audit log")
-            at = datetime.fromtimestamp(run.info.start_time / 1000, UTC)
-            found.setdefault(facts.pop("id"), Entry(**facts, at=at))
+            found.setdefault(facts.pop("id"), Entry(**facts, at=_time(run)))
         token = page.token
         if not token:
             ordered = found.values()
             return sorted(ordered, key=lambda entry: entry.number) if model else list(ordered)
+
+
+def _time(run: Run) -> datetime:
+    return datetime.fromtimestamp(run.info.start_time / 1000, UTC)

@@ -17,7 +17,6 @@ from sprue.errors import SprueError
 from sprue.evaluation.metrics import Estimate, auroc_difference, score_estimates
 from sprue.inference.detector import Detector
 from sprue.inference.engines import Engine
-from sprue.release import audit_log
 from sprue.release.aliases import promote, reconcile, version_for_alias
 from sprue.release.false_alarms import chance_of
 from sprue.release.shadowing import Shadowing, read_shadowing
@@ -197,9 +196,9 @@ def decide(name: str, version: str, images: Path, rules: Rules, store: UPath) ->
     objections = report.objections(rules)
     if objections:
         with alias_lock(model):
-            current = reconcile(model)
-            reason = "; ".join(objections)
-            audit_log.append(model, "refused", current, current, reason, challenger.version, report.metrics())
+            history = reconcile(model)
+            current, reason = history.champion, "; ".join(objections)
+            history.append("refused", current, current, reason, challenger.version, report.metrics())
     else:
         promote(model, challenger.version, number, "promoted", str(report), report.metrics())
     return Decision(model, challenger.version, number, report, objections)

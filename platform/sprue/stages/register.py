@@ -4,6 +4,7 @@ import contextlib
 import logging
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlencode
 
 import mlflow
@@ -26,6 +27,7 @@ from sprue.stages.runtime import Context, connect_ray
 from sprue.store import digest, local_copy, read_json
 from sprue.tracking.backbones import log_backbone
 from sprue.tracking.lineage import Lineage
+from sprue.tracking.lock import alias_lock
 from sprue.tracking.packaging import log_detector
 from sprue.tracking.registry import CHALLENGER, find_version, model_name, register
 from sprue.tracking.runs import FitRun
@@ -112,17 +114,32 @@ def add_version(context: Context, manifest: Manifest, plan: ClassPlan, uri: str)
     use(uri)
     model = model_name(context.dataset, plan.class_name)
     key = digest(context.folder / "detectors" / plan.class_name)[:12]
-    found = find_version(model, key)
-    version = int(found.version) if found else _register(context, manifest, plan, key)
-    alias = assign_alias(model, version)
-    known = "was registered already, " if found else ""
+    if found := find_version(model, key):
+        version, known = int(found.version), "was registered already, "
+        with alias_lock(model):
+            alias = assign_alias(model, version)
+    else:
+        logged, known = _log(context, manifest, plan, key), ""
+        with alias_lock(model):
+            version = register(context.dataset, plan.class_name, *logged)
+            alias = assign_alias(model, version)
     logger.info("%-24s version %d %sis %s", model, version, known, alias)
     if alias == CHALLENGER:
         logger.info("%-24s to make it champion: sprue promote %s --images FOLDER", "", model)
 
 
-def _register(context: Context, manifest: Manifest, plan: ClassPlan, key: str) -> int:
-    """Logs a class's detector and its lineage to its run, and registers it; returns the version."""
+class _Logged(NamedTuple):
+    """What `register` takes of a logged detector."""
+
+    model_uri: str
+    run_id: str
+    detector_key: str
+    tags: dict[str, str]
+    description: str
+
+
+def _log(context: Context, manifest: Manifest, plan: ClassPlan, key: str) -> _Logged:
+    """Logs a class's detector, its lineage and its evaluation to the run of its fit."""
     class_name, spec = plan.class_name, plan.first
     fit = ClassFit.read(context.folder / "fits", plan)
     metrics = read_json(context.folder / "metrics" / f"{class_name}.json", made_by="evaluate")
@@ -141,12 +158,12 @@ def _register(context: Context, manifest: Manifest, plan: ClassPlan, key: str) -
     Lineage(facts, _tracked_digest(context.data), images).log(run.run_id, key)
     weights = log_backbone(spec.features.weights_digest, context.backbone(spec.features), context.store)
     with local_copy(context.folder / "detectors" / class_name) as folder:
-        uri = log_detector(folder, weights, run.run_id, key, example, tags)
+        uri = log_detector(folder, weights, run, key, example, tags)
         calibration, detector = Detector.load(folder).calibration, detector_tags(folder)
     with local_copy(context.folder / "evaluation" / class_name) as folder:
         run.finish(metrics, folder, "evaluation", tags)
         description = _describe(metrics, calibration, plan) + _log_overview(folder, run, key)
-    return register(spec.dataset, class_name, uri, run.run_id, key, tags | detector, description)
+    return _Logged(uri, run.run_id, key, tags | detector, description)
 
 
 def _describe(metrics: dict[str, float], calibration: Calibration, plan: ClassPlan) -> str:

@@ -3,10 +3,8 @@
 import logging
 import re
 import shutil
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,9 @@ from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 import mlflow
 import pandas as pd
-from mlflow.entities import LoggedModel, LoggedModelStatus
+from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
 from mlflow.exceptions import MlflowException
-from mlflow.models import ModelSignature
+from mlflow.models import Model, ModelSignature
 from mlflow.protos.databricks_pb2 import BAD_REQUEST, ErrorCode
 from mlflow.types import ColSpec, DataType, Schema
 
@@ -25,6 +23,7 @@ import sprue
 from sprue.inference.detector import Detector
 from sprue.tracking.provenance import pinned
 from sprue.tracking.registry import DETECTOR_TAG
+from sprue.tracking.runs import FitRun
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ def signature(views: Sequence[str]) -> ModelSignature:
 
 
 def log_detector(
-    folder: Path, weights: str, run_id: str, detector_key: str, example: Sequence[bytes], metadata: dict[str, Any]
+    folder: Path, weights: str, run: FitRun, detector_key: str, example: Sequence[bytes], metadata: dict[str, Any]
 ) -> str:
     """Packages a saved detector and logs it to a run, unless the run has it; deletes what interrupted attempts left.
 
@@ -63,7 +62,7 @@ def log_detector(
     Args:
         folder: Where `Detector.save` has written a calibrated detector.
         weights: URI of the backbone's weights; see `sprue.tracking.backbones.log_backbone`.
-        run_id: The run that it belongs to.
+        run: That of the fit.
         detector_key: Names the detector by its inputs.
         example: A sample's encoded images, kept as the input example.
         metadata: Facts about the model, as JSON.
@@ -75,60 +74,61 @@ def log_detector(
         MlflowException: If MLflow refuses `ATTEMPTS` times, or fails in another way.
     """
     for attempt in range(1, ATTEMPTS + 1):
-        complete = [model for model in logged_models(run_id, detector_key) if model.status == LoggedModelStatus.READY]
+        complete = [model for model in logged_models(run, detector_key) if model.status == LoggedModelStatus.READY]
         try:
-            uri = complete[0].model_uri if complete else _log(folder, weights, run_id, detector_key, example, metadata)
+            uri = complete[0].model_uri if complete else _log(folder, weights, run, detector_key, example, metadata)
             break
         except MlflowException as error:
             if attempt == ATTEMPTS or error.error_code != ErrorCode.Name(BAD_REQUEST):
                 raise
-            logger.warning("the model of run %s is logged once more: %s", run_id, str(error).partition("\n")[0])
-    for model in logged_models(run_id, detector_key):
+            logger.warning("the model of run %s is logged once more: %s", run.run_id, str(error).partition("\n")[0])
+    for model in logged_models(run, detector_key):
         if model.model_uri != uri:
             mlflow.MlflowClient().delete_logged_model(model.model_id)
     return uri
 
 
-def logged_models(run_id: str, detector_key: str) -> list[LoggedModel]:
+def logged_models(run: FitRun, detector_key: str) -> list[LoggedModel]:
     """A run's models of a detector, complete or not."""
-    client = mlflow.MlflowClient()
-    experiment = client.get_run(run_id).info.experiment_id
-    found = client.search_logged_models([experiment], f"source_run_id = '{run_id}'")
+    found = mlflow.MlflowClient().search_logged_models([run.experiment_id], f"source_run_id = '{run.run_id}'")
     return [model for model in found if model.tags.get(DETECTOR_TAG) == detector_key]
 
 
 def _log(
-    folder: Path, weights: str, run_id: str, detector_key: str, example: Sequence[bytes], metadata: dict[str, Any]
+    folder: Path, weights: str, run: FitRun, detector_key: str, example: Sequence[bytes], metadata: dict[str, Any]
 ) -> str:
-    detector = Detector.load(folder)
+    """Logs the model with a client's single calls.
+
+    `mlflow.pyfunc.log_model` would fetch the weights and load each model to try it, and ask the server 16 things more.
+    """
+    client, detector = mlflow.MlflowClient(), Detector.load(folder)
+    # A class's name may have characters that MLflow takes in no logged model's name.
+    name = re.sub("[/:.%\"']", "-", detector.class_name)
+    model = client.create_logged_model(run.experiment_id, name, run.run_id, {DETECTOR_TAG: detector_key}, run.params)
+    client.log_outputs(run.run_id, [LoggedModelOutput(model.model_id, step=0)])
     with tempfile.TemporaryDirectory() as temporary:
         # The artifact's folder gets the name of the source.
         shutil.copytree(folder, Path(temporary, "detector"))
-        with mlflow.start_run(run_id=run_id), _import_path_kept():
-            info = mlflow.pyfunc.log_model(
-                # A class's name may have characters that MLflow takes in no logged model's name.
-                name=re.sub("[/:.%\"']", "-", detector.class_name),
-                python_model=str(Path(__file__).parent / "pyfunc_model.py"),
-                artifacts={"detector": str(Path(temporary, "detector"))},
-                model_config={"weights": weights},
-                code_paths=[str(_portable_code(Path(temporary)))],
-                signature=signature(detector.views),
-                input_example=pd.DataFrame([example], columns=[view or "image" for view in detector.views]),
-                pip_requirements=["mlflow-skinny==" + version("mlflow"), *pinned(REQUIREMENTS)],
+        mlflow.pyfunc.save_model(
+            Path(temporary, "model"),
+            mlflow_model=Model(
+                artifact_path=model.artifact_location,
+                model_uuid=model.model_id,
+                run_id=run.run_id,
                 metadata=metadata,
-                tags={DETECTOR_TAG: detector_key},
-            )
-    return info.model_uri
-
-
-@contextmanager
-def _import_path_kept() -> Iterator[None]:
-    """Takes back what MLflow, as it tries a model, adds to `sys.path`: every later import would look there, too."""
-    before = list(sys.path)
-    try:
-        yield
-    finally:
-        sys.path[:] = before
+                model_id=model.model_id,
+            ),
+            python_model=str(Path(__file__).parent / "pyfunc_model.py"),
+            artifacts={"detector": str(Path(temporary, "detector"))},
+            model_config={"weights": weights},
+            code_paths=[str(_portable_code(Path(temporary)))],
+            signature=signature(detector.views),
+            input_example=pd.DataFrame([example], columns=[view or "image" for view in detector.views]),
+            pip_requirements=["mlflow-skinny==" + version("mlflow"), *pinned(REQUIREMENTS)],
+        )
+        client.log_model_artifacts(model.model_id, str(Path(temporary, "model")))
+    client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+    return model.model_uri
 
 
 def _portable_code(folder: Path) -> Path:

@@ -21,7 +21,6 @@ from mlflow.protos.databricks_pb2 import (
 from sprue.errors import SprueError
 from sprue.inference.cache import cache_folder, cached
 from sprue.tracking.digests import altered_files, combined_digest, require_digests, require_tags
-from sprue.tracking.lock import alias_lock
 from sprue.tracking.names import resolve_name
 
 if TYPE_CHECKING:
@@ -98,7 +97,8 @@ def register(
 ) -> int:
     """Registers a logged model as a new version of its class, if its detector has none.
 
-    The key names the detector by its inputs, the description is Markdown. Returns the version's number.
+    The caller holds the model's lock. The key names the detector by its inputs, the description is Markdown. Returns
+    the version's number.
     """
     client, name = mlflow.MlflowClient(), model_name(dataset, class_name)
     try:
@@ -106,15 +106,14 @@ def register(
     except MlflowException as error:
         if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
             raise
-    with alias_lock(name):
-        if not _versions_of(name, detector_key):
-            tags = {**tags, DETECTOR_TAG: detector_key}
-            # A server wants the model's identifier besides its URI.
-            model = model_uri.removeprefix(LOGGED_MODEL) if model_uri.startswith(LOGGED_MODEL) else None
-            client.create_model_version(name, model_uri, run_id, tags=tags, description=description, model_id=model)
-        first, *duplicates = _versions_of(name, detector_key)
-        for version in duplicates:  # made when MLflow's client repeats a request whose answer was lost
-            client.delete_model_version(name, version.version)
+    if not _versions_of(name, detector_key):
+        tags = {**tags, DETECTOR_TAG: detector_key}
+        # A server wants the model's identifier besides its URI.
+        model = model_uri.removeprefix(LOGGED_MODEL) if model_uri.startswith(LOGGED_MODEL) else None
+        client.create_model_version(name, model_uri, run_id, tags=tags, description=description, model_id=model)
+    first, *duplicates = _versions_of(name, detector_key)
+    for version in duplicates:  # made when MLflow's client repeats a request whose answer was lost
+        client.delete_model_version(name, version.version)
     return int(first.version)
 
 

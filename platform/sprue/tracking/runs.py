@@ -27,10 +27,14 @@ class FitRun:
 
     Attributes:
         run_id: MLflow's identifier.
+        experiment_id: That of its experiment.
+        params: Its parameters, as the server takes them.
         logged: Epochs whose metrics the server has.
     """
 
     run_id: str
+    experiment_id: str
+    params: dict[str, str]
     logged: set[int] = field(default_factory=set)
 
     @classmethod
@@ -44,17 +48,18 @@ class FitRun:
         parent: str | None = None,
     ) -> Self:
         """Finds the run of a fit by its name and key, or creates it below a parent run."""
-        client = mlflow.MlflowClient()
+        client, params = mlflow.MlflowClient(), {name: str(value)[:6000] for name, value in params.items()}
         found = client.search_runs(
             [experiment_id], f"tags.`{KEY_TAG}` = '{name}-{key}'", ViewType.ACTIVE_ONLY, max_results=1
         )
         if found:
             run_id = found[0].info.run_id
-            return cls(run_id, {metric.step for metric in client.get_metric_history(run_id, CURVES[0])})
+            logged = {metric.step for metric in client.get_metric_history(run_id, CURVES[0])}
+            return cls(run_id, experiment_id, params, logged)
         own = {KEY_TAG: f"{name}-{key}"} | ({PARENT_TAG: parent} if parent else {})
         run = client.create_run(experiment_id, run_name=name, tags={**(tags or {}), **own})
-        client.log_batch(run.info.run_id, params=[Param(name, str(value)[:6000]) for name, value in params.items()])
-        return cls(run.info.run_id)
+        client.log_batch(run.info.run_id, params=[Param(*each) for each in params.items()])
+        return cls(run.info.run_id, experiment_id, params)
 
     def log_epochs(self, epochs: Sequence[Mapping[str, Any]]) -> None:
         """Logs the epochs that the server does not have; warns if it does not answer."""

@@ -130,7 +130,7 @@ def _fill(store: UPath, folder: Path) -> Plant:
     def register_detector(key: str) -> int:
         run = FitRun.open(experiment_id("plant", store), "brick", plan.key, plan.params)
         Lineage((fit.facts,), "", rows).log(run.run_id, key)
-        uri = log_detector(folder / "detector", weights, run.run_id, key, [images[0]], {})
+        uri = log_detector(folder / "detector", weights, run, key, [images[0]], {})
         return register("plant", "brick", uri, run.run_id, key, detector_tags(folder / "detector"), "words")
 
     assign_alias(model_name("plant", "brick"), register_detector("k1"))

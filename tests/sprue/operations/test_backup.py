@@ -157,7 +157,7 @@ def test_no_half_of_a_promotion_is_in_a_backup(plant, archive, tmp_path, monkeyp
         thread.start()
         assert waits.wait(60)
         assert not finished
-        audit_log.append(model, "forced", 1, version, "words", version)
+        audit_log.History.read(model).append("forced", 1, version, "words", version)
     thread.join(60)
     assert finished
     restore(archive, location(str(tmp_path / "new")))

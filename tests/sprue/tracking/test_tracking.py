@@ -187,7 +187,7 @@ def logged(store, detector, weights, tmp_path_factory):
     run = FitRun.open(experiment_id("models", store), "brick", "k", {})
     folder = saved(detector, tmp_path_factory.mktemp("detector"))
     example = [png(crops(1, seed=9)[0])]
-    uri = log_detector(folder, weights, run.run_id, "key-1", example, {"sprue.dataset": "textures"})
+    uri = log_detector(folder, weights, run, "key-1", example, {"sprue.dataset": "textures"})
     return run.run_id, uri, digest_tags(folder)
 
 
@@ -204,10 +204,10 @@ def test_a_call_that_mlflow_repeats_in_vain_is_made_anew(store, detector, weight
             raise MlflowException("duplicate key", BAD_REQUEST)
 
     monkeypatch.setattr(mlflow.MlflowClient, "log_outputs", repeated)
-    arguments = folder, weights, run.run_id, "key", [png(crops(1, seed=9)[0])], {}
+    arguments = folder, weights, run, "key", [png(crops(1, seed=9)[0])], {}
     if failures < ATTEMPTS:
         uri = log_detector(*arguments)
-        assert [(each.model_uri, each.status) for each in logged_models(run.run_id, "key")] == [(uri, "READY")]
+        assert [(each.model_uri, each.status) for each in logged_models(run, "key")] == [(uri, "READY")]
     else:
         with pytest.raises(MlflowException, match="duplicate key"):
             log_detector(*arguments)
@@ -420,7 +420,7 @@ def test_a_packaged_model_of_views_has_a_column_for_each(store, spec, weights, t
 
     run = FitRun.open(experiment_id("views", store), "m4.box", "k", {})
     before = list(sys.path)
-    uri = log_detector(saved(detector, tmp_path / "box"), weights, run.run_id, "k", frame.iloc[0].tolist(), {})
+    uri = log_detector(saved(detector, tmp_path / "box"), weights, run, "k", frame.iloc[0].tolist(), {})
     assert sys.path == before
     model = mlflow.pyfunc.load_model(uri)
     answer, expected = model.predict(frame[["1-side", "0-top"]]), detector.predict(samples, engine)
