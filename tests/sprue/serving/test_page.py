@@ -291,6 +291,12 @@ def test_verdicts_are_stored_and_exported(
     page.mouse.down()
     page.mouse.move(*at[1], steps=5)
     page.mouse.up()
+    page.keyboard.down(" ")  # the same by keys: three times by the brush's radius, 5 pixels
+    for _ in range(3):
+        page.keyboard.press("ArrowDown")
+    page.keyboard.up(" ")
+    page.keyboard.press("ArrowDown")
+    expect(page.get_by_role("group", name="Arrow keys move the brush")).to_be_focused()
     page.keyboard.press("d")
     expect(page.locator("#reviewed")).to_contain_text("Saved: Defective, everything")
     expect(page.locator("#queue-count")).to_have_text(re.compile("^Nothing to review"))
@@ -298,6 +304,7 @@ def test_verdicts_are_stored_and_exported(
     assert (review.verdict, review.reviewer, review.decision) == ("defective", "everything", decision)
     mask_HW = np.asarray(Image.open(io.BytesIO(reviews.read_file(review.masks[0]))).convert("L"))
     assert mask_HW.shape == (160, 200) and mask_HW[40, 160] == 255 and mask_HW[100:].max() == 0
+    assert mask_HW[57, 180] == 255 and mask_HW[62, 180] == 0
     assert 0.01 < (mask_HW > 0).mean() < 0.05
 
     queue = plant.client.get("/v1/classes/gräs 2/decisions", params={"queue": True}).json()["decisions"]

@@ -1,4 +1,6 @@
-/** Marks where a defect is, on a canvas of the image's size. */
+/** Marks where a defect is, on a canvas of the image's size, by pointers or keys. */
+
+import { element } from "./dom.js";
 
 const MARK = "#b400ff"; // neither the map's colours nor the outline's
 
@@ -8,12 +10,17 @@ export class Brush {
     [this.zoom, this.canvas] = [zoom, canvas];
     /** @type {"brush" | "eraser" | ""} */
     this.tool = "";
-    /** Radius as a part of the image's shorter side. */
+    this.ring = element("div", { className: "ring" });
+    canvas.after(this.ring);
+    this.draws = false;
     this.size = 0.03;
-    this.last = null;
     zoom.stage.addEventListener("pointerdown", (event) => this.#start(event));
     zoom.stage.addEventListener("pointermove", (event) => this.#move(event));
-    for (const end of ["pointerup", "pointercancel"]) zoom.stage.addEventListener(end, () => (this.last = null));
+    for (const end of ["pointerup", "pointercancel", "blur"]) {
+      zoom.stage.addEventListener(end, () => (this.draws = false));
+    }
+    zoom.stage.addEventListener("keydown", (event) => this.#key(event));
+    zoom.stage.addEventListener("keyup", (event) => event.key === " " && (this.draws = false));
   }
 
   /** @param {"brush" | "eraser" | ""} tool */
@@ -23,33 +30,81 @@ export class Brush {
     this.zoom.stage.classList.toggle("brush", Boolean(tool));
   }
 
+  /** Waits in the middle of an image that is shown. */
+  center() {
+    this.#place({ x: this.canvas.width / 2, y: this.canvas.height / 2 });
+  }
+
+  /** Radius as a part of the image's shorter side. */
+  get size() {
+    return this.part;
+  }
+
+  set size(part) {
+    this.part = part;
+    this.#place(this.at ?? { x: 0, y: 0 });
+  }
+
+  get #radius() {
+    return Math.max(1, this.size * Math.min(this.canvas.width, this.canvas.height));
+  }
+
+  #place(at) {
+    this.at = at;
+    const [x, y] = [at.x - this.#radius, at.y - this.#radius];
+    this.ring.style.width = this.ring.style.height = `${2 * this.#radius}px`;
+    this.ring.style.translate = `${x}px ${y}px`;
+  }
+
   #start(event) {
     if (!this.tool || event.button !== 0 || this.zoom.pointers.size > 1) return;
     if (event.pointerType !== "touch") this.zoom.stage.setPointerCapture(event.pointerId);
-    this.last = this.zoom.pixel(event);
-    this.#line(this.last);
+    this.draws = true;
+    this.#place(this.zoom.pixel(event));
+    this.#line(this.at);
   }
 
   #move(event) {
-    if (!this.last || !this.tool) return;
+    if (!this.tool) return;
     if (this.zoom.pointers.size > 1) {
-      this.last = null; // two fingers zoom
+      this.draws = false; // two fingers zoom
       return;
     }
-    const point = this.zoom.pixel(event);
-    this.#line(point);
-    this.last = point;
+    this.#go(this.zoom.pixel(event));
   }
 
-  #line(to) {
+  /** Arrow keys move it by its radius, with Shift by a pixel; it marks while the space bar is held. */
+  #key(event) {
+    if (!this.tool || event.ctrlKey || event.metaKey || event.altKey) return;
+    const step = event.shiftKey ? 1 : Math.max(1, Math.round(this.#radius));
+    const moves = { ArrowLeft: [-step, 0], ArrowRight: [step, 0], ArrowUp: [0, -step], ArrowDown: [0, step] };
+    const within = (value, size) => Math.min(Math.max(value, 0), size);
+    if (event.key in moves) {
+      const [x, y] = moves[event.key];
+      this.#go({ x: within(this.at.x + x, this.canvas.width), y: within(this.at.y + y, this.canvas.height) });
+      this.zoom.reveal(this.at);
+    } else if (event.key === " ") {
+      this.draws = true;
+      this.#line(this.at);
+    } else return;
+    event.preventDefault();
+  }
+
+  #go(to) {
+    const from = this.at;
+    this.#place(to);
+    if (this.draws) this.#line(from);
+  }
+
+  #line(from) {
     const context = this.canvas.getContext("2d");
     context.globalCompositeOperation = this.tool === "eraser" ? "destination-out" : "source-over";
     context.strokeStyle = MARK;
     context.lineCap = "round";
-    context.lineWidth = 2 * Math.max(1, this.size * Math.min(this.canvas.width, this.canvas.height));
+    context.lineWidth = 2 * this.#radius;
     context.beginPath();
-    context.moveTo(this.last.x, this.last.y);
-    context.lineTo(to.x, to.y);
+    context.moveTo(from.x, from.y);
+    context.lineTo(this.at.x, this.at.y);
     context.stroke();
   }
 }

@@ -67,6 +67,8 @@ export class Viewer {
   toggleTool(name) {
     this.brush.use(this.brush.tool === name ? "" : name);
     for (const [each, button] of Object.entries(this.tools)) button.ariaPressed = String(each === this.brush.tool);
+    this.stage.dataset.label = this.brush.tool ? "stage.brush" : "stage";
+    translate(this.stage.parentElement);
   }
 
   /** @param {number} factor */
@@ -114,6 +116,7 @@ export class Viewer {
     }
     if (this.masks[index]) this.marks.getContext("2d").drawImage(this.masks[index], 0, 0);
     this.zoom.show(width, height);
+    this.brush?.center();
   }
 
   /** The masks of all views, as `maskOf` gives them. */

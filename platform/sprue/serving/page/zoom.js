@@ -8,7 +8,7 @@ export class Zoom {
   constructor(stage, layers) {
     [this.stage, this.layers] = [stage, layers];
     [this.width, this.height, this.scale, this.x, this.y] = [1, 1, 1, 0, 0];
-    /** Whether pointers pan; a brush takes them. */
+    /** Whether pointers and arrow keys pan; a brush takes them. */
     this.pans = true;
     /** @type {Map<number, {x: number, y: number}>} */
     this.pointers = new Map();
@@ -50,6 +50,14 @@ export class Zoom {
     this.#apply();
   }
 
+  /** Brings a pixel of the image into sight. @param {{x: number, y: number}} pixel */
+  reveal(pixel) {
+    const into = (place, stage) => Math.min(Math.max(place, 40), stage - 40) - place;
+    this.x += into(this.x + pixel.x * this.scale, this.stage.clientWidth);
+    this.y += into(this.y + pixel.y * this.scale, this.stage.clientHeight);
+    this.#apply();
+  }
+
   /** The image's pixel under a pointer. @param {PointerEvent} event */
   pixel(event) {
     const box = this.stage.getBoundingClientRect();
@@ -62,6 +70,7 @@ export class Zoom {
     const held = (offset, size, stage) => Math.min(Math.max(offset, 40 - size * this.scale), stage - 40);
     this.x = held(this.x, this.width, this.stage.clientWidth);
     this.y = held(this.y, this.height, this.stage.clientHeight);
+    this.layers.style.setProperty("--scale", String(this.scale));
     this.layers.style.transform = `translate(${this.x}px, ${this.y}px) scale(${this.scale})`;
     this.layers.querySelector("canvas")?.classList.toggle("sharp", this.scale >= 3);
   }
@@ -99,7 +108,7 @@ export class Zoom {
   #key(event) {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const moves = { ArrowLeft: [40, 0], ArrowRight: [-40, 0], ArrowUp: [0, 40], ArrowDown: [0, -40] };
-    if (event.key in moves) {
+    if (event.key in moves && this.pans) {
       this.x += moves[event.key][0];
       this.y += moves[event.key][1];
       this.#apply();
