@@ -1,7 +1,7 @@
 """Many classes on many GPU nodes with failures, simulated: ``python benchmarks/simulate_cluster.py scale.json``.
 
 What a class costs the driver, the tracking server and the store in each stage comes from a file of
-``benchmarks/scale.py``: the slope between its rows with the fewest and the most classes of the same nodes, so that what
+``benchmarks/scale``: the slope between its rows with the fewest and the most classes of the same nodes, so that what
 a stage costs once is left out. How long the work itself takes (an epoch, an image through the backbone) can't be
 measured there and is an argument, as are failures and the machines.
 
@@ -160,7 +160,7 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("file", type=Path, help="scale.json of benchmarks/scale.py")
+    add("file", type=Path, help="scale.json of benchmarks/scale")
     add("--classes", type=int, default=10_000, help="(default: %(default)s)")
     add("--nodes", type=int, default=100, help="with a GPU each (default: %(default)s)")
     add("--cpus", type=int, default=8, help="of a node (default: %(default)s)")
