@@ -19,7 +19,7 @@ from ray import serve
 from sprue.inference.detector import BATCH, Predictions
 from sprue.inference.images import open_image
 from sprue.release.decision_store import image_digests
-from sprue.serving import inspection, metrics, openapi, registry_events, responses
+from sprue.serving import inspection, metrics, openapi, registry_events, responses, tracing
 from sprue.serving.access_writer import AccessWriter
 from sprue.serving.admission import Admission, AdmissionLimits
 from sprue.serving.batching import Batcher
@@ -198,6 +198,9 @@ class ScoringService:
                 if self.shadow:
                     self.shadow.offer(decision, views, uploads)
                 metrics.observe(decision, timer.seconds, served.detector.calibration)
+                tracing.describe(
+                    model=decision.model_name, version=decision.version, is_anomalous=decision.is_anomalous, batch=batch
+                )
         except Exception:  # a defect; the client gets its answer all the same
             logger.exception("a decision could not be recorded")
         if png and responses.wants_png(request.headers.get("accept", "")):

@@ -29,6 +29,7 @@ from sprue.serving.hosts import AllowedHosts, is_loopback
 from sprue.serving.keys import read_keys
 from sprue.serving.parsing import ServiceLimits
 from sprue.serving.rates import Rate
+from sprue.serving.tracing import tracing_config
 from sprue.tracking.webhook import read_secret
 
 logger = logging.getLogger(__name__)
@@ -178,7 +179,7 @@ def _deploy(settings: ServeSettings) -> None:
         ssl_keyfile=str(certificate.key) if certificate else None,
         ssl_certfile=str(certificate.chain) if certificate else None,
     )
-    serve.start(http_options=http, logging_config=quiet)
+    serve.start(http_options=http, logging_config=quiet, tracing_config=tracing_config())
     gpus = gpu_fraction(settings.replicas, int(ray.cluster_resources().get("GPU", 0)))
     options = {
         "num_replicas": settings.replicas,

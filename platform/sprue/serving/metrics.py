@@ -16,6 +16,7 @@ from sprue.release.decision_store import Decision
 from sprue.serving.admission import Admission
 from sprue.serving.champions import Champions
 from sprue.serving.decision_log import DecisionLog
+from sprue.serving.tracing import add_phase
 from sprue.tracking.names import label
 
 Task = TypeVar("Task")
@@ -57,7 +58,7 @@ DROPPED = Gauge("sprue_decisions_dropped", "Rows, and samples' images, that the 
 
 
 class PhaseTimer:
-    """Measures a request's phases, one after the other."""
+    """Measures a request's phases, one after the other, and adds them to its trace."""
 
     def __init__(self) -> None:
         """Starts the first phase."""
@@ -68,6 +69,7 @@ class PhaseTimer:
         """Ends a phase and starts the next."""
         now = time.perf_counter()
         self.seconds[phase], self._last = now - self._last, now
+        add_phase(phase, self.seconds[phase])
 
     @property
     def total(self) -> float:

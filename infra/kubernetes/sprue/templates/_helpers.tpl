@@ -123,6 +123,9 @@ spec:
       imagePullPolicy: {{ $root.Values.image.pullPolicy }}
       securityContext: {{- include "sprue.containerSecurity" . | nindent 8 }}
       env: {{- include "sprue.environment" $root | nindent 8 }}
+        {{- if and (eq .component "serving") $root.Values.serving.tracing.endpoint }}
+        - {name: OTEL_EXPORTER_OTLP_ENDPOINT, value: {{ $root.Values.serving.tracing.endpoint | quote }}}
+        {{- end }}
       {{- $resources := deepCopy .group.resources }}
       {{- if .group.gpus }}
       {{- $gpu := dict "nvidia.com/gpu" .group.gpus }}
