@@ -8,12 +8,59 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from botocore.exceptions import BotoCoreError, ClientError
 from upath import UPath
+from upath.implementations.cloud import S3Path
+from upath.registry import register_implementation
 
 from sprue.errors import SprueError
+
+
+class StoreError(SprueError, OSError):
+    """An object store does not answer, or refuses."""
+
+
+class StorePath(S3Path):
+    """A path in an object store that does not take what the store refuses to say for missing, as `UPath` does.
+
+    Else a fit that is stored would be fitted again while the store is overloaded.
+    """
+
+    def is_file(self, *, follow_symlinks: bool = True) -> bool:
+        """Whether there is a file; raises StoreError if that can't be known."""
+        with _answer(self):
+            return bool(self.fs.info(self.path)["type"] == "file")
+        return False
+
+    def glob(self, pattern: str, **options: Any) -> Iterator["StorePath"]:
+        """What is in the folder, or below it with ``**``; raises StoreError if that can't be known."""
+        if "/" in pattern or "**" in pattern:
+            yield from super().glob(pattern, **options)
+            return
+        names: list[str] = []
+        with _answer(self):
+            names = self.fs.ls(self.path, detail=False)
+        for name in (each.rstrip("/").rpartition("/")[2] for each in names):
+            if fnmatchcase(name, pattern):
+                yield self / name
+
+
+register_implementation("s3", StorePath, clobber=True)
+
+
+@contextmanager
+def _answer(path: UPath) -> Iterator[None]:
+    """Goes on after the block if there is nothing at a path."""
+    try:
+        yield
+    except FileNotFoundError:
+        return
+    except (OSError, BotoCoreError, ClientError) as error:
+        raise StoreError(f"{path}: the object store does not say what is there: {error}") from error
 
 
 def location(text: str) -> UPath:

@@ -1,13 +1,18 @@
 """The store, on a local folder and in an object store alike."""
 
 import hashlib
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import pytest
+from s3fs import S3FileSystem
 from upath import UPath
 
 from sprue.errors import SprueError
-from sprue.store import digest, local_copy, location, read_json, replace_folder, write_bytes, write_json
+from sprue.store import StoreError, digest, local_copy, location, read_json, replace_folder, write_bytes, write_json
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -121,3 +126,60 @@ def test_a_local_copy_holds_the_folders_files(store, tmp_path):
         assert isinstance(folder, Path)
         assert files(UPath(folder)) == {"a": b"1", "sub/b": b"2"}
     assert files(target) == {"a": b"1", "sub/b": b"2"}
+
+
+class Overloaded(BaseHTTPRequestHandler):
+    """An object store that answers as Amazon's does under too much load."""
+
+    def do_GET(self) -> None:
+        body = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+        self.send_response(503)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: Any) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture
+def overloaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[UPath]:
+    """A folder in it."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Overloaded) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "sprue")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "sprue-secret")
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # s3fs repeats, too
+        S3FileSystem.clear_instance_cache()  # it keeps the address
+        yield location("s3://plant/store")
+        server.shutdown()
+    S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda folder: (folder / "fit.json").is_file(),
+        lambda folder: list(folder.glob("*.json")),
+        lambda folder: read_json(folder / "fit.json", made_by="fit"),
+        lambda folder: digest(folder / "fit.json"),
+    ],
+    ids=["file", "glob", "read", "digest"],
+)
+def test_a_store_that_refuses_does_not_count_as_empty(overloaded, look):
+    with pytest.raises(StoreError, match=r"s3://plant/store.*: the object store does not say what is there"):
+        look(overloaded)
+
+
+def test_what_is_not_there_is_not_there(store):
+    assert not (store / "a").is_file() and list((store / "a").glob("*")) == []
+    write_bytes(store / "a" / "b.json", b"1")
+    write_bytes(store / "a" / "c" / "d.json", b"2")
+    assert (store / "a" / "b.json").is_file() and not (store / "a").is_file()
+    assert sorted(path.name for path in (store / "a").glob("*")) == ["b.json", "c"]
+    assert [path.name for path in (store / "a").glob("*.json")] == ["b.json"]
+    assert sorted(path.name for path in (store / "a").glob("**/*.json")) == ["b.json", "d.json"]
