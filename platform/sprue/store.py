@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from botocore.exceptions import BotoCoreError, ClientError
 from upath import UPath
@@ -25,42 +25,67 @@ class StoreError(SprueError, OSError):
 
 
 class StorePath(S3Path):
-    """A path in an object store that does not take what the store refuses to say for missing, as `UPath` does.
+    """A path in an object store. It raises StoreError where the store refuses or does not answer.
 
-    Else a fit that is stored would be fitted again while the store is overloaded.
+    `UPath` takes what the store refuses to say for missing: a fit that is stored would be fitted again.
     """
 
     def is_file(self, *, follow_symlinks: bool = True) -> bool:
-        """Whether there is a file; raises StoreError if that can't be known."""
-        with _answer(self):
-            return bool(self.fs.info(self.path)["type"] == "file")
-        return False
+        """Whether there is a file."""
+        with _answers(self):
+            try:
+                return bool(self.fs.info(self.path)["type"] == "file")
+            except FileNotFoundError:
+                return False
 
-    def glob(self, pattern: str, **options: Any) -> Iterator["StorePath"]:
-        """What is in the folder, or below it with ``**``; raises StoreError if that can't be known."""
-        if "/" in pattern or "**" in pattern:
-            yield from super().glob(pattern, **options)
-            return
-        names: list[str] = []
-        with _answer(self):
-            names = self.fs.ls(self.path, detail=False)
-        for name in (each.rstrip("/").rpartition("/")[2] for each in names):
-            if fnmatchcase(name, pattern):
-                yield self / name
+    def is_dir(self, *, follow_symlinks: bool = True) -> bool:
+        """Whether there is anything below."""
+        with _answers(self):
+            return super().is_dir()
+
+    def exists(self, *, follow_symlinks: bool = True) -> bool:
+        """Whether there is anything."""
+        with _answers(self):
+            return super().exists()
+
+    def iterdir(self) -> Iterator[Self]:
+        """What is in the folder."""
+        with _answers(self):
+            yield from super().iterdir()
+
+    def glob(self, pattern: str, **options: Any) -> Iterator[Self]:
+        """What is in the folder, or below it with ``**``."""
+        with _answers(self):
+            if "/" in pattern or "**" in pattern:
+                yield from super().glob(pattern, **options)
+            elif self.is_dir():
+                yield from (path for path in self.iterdir() if fnmatchcase(path.name, pattern))
+
+    def read_bytes(self) -> bytes:
+        """The content of a file."""
+        with _answers(self):
+            return super().read_bytes()
+
+    def write_bytes(self, data: bytes) -> int:
+        """Replaces the content of a file, at once."""
+        with _answers(self):
+            return super().write_bytes(data)
 
 
 register_implementation("s3", StorePath, clobber=True)
 
 
 @contextmanager
-def _answer(path: UPath) -> Iterator[None]:
-    """Goes on after the block if there is nothing at a path."""
+def _answers(path: UPath) -> Iterator[None]:
+    """Raises StoreError for what s3fs raises when it has repeated a request in vain."""
     try:
         yield
     except FileNotFoundError:
-        return
-    except (OSError, BotoCoreError, ClientError) as error:
-        raise StoreError(f"{path}: the object store does not say what is there: {error}") from error
+        raise
+    except (OSError, BotoCoreError) as error:
+        if isinstance(error, BotoCoreError) or isinstance(error.__cause__, ClientError):
+            raise StoreError(f"{path}: the object store does not answer, or refuses: {error}") from error
+        raise
 
 
 def location(text: str) -> UPath:
@@ -119,7 +144,7 @@ def read_text(path: UPath, made_by: str) -> str:
     """
     if not path.is_file():
         raise SprueError(f"there is no {path}; run the {made_by} stage first")
-    return path.read_text(encoding="utf-8")
+    return path.read_bytes().decode()
 
 
 def read_json(path: UPath, made_by: str) -> Any:

@@ -136,10 +136,10 @@ class Overloaded(BaseHTTPRequestHandler):
         self.send_response(503)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)
 
-    do_HEAD = do_GET
+    do_HEAD = do_PUT = do_GET
 
     def log_message(self, *_: Any) -> None:
         """Says nothing."""
@@ -165,13 +165,17 @@ def overloaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[UPath]:
     [
         lambda folder: (folder / "fit.json").is_file(),
         lambda folder: list(folder.glob("*.json")),
+        lambda folder: list(folder.iterdir()),
+        lambda folder: folder.exists(),
+        lambda folder: (folder / "fit.json").read_bytes(),
+        lambda folder: (folder / "fit.json").write_bytes(b"1"),
         lambda folder: read_json(folder / "fit.json", made_by="fit"),
         lambda folder: digest(folder / "fit.json"),
     ],
-    ids=["file", "glob", "read", "digest"],
+    ids=["file", "glob", "iterdir", "exists", "bytes", "write", "read", "digest"],
 )
 def test_a_store_that_refuses_does_not_count_as_empty(overloaded, look):
-    with pytest.raises(StoreError, match=r"s3://plant/store.*: the object store does not say what is there"):
+    with pytest.raises(StoreError, match=r"s3://plant/store.*: the object store does not answer, or refuses"):
         look(overloaded)
 
 

@@ -1,6 +1,7 @@
 """The inspection page and what it asks for: calibrations, past decisions with their images, and reviews."""
 
 import asyncio
+import logging
 from datetime import UTC, datetime
 from http import HTTPStatus
 from itertools import islice
@@ -18,15 +19,17 @@ from sprue.errors import SprueError
 from sprue.release.decision_store import Decision, DecisionStore
 from sprue.release.reviews import Review, ReviewStore, mask_digests, read_review
 from sprue.serving import openapi, responses
-from sprue.serving.errors import ApiError
+from sprue.serving.errors import ApiError, error_response
 from sprue.serving.keys import Credentials
 from sprue.serving.parsing import limited
 from sprue.serving.schemas import ClassCalibration, NewReview, PastDecisions, PastReview
-from sprue.store import location
+from sprue.store import StoreError, location
 from sprue.tracking.summary import Summary
 
 if TYPE_CHECKING:
     from sprue.serving.app import ScoringService
+
+logger = logging.getLogger(__name__)
 
 PAGE = FilePath(__file__).parent / "page"
 
@@ -49,7 +52,14 @@ router = APIRouter()
 def add_to(app: FastAPI) -> None:
     """Adds the page and its routes to the service."""
     app.include_router(router)
+    app.add_exception_handler(StoreError, _store_unavailable)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
+
+
+async def _store_unavailable(_: Request, error: Exception) -> Response:
+    logger.warning("%s", error)
+    message = "the store of decisions does not answer; try again in 5 s"
+    return error_response(HTTPStatus.SERVICE_UNAVAILABLE, "store_unavailable", message, {"Retry-After": "5"})
 
 
 def _replica() -> "ScoringService":
@@ -130,6 +140,8 @@ async def image(
     store = DecisionStore(_store(replica))
     try:
         data = await asyncio.to_thread(store.read_image, _utc(at), digest)
+    except StoreError:
+        raise
     except SprueError as error:
         raise ApiError(HTTPStatus.NOT_FOUND, "image_gone", str(error)) from error
     return Response(data, media_type="application/octet-stream", headers={"X-Content-Type-Options": "nosniff"})
@@ -157,6 +169,8 @@ async def review(
         raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid_request", message) from error
     try:
         kept = await asyncio.to_thread(_keep, store, champion.model_name, given, reviewer, views)
+    except StoreError:
+        raise
     except SprueError as error:
         raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "not_reviewable", str(error)) from error
     if replica.access:

@@ -231,6 +231,10 @@ _NO_DECISIONS = _error(
     no_decisions="this service keeps no decisions: it was started with --no-decisions",
 )
 
+_STORE_UNAVAILABLE = _error(
+    "The store does not answer", store_unavailable="the store of decisions does not answer; try again in 5 s"
+)
+
 CALIBRATION: dict[str, Any] = {
     "tags": ["service"],
     "responses": _CLASS_ERRORS
@@ -241,7 +245,7 @@ CALIBRATION: dict[str, Any] = {
 DECISIONS: dict[str, Any] = {
     "tags": ["review"],
     "response_model_exclude_none": True,
-    "responses": _CLASS_ERRORS | {404: _NO_DECISIONS},
+    "responses": _CLASS_ERRORS | {404: _NO_DECISIONS, 503: _STORE_UNAVAILABLE},
 }
 """Arguments of the route of past decisions."""
 
@@ -256,6 +260,7 @@ IMAGE: dict[str, Any] = {
             image_gone="... is gone: images are deleted after some days, sooner where space is short",
             no_decisions="this service keeps no decisions: it was started with --no-decisions",
         ),
+        503: _STORE_UNAVAILABLE,
     },
 }
 """Arguments of the route of an image."""
@@ -279,6 +284,7 @@ REVIEW: dict[str, Any] = {
             invalid_request="verdict: Input should be 'good', 'defective' or 'unsure'",
             not_reviewable="a mask is a PNG of its image's size",
         ),
+        503: _STORE_UNAVAILABLE,
     },
 }
 """Arguments of the route that takes reviews."""
