@@ -63,7 +63,8 @@ def show(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         classes = row["classes"]
         headings = ("s", "ms a class", "CPU ms a class: driver", "cluster", "server", "driver, MiB", "requests a class")
-        title = f"{row['nodes']} nodes, {classes} classes"
+        failed = max(found["failed"] for found in row["stages"].values())
+        title = f"{row['nodes']} nodes, {classes} classes, {failed} of them failed"
         table = Table("stage", *headings, *(f"{kind} a class" for kind in KINDS), title=title)
         for stage, found in row["stages"].items():
             table.add_row(

@@ -1,4 +1,4 @@
-"""A store with its tracking server and cluster, on which the stages run and are measured."""
+"""A store on which the stages run and are measured."""
 
 import json
 import os
@@ -59,7 +59,7 @@ sys.addaudithook(_count)
 
 
 class MeasuredStore:
-    """One store with its tracking server and cluster, on which the stages run."""
+    """A store; its tracking server and cluster stand in the environment of its stages."""
 
     def __init__(self, folder: Path, data: Path, classes: int) -> None:
         self.folder = folder

@@ -13,7 +13,6 @@ from ray.serve.schema import ServeDeploySchema
 
 from sprue.serving.application import ServiceArguments
 from sprue.serving.launch import PROXY_GRACE_S
-from sprue.serving.tracing import tracing_config
 
 SCHEMAS = json.loads((Path(__file__).parent / "kuberay" / "schemas.json").read_text())
 FILES = ("laptop", "one-gpu", "plant")
@@ -130,19 +129,18 @@ def test_the_service_gets_arguments_that_it_knows(render: Render, name: str) -> 
 
 
 def test_requests_are_traced_where_there_is_a_collector(render: Render) -> None:
-    def service(*values: str) -> tuple[ServeDeploySchema, list[dict[str, Any]]]:
-        (found,) = of_kind(render("plant", *values), "RayService").values()
-        pods = [pod["containers"][0] for pod in pod_specs(found)]
-        return ServeDeploySchema.model_validate(yaml.safe_load(found["spec"]["serveConfigV2"])), pods
+    def environments(*values: str) -> list[dict[str, str]]:
+        (service,) = of_kind(render("plant", *values), "RayService").values()
+        named = (pod["containers"][0]["env"] for pod in pod_specs(service))
+        return [{each["name"]: each.get("value", "") for each in env if "OTEL" in each["name"]} for env in named]
 
-    config, pods = service("serving.tracing.endpoint=http://otel:4318")
-    assert config.tracing_config is not None and config.tracing_config.sampling_ratio == 0.01
-    assert config.tracing_config.exporter_import_path == tracing_config({}).exporter_import_path
-    for pod in pods:
-        assert {"name": "OTEL_EXPORTER_OTLP_ENDPOINT", "value": "http://otel:4318"} in pod["env"]
-    config, pods = service()
-    assert config.tracing_config is None
-    assert not any(each["name"].startswith("OTEL") for pod in pods for each in pod["env"])
+    assert set(map(len, environments())) == {0}
+    for environment in environments("serving.tracing.endpoint=http://otel:4318"):
+        assert environment == {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": "http://otel:4318",
+            "OTEL_TRACES_SAMPLER": "parentbased_traceidratio",
+            "OTEL_TRACES_SAMPLER_ARG": "0.01",
+        }
 
 
 def test_an_upgrade_of_a_plant_is_incremental_and_its_state_outlives_a_head(render: Render) -> None:

@@ -47,7 +47,7 @@ CLOSE_S = 10.0
 """Time for the last decisions to be written when a replica ends."""
 
 # The service itself holds the files of /docs: plants are seldom online.
-app = FastAPIOffline(**openapi.APPLICATION)
+app = FastAPIOffline(**openapi.APPLICATION, telemetry=tracing.TELEMETRY)
 add_error_handlers(app)
 inspection.add_to(app)
 registry_events.add_to(app)
@@ -105,6 +105,7 @@ class ScoringService:
         """Loads the champions that are agreed on; raises as `sprue.serving.follower.Follower.start`."""
         self.decisions = self.shadow = None
         listen_on_node_address()
+        tracing.send_traces()
         self.config = config
         self.decisions = DecisionLog(config.decisions) if config.decisions else None
         self.access = AccessWriter(config.access_log) if config.access_log else None
@@ -190,6 +191,10 @@ class ScoringService:
                 headers["Vary"] = "Accept"
                 png = await self._draw_heatmap(served, predictions, uploads, view, score)
                 timer.end("heatmap")
+        model = score.model
+        tracing.describe(
+            model=model.name, version=model.version, is_anomalous=score.is_anomalous, batch=batch, recorded=record
+        )
         try:
             if record:
                 decision = decision_of(served, score, request.headers, timer.total, batch, digests)
@@ -198,9 +203,6 @@ class ScoringService:
                 if self.shadow:
                     self.shadow.offer(decision, views, uploads)
                 metrics.observe(decision, timer.seconds, served.detector.calibration)
-                tracing.describe(
-                    model=decision.model_name, version=decision.version, is_anomalous=decision.is_anomalous, batch=batch
-                )
         except Exception:  # a defect; the client gets its answer all the same
             logger.exception("a decision could not be recorded")
         if png and responses.wants_png(request.headers.get("accept", "")):

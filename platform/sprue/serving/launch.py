@@ -29,7 +29,6 @@ from sprue.serving.hosts import AllowedHosts, is_loopback
 from sprue.serving.keys import read_keys
 from sprue.serving.parsing import ServiceLimits
 from sprue.serving.rates import Rate
-from sprue.serving.tracing import tracing_config
 from sprue.tracking.webhook import read_secret
 
 logger = logging.getLogger(__name__)
@@ -139,12 +138,18 @@ def require_serving() -> None:
     Raises:
         SprueError: If it has not: the cluster's head has died, and another one knows nothing of the service.
     """
+    here = ray.get_runtime_context().get_node_id()
     try:
+        # Ray remembers the actor also where another head has taken the place of its own, which knows no such node.
+        is_there = any(node["NodeID"] == here and node["Alive"] for node in ray.nodes())
         ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
-    except ValueError as error:
-        raise SprueError("the Ray cluster has lost the scoring service: its head has died; start it again") from error
+    except ValueError:
+        is_there = False
     except ray.exceptions.RayError as error:  # a head that is only busy answers the next time
         logger.warning("Ray's head does not answer: %s", error)
+        return
+    if not is_there:
+        raise SprueError("the Ray cluster has lost the scoring service: its head has died; start it again")
 
 
 def _require_startable(settings: ServeSettings) -> bool:
@@ -179,7 +184,7 @@ def _deploy(settings: ServeSettings) -> None:
         ssl_keyfile=str(certificate.key) if certificate else None,
         ssl_certfile=str(certificate.chain) if certificate else None,
     )
-    serve.start(http_options=http, logging_config=quiet, tracing_config=tracing_config())
+    serve.start(http_options=http, logging_config=quiet)
     gpus = gpu_fraction(settings.replicas, int(ray.cluster_resources().get("GPU", 0)))
     options = {
         "num_replicas": settings.replicas,

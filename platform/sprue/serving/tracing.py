@@ -1,50 +1,44 @@
-"""Traces of requests, from the proxy to the model, for an OpenTelemetry collector.
+"""Traces of requests for an OpenTelemetry collector: FastAPI's spans, with the phases of scoring below.
 
-Ray Serve makes a span of each traced request in its proxy and one in the replica, and takes a client's ``traceparent``.
-Below these are the phases of scoring. The environment of the nodes, with OpenTelemetry's own names, says where spans go
-and how many requests are traced.
+OpenTelemetry's own environment variables, on the nodes that run replicas, say where spans go and what is traced.
 """
 
 import os
 import time
-from collections.abc import Mapping
-from typing import Any
 
+from fastapi.telemetry import TelemetryConfig
 from opentelemetry import trace
-from ray.serve.schema import TracingConfig
-
-from sprue.errors import SprueError
+from starlette.types import Scope
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-RATIO = "OTEL_TRACES_SAMPLER_ARG"
-DEFAULT_RATIO = 0.01
-"""Of the requests whose client does not say whether they are to be traced."""
 
 
-def tracing_config(environment: Mapping[str, str] = os.environ) -> TracingConfig:
-    """What Ray Serve is started with: no tracing unless the environment names a collector.
-
-    Raises:
-        SprueError: If the fraction to trace is none.
-    """
-    ratio = environment.get(RATIO) or str(DEFAULT_RATIO)
-    try:
-        return TracingConfig(
-            enabled=any(environment.get(name) for name in ENDPOINTS),
-            exporter_import_path=f"{__name__}:span_processors",
-            sampling_ratio=float(ratio),
-        )
-    except ValueError as error:  # pydantic's, too
-        raise SprueError(f"{RATIO}={ratio}: give a fraction of the requests, from 0 to 1") from error
+def _is_none_of_the_interface(scope: Scope) -> bool:
+    """Whether a request is for the page or a check, which are not traced."""
+    return not scope["path"].startswith("/v1/")
 
 
-def span_processors() -> list[Any]:
-    """Sends spans by OTLP over HTTP, in batches; Ray Serve calls this in its proxies and in each replica."""
+TELEMETRY: TelemetryConfig = {
+    "exclude": _is_none_of_the_interface,
+    "operation_spans": False,  # the phases say more
+    "metrics": False,  # Ray exports ours
+    "logs": False,
+}
+"""What FastAPI sends by itself."""
+
+
+def send_traces() -> None:
+    """Sends this process's spans by OTLP over HTTP, in batches, if the environment names a collector."""
+    if not any(os.environ.get(name) for name in ENDPOINTS):
+        return
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    os.environ.setdefault("OTEL_SERVICE_NAME", "sprue")  # of the spans' resource, which Ray makes next
-    return [BatchSpanProcessor(OTLPSpanExporter())]
+    os.environ.setdefault("OTEL_SERVICE_NAME", "sprue")
+    provider = TracerProvider()
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    trace.set_tracer_provider(provider)
 
 
 def add_phase(phase: str, seconds: float) -> None:

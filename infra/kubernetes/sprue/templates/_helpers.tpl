@@ -125,6 +125,8 @@ spec:
       env: {{- include "sprue.environment" $root | nindent 8 }}
         {{- if and (eq .component "serving") $root.Values.serving.tracing.endpoint }}
         - {name: OTEL_EXPORTER_OTLP_ENDPOINT, value: {{ $root.Values.serving.tracing.endpoint | quote }}}
+        - {name: OTEL_TRACES_SAMPLER, value: parentbased_traceidratio}
+        - {name: OTEL_TRACES_SAMPLER_ARG, value: {{ $root.Values.serving.tracing.ratio | quote }}}
         {{- end }}
       {{- $resources := deepCopy .group.resources }}
       {{- if .group.gpus }}

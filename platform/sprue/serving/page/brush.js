@@ -12,15 +12,15 @@ export class Brush {
     this.tool = "";
     this.ring = element("div", { className: "ring" });
     canvas.after(this.ring);
-    this.draws = false;
+    /** What draws a stroke: both at once would connect the pointer's place with the keys'. @type {"pointer" | "key" | ""} */
+    this.stroke = "";
     this.size = 0.03;
     zoom.stage.addEventListener("pointerdown", (event) => this.#start(event));
     zoom.stage.addEventListener("pointermove", (event) => this.#move(event));
-    for (const end of ["pointerup", "pointercancel", "blur"]) {
-      zoom.stage.addEventListener(end, () => (this.draws = false));
-    }
+    for (const end of ["pointerup", "pointercancel"]) zoom.stage.addEventListener(end, () => this.#end("pointer"));
     zoom.stage.addEventListener("keydown", (event) => this.#key(event));
-    zoom.stage.addEventListener("keyup", (event) => event.key === " " && (this.draws = false));
+    zoom.stage.addEventListener("keyup", (event) => event.key === " " && this.#end("key"));
+    zoom.stage.addEventListener("blur", () => this.#end("key"));
   }
 
   /** @param {"brush" | "eraser" | ""} tool */
@@ -32,6 +32,7 @@ export class Brush {
 
   /** Waits in the middle of an image that is shown. */
   center() {
+    this.stroke = "";
     this.#place({ x: this.canvas.width / 2, y: this.canvas.height / 2 });
   }
 
@@ -56,18 +57,22 @@ export class Brush {
     this.ring.style.translate = `${x}px ${y}px`;
   }
 
+  #end(stroke) {
+    if (this.stroke === stroke) this.stroke = "";
+  }
+
   #start(event) {
-    if (!this.tool || event.button !== 0 || this.zoom.pointers.size > 1) return;
+    if (!this.tool || this.stroke || event.button !== 0 || this.zoom.pointers.size > 1) return;
     if (event.pointerType !== "touch") this.zoom.stage.setPointerCapture(event.pointerId);
-    this.draws = true;
+    this.stroke = "pointer";
     this.#place(this.zoom.pixel(event));
     this.#line(this.at);
   }
 
   #move(event) {
-    if (!this.tool) return;
+    if (!this.tool || this.stroke === "key") return;
     if (this.zoom.pointers.size > 1) {
-      this.draws = false; // two fingers zoom
+      this.stroke = ""; // two fingers zoom
       return;
     }
     this.#go(this.zoom.pixel(event));
@@ -75,7 +80,7 @@ export class Brush {
 
   /** Arrow keys move it by its radius, with Shift by a pixel; it marks while the space bar is held. */
   #key(event) {
-    if (!this.tool || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (!this.tool || this.stroke === "pointer" || event.ctrlKey || event.metaKey || event.altKey) return;
     const step = event.shiftKey ? 1 : Math.max(1, Math.round(this.#radius));
     const moves = { ArrowLeft: [-step, 0], ArrowRight: [step, 0], ArrowUp: [0, -step], ArrowDown: [0, step] };
     const within = (value, size) => Math.min(Math.max(value, 0), size);
@@ -84,7 +89,7 @@ export class Brush {
       this.#go({ x: within(this.at.x + x, this.canvas.width), y: within(this.at.y + y, this.canvas.height) });
       this.zoom.reveal(this.at);
     } else if (event.key === " ") {
-      this.draws = true;
+      this.stroke = "key";
       this.#line(this.at);
     } else return;
     event.preventDefault();
@@ -93,7 +98,7 @@ export class Brush {
   #go(to) {
     const from = this.at;
     this.#place(to);
-    if (this.draws) this.#line(from);
+    if (this.stroke) this.#line(from);
   }
 
   #line(from) {

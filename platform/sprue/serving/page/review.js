@@ -103,18 +103,14 @@ export function setUpReview(served, fail) {
   for (const each of document.querySelectorAll("[data-verdict]")) each.onclick = () => judge(each.dataset.verdict);
   byId("reload-queue").onclick = () => load();
   const step = (by) => show(Math.min(Math.max(shown + by, 0), queue.length - 1));
-  const take = (tool) => {
-    viewer.toggleTool(tool);
-    viewer.stage.focus({ preventScroll: true }); // where keys move it
-  };
   const keys = {
     g: () => judge("good"),
     d: () => judge("defective"),
     u: () => judge("unsure"),
     j: () => step(1),
     k: () => step(-1),
-    b: () => take("brush"),
-    e: () => take("eraser"),
+    b: () => viewer.toggleTool("brush"),
+    e: () => viewer.toggleTool("eraser"),
     x: () => viewer.unmark(),
     "[": () => viewer.resizeBrush(1 / 1.3),
     "]": () => viewer.resizeBrush(1.3),

@@ -1,7 +1,7 @@
 /** An image with its anomaly map over it: opacity, outline, views, zoom and pan; in the review also a brush. */
 
 import { Brush, maskOf } from "./brush.js";
-import { element } from "./dom.js";
+import { announce, element } from "./dom.js";
 import { decode, drawHeat, drawOutline, drawnSize, upsample } from "./maps.js";
 import { percent, t, translate } from "./texts.js";
 import { Zoom } from "./zoom.js";
@@ -69,6 +69,9 @@ export class Viewer {
     for (const [each, button] of Object.entries(this.tools)) button.ariaPressed = String(each === this.brush.tool);
     this.stage.dataset.label = this.brush.tool ? "stage.brush" : "stage";
     translate(this.stage.parentElement);
+    if (!this.brush.tool) return;
+    this.stage.focus({ preventScroll: true }); // where keys move it
+    announce(t("stage.brush"));
   }
 
   /** @param {number} factor */

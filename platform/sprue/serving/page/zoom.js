@@ -50,11 +50,12 @@ export class Zoom {
     this.#apply();
   }
 
-  /** Brings a pixel of the image into sight. @param {{x: number, y: number}} pixel */
+  /** Brings a pixel of the image into sight, if it is not. @param {{x: number, y: number}} pixel */
   reveal(pixel) {
-    const into = (place, stage) => Math.min(Math.max(place, 40), stage - 40) - place;
-    this.x += into(this.x + pixel.x * this.scale, this.stage.clientWidth);
-    this.y += into(this.y + pixel.y * this.scale, this.stage.clientHeight);
+    const within = (place, stage) => Math.min(Math.max(place, 0), stage);
+    const [x, y] = [this.x + pixel.x * this.scale, this.y + pixel.y * this.scale];
+    this.x += within(x, this.stage.clientWidth) - x;
+    this.y += within(y, this.stage.clientHeight) - y;
     this.#apply();
   }
 
