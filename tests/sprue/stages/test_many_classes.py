@@ -27,6 +27,7 @@ from sprue.stages.class_tasks import MANY
 from sprue.stages.failures import read_failures
 from sprue.stages.runtime import init_ray, read_context
 from sprue.store import write_bytes
+from sprue.tracking.names import LOCK
 from sprue.training.plan import read_plans
 from sprue.training.record import FitRecord
 from sprue.training.worker import fit_flow
@@ -105,7 +106,7 @@ def server(tmp_path, ports, monkeypatch):
     mlflow.set_registry_uri(before[1])
 
 
-def test_many_classes_are_evaluated_and_registered_in_tasks(tmp_path, server, caplog):
+def test_many_classes_are_evaluated_and_registered_in_tasks(tmp_path, server, caplog, monkeypatch):
     caplog.set_level(logging.INFO, "sprue")
     write_images(tmp_path / "data")
     YAML().dump({"datasets": {"plant": SETTINGS}}, tmp_path / "params.yaml")
@@ -133,6 +134,24 @@ def test_many_classes_are_evaluated_and_registered_in_tasks(tmp_path, server, ca
     assert {name: version_for_alias(f"plant.{name}", "champion") for name in CLASSES} == dict.fromkeys(CLASSES, 1)
     assert "do not reach" not in caplog.text
     assert all(f"plant.{name}" in caplog.text for name in CLASSES)
+
+    locked = []
+
+    def looks(function):
+        def look(*arguments):
+            models = mlflow.MlflowClient().search_registered_models()
+            locked.append(f"{LOCK}plant.{CLASSES[0]}" in {model.name for model in models})
+            return function(*arguments)
+
+        return look
+
+    monkeypatch.setattr(register, "register", looks(register.register))
+    monkeypatch.setattr(register, "assign_alias", looks(register.assign_alias))
+    plan, other = read_plans(context.folder)[0], f"sqlite:///{tmp_path}/other.db"
+    of_class = Manifest.read(context.folder / "manifest.parquet").of_class(plan.class_name)
+    for _ in range(2):  # it is registered, and then registered already
+        register.add_version(context, of_class, plan, other)
+    assert locked == [True] * 3
 
 
 def test_what_can_not_be_registered_in_tasks_is_registered_here():
