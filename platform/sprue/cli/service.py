@@ -101,14 +101,7 @@ def serve(
     from sprue.release.decision_store import FOLDER as DECISIONS
     from sprue.serving.champions import CacheSettings
     from sprue.serving.decision_log import DecisionLogSettings
-    from sprue.serving.launch import (
-        ServeSettings,
-        require_free_port,
-        require_keys,
-        require_serving,
-        serve_champions,
-        stop_serving,
-    )
+    from sprue.serving.launch import ServeSettings, require_free_port, require_keys, serve_champions, stop_serving
     from sprue.stages.runtime import connect_ray
     from sprue.store import location
 
@@ -138,12 +131,19 @@ def serve(
     url = serve_champions(settings)
     click.echo(f"scoring at {url}  (its interface: {url}/docs; stop it with Ctrl-C)")
     sys.stdout.flush()
+    _watch_until_interrupted()
+    stop_serving()
+
+
+def _watch_until_interrupted() -> None:
+    """Raises SprueError if the service is lost with its cluster."""
+    from sprue.serving.launch import require_serving
+
     ended = threading.Event()
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, lambda *_: ended.set())
     while not ended.wait(WATCH_S):
         require_serving()
-    stop_serving()
 
 
 @main.command()
