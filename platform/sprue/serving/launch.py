@@ -149,7 +149,7 @@ def require_serving() -> None:
         logger.warning("Ray's head does not answer: %s", error)
         return
     if not is_there:
-        raise SprueError("the Ray cluster has lost the scoring service: its head has died; start it again")
+        raise SprueError("Ray has lost the scoring service: its head, or this machine's node, has died; start it again")
 
 
 def _require_startable(settings: ServeSettings) -> bool:
