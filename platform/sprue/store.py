@@ -20,8 +20,8 @@ from upath.registry import register_implementation
 from sprue.errors import SprueError
 
 
-class StoreError(SprueError, OSError):
-    """An object store does not answer, or refuses."""
+class StoreError(OSError):
+    """An object store does not answer, or refuses: unlike after a SprueError, another attempt may succeed."""
 
 
 class StorePath(S3Path):

@@ -8,10 +8,12 @@ from threading import Thread
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 from s3fs import S3FileSystem
 from upath import UPath
 
 from sprue.errors import SprueError
+from sprue.stages.runtime import run_stage
 from sprue.store import StoreError, digest, local_copy, location, read_json, replace_folder, write_bytes, write_json
 
 
@@ -177,6 +179,16 @@ def overloaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[UPath]:
 def test_a_store_that_refuses_does_not_count_as_empty(overloaded, look):
     with pytest.raises(StoreError, match=r"s3://plant/store.*: the object store does not answer, or refuses"):
         look(overloaded)
+
+
+def test_a_stage_says_so_in_a_line(overloaded, tmp_path):
+    recipe = YAML(typ="safe").load(Path(__file__).parents[2] / "models/recipes/patchflow-cpu.yaml")
+    YAML().dump({"datasets": {"bolts": recipe}}, tmp_path / "params.yaml")
+    arguments = ["--params", str(tmp_path / "params.yaml"), "--data", str(tmp_path), "--store", str(overloaded)]
+    with pytest.raises(
+        SystemExit, match=r"^sprue evaluate: s3://plant/store/bolts/manifest.parquet: the object store "
+    ):
+        run_stage("evaluate", arguments)
 
 
 def test_what_is_not_there_is_not_there(store):

@@ -140,8 +140,6 @@ async def image(
     store = DecisionStore(_store(replica))
     try:
         data = await asyncio.to_thread(store.read_image, _utc(at), digest)
-    except StoreError:
-        raise
     except SprueError as error:
         raise ApiError(HTTPStatus.NOT_FOUND, "image_gone", str(error)) from error
     return Response(data, media_type="application/octet-stream", headers={"X-Content-Type-Options": "nosniff"})
@@ -169,8 +167,6 @@ async def review(
         raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid_request", message) from error
     try:
         kept = await asyncio.to_thread(_keep, store, champion.model_name, given, reviewer, views)
-    except StoreError:
-        raise
     except SprueError as error:
         raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "not_reviewable", str(error)) from error
     if replica.access:

@@ -29,7 +29,7 @@ from sprue.features.spec_file import FILE, read_spec
 from sprue.inference import memory
 from sprue.inference.spec import FeatureSpec
 from sprue.params import PARAMS, read_dataset
-from sprue.store import location
+from sprue.store import StoreError, location
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ def run_stage(stage: str, arguments: Sequence[str] | None = None) -> None:
             # DVC reads the settings after the stage, and would take the new ones for those that were used.
             if read_dataset(given.params, context.dataset)[1] != context.settings:
                 raise SprueError(f"the settings in {given.params} changed while the stage ran; run it again")
-    except SprueError as error:
+    except (SprueError, StoreError) as error:
         sys.exit(f"sprue {stage}: {error}")
 
 
