@@ -263,7 +263,9 @@ def write_configurations(settings: Settings, services: list[Service], known: Map
         "folder": settings.folder,
         "services": services,
         "command": lambda service: shlex.join(_command(settings, service)).replace("%", "%%"),
-        "full_disk": shlex.join((sys.executable, str(Path(__file__).parent / "full_disk.py"), str(settings.folder))),
+        "full_disk": shlex.join(
+            (sys.executable, str(Path(__file__).parent / "full_disk.py"), str(settings.folder))
+        ).replace("%", "%%"),
         "quote": lambda value: json.dumps(str(value)).replace("%", "%%"),
         "root": root,
         "proxy_user": PROXY_USER if root else None,

@@ -136,7 +136,8 @@ def require_serving() -> None:
     """Checks that the cluster still has Ray Serve, which restarts what dies of the service by itself.
 
     Raises:
-        SprueError: If it has not: the cluster's head has died, and another one knows nothing of the service.
+        SprueError: If it has not: the cluster's head has died, and another one knows nothing of the service; or this
+            machine's node has died, without which the service is not watched.
     """
     here = ray.get_runtime_context().get_node_id()
     try:

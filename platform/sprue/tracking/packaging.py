@@ -99,7 +99,7 @@ def _log(
 ) -> str:
     """Logs the model with a client's single calls.
 
-    `mlflow.pyfunc.log_model` would fetch the weights and load each model to try it, and ask the server 16 things more.
+    `mlflow.pyfunc.log_model` would fetch the weights, load each model to try it, and open, read and end the run.
     """
     client, detector = mlflow.MlflowClient(), Detector.load(folder)
     # A class's name may have characters that MLflow takes in no logged model's name.
