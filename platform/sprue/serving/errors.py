@@ -1,5 +1,6 @@
 """Error responses: one JSON shape for every error. Ray Serve's proxies import this, and what they import takes time."""
 
+import threading
 from collections.abc import Mapping
 from http import HTTPStatus
 
@@ -13,7 +14,35 @@ from starlette.exceptions import HTTPException
 BUSY = "overloaded"
 """Code of a refusal that is nobody's fault: there is too much work."""
 
-REFUSALS = Counter("sprue_refusals", "Responses with an error, by its code", ("code",))
+TELL_S = 1.0
+"""How often Ray is told of refusals, which takes it as long as a refusal takes."""
+
+
+class RefusalCounter:
+    """Counts refusals by their codes, for Prometheus."""
+
+    def __init__(self) -> None:
+        self._metric = Counter("sprue_refusals", "Responses with an error, by its code", ("code",))
+        self._counts: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def count(self, code: str) -> None:
+        """Counts one, of which Ray is told with others."""
+        with self._lock:
+            if not self._counts:
+                timer = threading.Timer(TELL_S, self._tell)
+                timer.daemon = True
+                timer.start()
+            self._counts[code] = self._counts.get(code, 0) + 1
+
+    def _tell(self) -> None:
+        with self._lock:
+            counts, self._counts = self._counts, {}
+        for code, count in counts.items():
+            self._metric.inc(count, {"code": code})
+
+
+REFUSALS = RefusalCounter()
 
 
 class ErrorDetail(BaseModel):
@@ -50,7 +79,7 @@ def error_response(
     status: HTTPStatus, code: str, message: str, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
     """A response whose body is an `ErrorBody`; it is counted."""
-    REFUSALS.inc(1, {"code": code})
+    REFUSALS.count(code)
     return JSONResponse(ErrorBody(error=ErrorDetail(code=code, message=message)).model_dump(), status, headers)
 
 
