@@ -15,6 +15,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ruamel.yaml import YAML
 from settings import LOOPBACK, ROOT, Settings, StackError, program
 
+from sprue.stages.runtime import NODE_ENVIRONMENT
+
 POSTGRES_USER, PROXY_USER = "postgres", "www-data"
 """Postgres does not run as root, and the proxy's workers should not; where the stack does, they run as these."""
 ARTIFACTS, BUCKET = "sprue-mlflow", "sprue"
@@ -154,20 +156,20 @@ def database_uri(settings: Settings, known: Mapping[str, str], name: str) -> str
 
 def _ray(settings: Settings, known: Mapping[str, str]) -> dict[str, str]:
     """The environment of Ray's nodes, and so of the jobs."""
-    return machine_environment(settings, dict(known)) | {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "sprue.serving.proxy:middlewares",
-        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
-        # One machine is not preempted, and the watcher is a process for each run of Ray Train.
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
-        "DASHBOARD_METRIC_PORT": str(settings.ports["ray_dashboard_metrics"]),
-        "RAY_PROMETHEUS_HOST": f"http://{settings.address('prometheus')}/prometheus",
-        "RAY_GRAFANA_HOST": f"http://{settings.address('grafana')}/grafana" if grafana_home() else "DISABLED",
-        "RAY_GRAFANA_IFRAME_HOST": f"{settings.url}/grafana",
-        "RAY_GRAFANA_DASHBOARD_OUTPUT_DIR": f"{settings.folder}/conf/grafana/boards",
-    }
+    return (
+        machine_environment(settings, dict(known))
+        | NODE_ENVIRONMENT
+        | {
+            "RAY_USAGE_STATS_ENABLED": "0",
+            # One machine is not preempted, and the watcher is a process for each run of Ray Train.
+            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+            "DASHBOARD_METRIC_PORT": str(settings.ports["ray_dashboard_metrics"]),
+            "RAY_PROMETHEUS_HOST": f"http://{settings.address('prometheus')}/prometheus",
+            "RAY_GRAFANA_HOST": f"http://{settings.address('grafana')}/grafana" if grafana_home() else "DISABLED",
+            "RAY_GRAFANA_IFRAME_HOST": f"{settings.url}/grafana",
+            "RAY_GRAFANA_DASHBOARD_OUTPUT_DIR": f"{settings.folder}/conf/grafana/boards",
+        }
+    )
 
 
 def _ray_node(settings: Settings, node: str, cpus: int) -> tuple[str, ...]:

@@ -20,8 +20,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from sprue.inference import memory
 from sprue.serving.keys import read_keys
+from sprue.stages.runtime import NODE_ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
 CONTAINERS = ROOT / "infra" / "containers"
@@ -88,8 +88,7 @@ def test_the_images_run_as_nobody_in_particular_and_say_how_they_are() -> None:
     # KubeRay starts Ray in a login shell, whose path is Debian's.
     assert 'export PATH=/opt/sprue/bin:\\$PATH" > /etc/profile.d/sprue.sh' in DOCKERFILE
     environment = dict(re.findall(r"^(?:ENV|   )\s*(\w+)=(\S+)", DOCKERFILE, re.M))
-    assert memory.ENVIRONMENT.items() <= environment.items(), "as for a Ray that sprue starts"
-    assert environment["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] == "sprue.serving.proxy:middlewares"
+    assert NODE_ENVIRONMENT.items() <= environment.items(), "as for a Ray that sprue starts"
 
 
 def test_the_locks_have_the_tested_versions_of_all_that_is_needed() -> None:

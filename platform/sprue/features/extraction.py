@@ -27,6 +27,7 @@ from sprue.features.spec_file import write_spec
 from sprue.features.tables import FeatureTable, write_part
 from sprue.inference.engines import EngineName, build_engine
 from sprue.inference.images import model_input, open_image
+from sprue.inference.priority import in_background, lower_priority
 from sprue.inference.spec import FeatureSpec
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,7 @@ class _EngineWorker:
     """Runs one engine in a Ray actor."""
 
     def __init__(self, spec: FeatureSpec, engine: EngineName, threads: int, counter: Any) -> None:
+        lower_priority()
         self.engine, self.counter = build_engine(spec, engine, threads), counter
 
     def __call__(self, batch: Batch) -> Batch:
@@ -220,7 +222,10 @@ def _run(
     placement = engine_placement()
     dataset = ray.data.from_items(missing.to_dict("records"), override_num_blocks=-(-len(missing) // BATCH))
     with on_ray_data():
-        dataset.map_batches(_decode, fn_args=(root, spec.input_size), batch_size=None, num_cpus=IO_CPUS).map_batches(
+        decoded = dataset.map_batches(
+            in_background(_decode), fn_args=(root, spec.input_size), batch_size=None, num_cpus=IO_CPUS
+        )
+        decoded.map_batches(
             _EngineWorker,
             fn_constructor_args=(spec, engine, placement.threads, counter),
             batch_size=BATCH,

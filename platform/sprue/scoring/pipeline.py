@@ -14,6 +14,7 @@ from upath import UPath
 
 from sprue.features.extraction import IO_CPUS, engine_placement, on_ray_data
 from sprue.inference.detector import BATCH, Detector
+from sprue.inference.priority import in_background, lower_priority
 from sprue.scoring.decoding import Batch, Record, decode, from_column
 from sprue.scoring.drawing import draw
 from sprue.scoring.parts import Part
@@ -50,7 +51,12 @@ def score_parts(
     with on_ray_data():
         dataset = (
             ray.data.from_items(batches, override_num_blocks=len(batches))
-            .map_batches(decode, fn_args=(root, views, detector.spec.input_size), batch_size=None, num_cpus=IO_CPUS)
+            .map_batches(
+                in_background(decode),
+                fn_args=(root, views, detector.spec.input_size),
+                batch_size=None,
+                num_cpus=IO_CPUS,
+            )
             .map_batches(
                 _ScoringWorker,
                 fn_constructor_args=(registered, mlflow.get_tracking_uri(), placement.threads, heatmaps is not None),
@@ -62,7 +68,7 @@ def score_parts(
         )
         if heatmaps is not None:
             arguments = (root, heatmaps, views, detector.calibration)
-            dataset = dataset.map_batches(draw, fn_args=arguments, batch_size=None, num_cpus=IO_CPUS)
+            dataset = dataset.map_batches(in_background(draw), fn_args=arguments, batch_size=None, num_cpus=IO_CPUS)
         for batch in dataset.iter_batches(batch_size=None, batch_format="numpy"):
             records = from_column(batch.pop("record"))
             for index, record in enumerate(records):
@@ -77,6 +83,7 @@ class _ScoringWorker:
         mlflow.set_registry_uri(tracking_uri)
         # Ray sets as many threads as the actor reserves CPUs; the flow may use the cores that the engine uses.
         torch.set_num_threads(threads)
+        lower_priority()
         self.detector, self.positions = load_detector(registered), positions
         self.engine = registered_engine(self.detector, threads=threads)
 

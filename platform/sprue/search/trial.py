@@ -14,6 +14,7 @@ from upath import UPath
 from sprue.errors import SprueError
 from sprue.inference.detector import best_device
 from sprue.inference.memory import keep_freed_memory
+from sprue.inference.priority import lower_priority
 from sprue.search.objective import Objective
 from sprue.search.space import Point
 from sprue.store import remove_folder
@@ -91,6 +92,7 @@ class Trial:
         data = ray.get(self.data)
         objective = Objective(data.validation, data.synthetic, spec.scoring)
         keep_freed_memory()
+        lower_priority()
         torch.set_num_threads(self.placement.cpus)
         last_epoch = 0
 

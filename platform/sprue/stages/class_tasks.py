@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from sprue.errors import SprueError
+from sprue.inference.priority import in_background
 from sprue.stages.runtime import connect_ray
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def _in_tasks(function: Callable[..., Any], arguments: Iterable[tuple[str, tuple
 
     if not ray.is_initialized():
         connect_ray()
-    task = ray.remote(num_cpus=1)(_call_and_log)
+    task = ray.remote(num_cpus=1)(in_background(_call_and_log))
     room = max(1, AHEAD * int(ray.cluster_resources().get("CPU", 1)))
     running: dict[Any, str] = {}
     for name, of_class in arguments:

@@ -27,6 +27,7 @@ from sprue.config import DatasetSettings, FeatureSettings
 from sprue.errors import SprueError
 from sprue.features.spec_file import FILE, read_spec
 from sprue.inference import memory
+from sprue.inference.priority import lower_priority
 from sprue.inference.spec import FeatureSpec
 from sprue.params import PARAMS, read_dataset
 from sprue.store import StoreError, location
@@ -44,6 +45,22 @@ INTERRUPTED = 130
 
 RAY_STARTS = 3
 """How often a Ray of this machine is started before it is given up."""
+
+NODE_ENVIRONMENT = {
+    # Workers fit and score in threads; see the module for what this is for.
+    **memory.ENVIRONMENT,
+    # Scoring shares the cores with other servers; what trains lowers its own priority.
+    "RAY_worker_niceness": "0",
+    # On a busy machine the proxy of Ray Serve needs more than the default of five seconds.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    # One that dies is replaced as soon as this is noticed.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    # Its errors, too, are JSON.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "sprue.serving.proxy:middlewares",
+    # Ray Train's controller polls every two seconds by default.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+}
+"""What each node of Ray is started with: here, by the local stack, and in containers."""
 
 GRACE_S = 5.0
 """Seconds from Ctrl-C until a stage that has not ended is ended."""
@@ -105,17 +122,8 @@ def connect_ray() -> None:
 
     # gRPC warns of every fork beside its threads, which is harmless here.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    # Workers fit and score in threads; see the module for what this is for.
-    for name, value in memory.ENVIRONMENT.items():
+    for name, value in NODE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # On a busy machine the proxy of Ray Serve needs more than the default of five seconds.
-    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
-    # One that dies is replaced as soon as this is noticed.
-    os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
-    # Its errors, too, are to be JSON.
-    os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "sprue.serving.proxy:middlewares")
-    # Ray Train's controller polls every two seconds by default.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     # Stages print their own progress, and a worker's failure reaches them as an exception.
     settings: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if "RAY_ADDRESS" not in os.environ:
@@ -180,6 +188,8 @@ def run_stage(stage: str, arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--store", help="folder or s3 URL of all results (default: store; a Ray job has no default)")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if IN_RAY_JOB in os.environ:
+        lower_priority()
     try:
         with ended_by_interrupt(stage):
             context = read_context(given.params, given.dataset, given.data, given.store)

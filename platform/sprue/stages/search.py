@@ -9,6 +9,7 @@ from sprue.data.manifest import Manifest
 from sprue.errors import SprueError
 from sprue.features.synthetic import extract_synthetic, has_synthetic
 from sprue.features.tables import FeatureTable
+from sprue.inference.priority import in_background
 from sprue.stages.failures import close_stage, failed_before
 from sprue.stages.runtime import Context, connect_ray
 from sprue.store import digest, remove_folder, write_json
@@ -62,7 +63,7 @@ def extract(context: Context, manifest: Manifest, plans: list[ClassPlan]) -> dic
         return {}
     connect_ray()
     logger.info("synthetic defects for %d fits", len(waiting))
-    task = ray.remote(num_cpus=1)(extract_synthetic)
+    task = ray.remote(num_cpus=1)(in_background(extract_synthetic))
     counts = {
         name: task.remote(
             spec.features,

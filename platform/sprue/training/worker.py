@@ -13,6 +13,7 @@ from ray.train.collective import broadcast_from_rank_zero
 from upath import UPath
 
 from sprue.errors import SprueError
+from sprue.inference.priority import lower_priority
 from sprue.store import location
 from sprue.training.checkpoint import Checkpoint, Checkpoints
 from sprue.training.dataloader import InMemoryDataLoader
@@ -41,6 +42,7 @@ def fit_worker(config: dict[str, Any]) -> None:
     queue, worker_group = config["queue"], config["group"]
     # Ray follows OMP_NUM_THREADS where a user has set it, and fits side by side would compete for the cores.
     torch.set_num_threads(config["threads"])
+    lower_priority()
     context = ray.train.get_context()
     group = ProcessGroup(context.get_world_rank(), context.get_world_size())
 

@@ -41,7 +41,7 @@ from sprue.serving.decision_log import DecisionLogSettings
 from sprue.serving.keys import add_key
 from sprue.serving.launch import ServeSettings, serve_champions, stop_serving
 from sprue.serving.parsing import ServiceLimits
-from sprue.stages.runtime import init_ray
+from sprue.stages.runtime import NODE_ENVIRONMENT, init_ray
 from sprue.store import location
 from sprue.tracking import registry
 from sprue.tracking.backbones import log_backbone
@@ -144,11 +144,20 @@ class Plant:
     def image(self, class_name: str, seed: int = 1) -> Image.Image:
         return crops(TEXTURES[class_name](), 1, seed)[0]
 
-    def post(self, name: str, image: Image.Image, **arguments: Any) -> httpx.Response:
+    def defective(self, class_name: str, seed: int = 1) -> Image.Image:
+        image = self.image(class_name, seed)
+        image.paste((255, 255, 255), (140, 20, 180, 60))
+        return image
+
+    @staticmethod
+    def png(image: Image.Image) -> bytes:
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
+        return buffer.getvalue()
+
+    def post(self, name: str, image: Image.Image, **arguments: Any) -> httpx.Response:
         arguments["headers"] = {"Content-Type": "image/png"} | arguments.get("headers", {})
-        return self.client.post(f"/v1/classes/{name}/score", content=buffer.getvalue(), **arguments)
+        return self.client.post(f"/v1/classes/{name}/score", content=self.png(image), **arguments)
 
     def release(self, model: str, detector: Detector, damage: Callable[[Path], object] | None = None) -> int:
         return release(self.folder, model, detector, damage)
@@ -217,7 +226,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     before = mlflow.get_tracking_uri()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPRUE_CACHE", str(folder / "cache"))
-        patch.setenv("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "sprue.serving.proxy:middlewares")
+        for name, value in NODE_ENVIRONMENT.items():
+            patch.setenv(name, value)
         mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
         mlflow.set_registry_uri(f"sqlite:///{folder / 'mlflow.db'}")
         # Metrics every second, so that no test waits for them.

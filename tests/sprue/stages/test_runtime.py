@@ -1,5 +1,6 @@
 """Which dataset a stage works on, and that an interrupted stage ends, whatever its libraries do."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import ray
 
 from sprue.errors import SprueError
 from sprue.features.spec_file import write_spec
+from sprue.inference.priority import BACKGROUND
 from sprue.inference.spec import FeatureSpec
 from sprue.stages.runtime import INTERRUPTED, RAY_STARTS, init_ray, read_context
 
@@ -98,26 +100,30 @@ def test_features_of_other_settings_are_refused(tmp_path):
 
 
 LISTENING = """
-import psutil, ray
+import os, psutil, ray
+from sprue.inference.priority import in_background
 from sprue.stages.runtime import connect_ray
 connect_ray()
-ray.get(ray.remote(lambda: 0).remote())
+niceness = lambda: os.getpriority(os.PRIO_PROCESS, 0)
+nice = ray.get([ray.remote(each).remote() for each in (niceness, in_background(niceness))])
 processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
 found = [each for process in processes for each in process.net_connections("tcp") if each.status == "LISTEN"]
 ray.shutdown()
 try:
     ray.put(0)
 except ray.exceptions.RaySystemError:  # no other Ray has been started for it
-    print(len(found), *{each.laddr.ip.removeprefix("::ffff:") for each in found})
+    print(*nice, len(found), *{each.laddr.ip.removeprefix("::ffff:") for each in found})
 """
 
 
 def test_a_local_ray_listens_on_the_loopback_alone_and_no_other_follows_it(environment):
+    """What runs in the background lets its other workers go first, which share the cores with all processes."""
     done = subprocess.run(
         [sys.executable, "-c", LISTENING], env=environment | PYTHONPATH, capture_output=True, text=True
     )
-    count, *addresses = done.stdout.split()
-    assert int(count) > 5, done.stderr
+    first, background, count, *addresses = done.stdout.split()
+    assert (int(first), int(background)) == (os.getpriority(os.PRIO_PROCESS, 0), BACKGROUND), done.stderr
+    assert int(count) > 5
     assert addresses == ["127.0.0.1"]
 
 
