@@ -50,8 +50,7 @@ def fuzz() -> ModuleType:
 @pytest.fixture(scope="module")
 def images(plant: Any) -> dict[str, Path]:
     """A good image, and one with a defect."""
-    found = {"good": plant.image("brick", 1), "defective": plant.image("brick", 1)}
-    found["defective"].paste((255, 255, 255), (140, 20, 180, 60))
+    found = {"good": plant.image("brick", 1), "defective": plant.defective("brick", 1)}
     paths = {name: plant.folder / f"{name}.png" for name in found}
     for name, path in paths.items():
         found[name].save(path)

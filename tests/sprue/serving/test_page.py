@@ -44,8 +44,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def files(plant: Any) -> dict[str, Path]:
     """Images of bricks: a good one, one with a defect, and the same as a JPEG that a camera held upright."""
-    images = {"good": plant.image("brick", 1), "defective": plant.image("brick", 1)}
-    images["defective"].paste((255, 255, 255), (140, 20, 180, 60))
+    images = {"good": plant.image("brick", 1), "defective": plant.defective("brick", 1)}
     paths = {name: plant.folder / f"{name}.png" for name in images}
     for name, image in images.items():
         image.save(paths[name])
