@@ -13,7 +13,7 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -38,6 +38,7 @@ from sprue.inference.backbone import backbone_state, resolve
 from sprue.inference.calibration import Calibration
 from sprue.inference.detector import Detector, score_features
 from sprue.inference.engines import build_engine
+from sprue.inference.priority import in_background
 from sprue.serving.launch import ServeSettings, serve_champions, stop_serving
 from sprue.stages.runtime import connect_ray
 from sprue.tracking import registry
@@ -174,12 +175,33 @@ async def idle_connections(url: str) -> AsyncIterator[None]:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
+def multiply() -> None:
+    """Keeps a core busy."""
+    torch.set_num_threads(1)
+    matrix = torch.rand(512, 512)
+    while True:
+        matrix @ matrix
+
+
+@contextmanager
+def busy_cores(work: Callable[[], None]) -> Iterator[None]:
+    """Keeps each core busy with a task of Ray."""
+    tasks = [ray.remote(num_cpus=0)(work).remote() for _ in range(os.cpu_count() or 1)]
+    time.sleep(5)
+    yield
+    for each in tasks:
+        ray.cancel(each, force=True)
+
+
 async def run(url: str) -> list[Load]:
     """All loads, one after the other."""
     await measure(url, Load("warm-up"), FEW)
     loads = [await measure(url, Load(f"{FEW} clients (the capacity)"), FEW), await measure(url, Load("1 client"), 1)]
     async with idle_connections(url):
         loads.append(await measure(url, Load(f"1 client, {IDLE} idle connections"), 1))
+    for title, work in (("as in a fit", in_background(multiply)), ("of the service's priority", multiply)):
+        with busy_cores(work):
+            loads.append(await measure(url, Load(f"1 client, busy cores, {title}"), 1))
     loads += [
         await measure(url, Load(f"{MANY} clients that keep to Retry-After"), MANY),
         await measure(url, Load(f"{MANY} clients that retry after 0.1 s"), MANY, obedient=False),

@@ -43,6 +43,9 @@ logger = logging.getLogger(__name__)
 MAX_CONNECTIONS = 4096
 """Connections that a replica accepts; idle ones cost a socket each."""
 
+FAILED_BATCHES = 5
+"""In a row, after which a replica is replaced: a device that has failed stays so for its process."""
+
 CLOSE_S = 10.0
 """Time for the last decisions to be written when a replica ends."""
 
@@ -260,6 +263,11 @@ class ScoringService:
         self.keys.require(credentials, "score")
         models = self.models
         return ServedClasses(classes=[responses.summary(each, models.since(each)) for each in models.available])
+
+    async def check_health(self) -> None:
+        """Raises RuntimeError where no batch can be scored; Ray Serve asks, and then replaces the replica."""
+        if self.batcher.failures >= FAILED_BATCHES:
+            raise RuntimeError(f"{self.batcher.failures} batches in a row could not be scored; see the log")
 
     @app.get("/livez", response_model=Liveness, tags=["service"])
     async def livez(self) -> Any:

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 Task = TypeVar("Task")
@@ -31,6 +32,10 @@ class Batcher(Generic[Task, Result]):
         self._function, self._max_size = function, max_size
         self.seconds_per_task = 0.0
         """A moving average over the last batches; 0 before the first."""
+        self.failures = 0
+        """How many batches in a row have failed."""
+        # Not asyncio's own pool, whose few threads may all wait for a store.
+        self._thread = ThreadPoolExecutor(1, "score")
         self._queue: asyncio.Queue[tuple[Task, asyncio.Future[tuple[Result, int]]]] = asyncio.Queue()
         self._worker = asyncio.create_task(self._work())
 
@@ -56,12 +61,15 @@ class Batcher(Generic[Task, Result]):
     async def _run(self, batch: Sequence[tuple[Task, "asyncio.Future[tuple[Result, int]]"]]) -> None:
         started = time.perf_counter()
         try:
-            results = await asyncio.to_thread(self._function, [task for task, _ in batch])
+            tasks = [task for task, _ in batch]
+            results = await asyncio.get_running_loop().run_in_executor(self._thread, self._function, tasks)
         except Exception as error:
+            self.failures += 1
             for _, future in batch:
                 if not future.done():
                     future.set_exception(error)
             return
+        self.failures = 0
         seconds = (time.perf_counter() - started) / len(batch)
         self.seconds_per_task += (seconds - self.seconds_per_task) * (RECENT if self.seconds_per_task else 1.0)
         for result, (_, future) in zip(results, batch, strict=True):

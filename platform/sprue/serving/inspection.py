@@ -2,11 +2,13 @@
 
 import asyncio
 import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from http import HTTPStatus
 from itertools import islice
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
 from pydantic import ValidationError
@@ -31,10 +33,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
 PAGE = FilePath(__file__).parent / "page"
 
 MASK_BYTES = 4 * 2**20
 """Size of a review, for each view: masks of few colours are far smaller."""
+
+STORE_S = 20.0
+"""How long the page waits for the store."""
+
+STORE_THREADS = 4
+"""Requests of the page that look into the store at once."""
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -47,6 +57,8 @@ HEADERS = {
 """Of the page: it loads nothing from elsewhere, runs no script but its own, and stands in no other page."""
 
 router = APIRouter()
+# Threads of their own: those of others must not wait for a store.
+_readers = ThreadPoolExecutor(STORE_THREADS, "store")
 
 
 def add_to(app: FastAPI) -> None:
@@ -76,6 +88,15 @@ def _store(replica: "ScoringService") -> UPath:
         message = "this service keeps no decisions: it was started with --no-decisions"
         raise ApiError(HTTPStatus.NOT_FOUND, "no_decisions", message)
     return location(replica.config.decisions.folder)
+
+
+async def in_store(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Calls a function that reads or writes the store; raises StoreError if that takes too long."""
+    try:
+        async with asyncio.timeout(STORE_S):
+            return await asyncio.get_running_loop().run_in_executor(_readers, function, *arguments)
+    except TimeoutError as error:
+        raise StoreError(f"the store of decisions did not answer within {STORE_S:.0f} s") from error
 
 
 @router.get("/", include_in_schema=False)
@@ -110,7 +131,7 @@ async def decisions(
     replica.keys.require(credentials, "review")
     store = _store(replica)
     model_name = replica.models.find(name).model_name
-    return PastDecisions(decisions=await asyncio.to_thread(_last, store, model_name, queue, limit))
+    return PastDecisions(decisions=await in_store(_last, store, model_name, queue, limit))
 
 
 def _last(store: UPath, model_name: str, queue: bool, limit: int) -> list[Any]:
@@ -139,7 +160,7 @@ async def image(
     replica.keys.require(credentials, "review")
     store = DecisionStore(_store(replica))
     try:
-        data = await asyncio.to_thread(store.read_image, _utc(at), digest)
+        data = await in_store(store.read_image, _utc(at), digest)
     except SprueError as error:
         raise ApiError(HTTPStatus.NOT_FOUND, "image_gone", str(error)) from error
     return Response(data, media_type="application/octet-stream", headers={"X-Content-Type-Options": "nosniff"})
@@ -166,7 +187,7 @@ async def review(
         message = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid_request", message) from error
     try:
-        kept = await asyncio.to_thread(_keep, store, champion.model_name, given, reviewer, views)
+        kept = await in_store(_keep, store, champion.model_name, given, reviewer, views)
     except SprueError as error:
         raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "not_reviewable", str(error)) from error
     if replica.access:

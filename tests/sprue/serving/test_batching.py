@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -88,8 +89,29 @@ def test_a_failing_batch_does_not_stop_the_next() -> None:
 
     async def run() -> None:
         batcher = Batcher[int, float](work, max_size=4)
-        with pytest.raises(ZeroDivisionError):
-            await batcher(0)
+        for count in (1, 2):
+            with pytest.raises(ZeroDivisionError):
+                await batcher(0)
+            assert batcher.failures == count
         assert await batcher(2) == (0.5, 1)
+        assert batcher.failures == 0
+
+    asyncio.run(run())
+
+
+def test_threads_that_wait_for_a_store_hold_up_no_batch() -> None:
+    store = threading.Event()
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        reader = asyncio.create_task(asyncio.to_thread(store.wait, 60))
+        await asyncio.sleep(0.01)
+        try:
+            batcher = Batcher[int, int](list, max_size=4)
+            assert await asyncio.wait_for(batcher(1), 10) == (1, 1)
+        finally:
+            store.set()
+        assert await reader
 
     asyncio.run(run())

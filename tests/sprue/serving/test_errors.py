@@ -1,5 +1,8 @@
 """Internal errors, which requests to a sound service can't cause."""
 
+import asyncio
+import threading
+
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
@@ -37,3 +40,13 @@ def test_a_store_that_does_not_answer_is_no_failure_of_the_service() -> None:
     response = TestClient(app).get("/decisions")
     assert (response.status_code, response.headers["retry-after"]) == (503, "5")
     assert response.json()["error"]["code"] == "store_unavailable"
+
+
+def test_a_store_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = threading.Event()
+    monkeypatch.setattr(inspection, "STORE_S", 0.1)
+    try:
+        with pytest.raises(StoreError, match="did not answer within"):
+            asyncio.run(inspection.in_store(store.wait, 60))
+    finally:
+        store.set()
