@@ -114,14 +114,20 @@ class KeptBytes(io.BytesIO):
 
 
 def write_bytes(path: UPath, data: bytes) -> None:
-    """Writes a file atomically: an object store's put is atomic, a local file is renamed into place."""
+    """Writes a file atomically: an object store's put is atomic, a local file is renamed into place.
+
+    A local file is on the disk before, so that a power cut leaves the old one or the new one.
+    """
     if path.protocol not in ("", "file"):
         path.write_bytes(data)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(data)
+        with Path(temporary.path).open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)

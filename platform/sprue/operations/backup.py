@@ -9,7 +9,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -31,8 +31,8 @@ THREADS = 8
 PROGRESS_S = 5.0
 UNFINISHED = "runs"
 """The folder of a dataset with the checkpoints of what is not finished."""
-SERVER = "tracking"
-"""The folder of the server that `infra/local/tracking.py` starts: a database that runs, and its passwords."""
+SECRETS = "secrets.json"
+"""What tells the folder of a local stack from that of a dataset: it holds databases that run, and their passwords."""
 
 
 @dataclass(frozen=True)
@@ -190,10 +190,10 @@ class _Copier:
 def stored_files(store: UPath) -> Iterator[tuple[str, int, str]]:
     """Path, size and stamp of the files of a store that belong into a backup."""
     root = store.path.rstrip("/")
-    skips_server = (store / SERVER / "secrets.json").exists()
-    for path, facts in sorted(store.fs.find(root, detail=True).items()):
-        name = path.removeprefix(root).lstrip("/")
-        if facts["type"] == "file" and not _is_left_out(name, skips_server):
+    found = {path.removeprefix(root).lstrip("/"): facts for path, facts in store.fs.find(root, detail=True).items()}
+    stacks = {folder for folder, _, file in (name.partition("/") for name in found) if file == SECRETS}
+    for name, facts in sorted(found.items()):
+        if facts["type"] == "file" and not _is_left_out(name, stacks):
             yield name, int(facts["size"]), _stamp(facts)
 
 
@@ -201,14 +201,14 @@ def _stamp(facts: dict[str, Any]) -> str:
     return repr(facts["mtime"]) if "mtime" in facts else str(facts["ETag"]).strip('"')
 
 
-def _is_left_out(name: str, skips_server: bool) -> bool:
+def _is_left_out(name: str, stacks: Collection[str]) -> bool:
     """Whether a file of a store is none of its results."""
     if name.startswith(f"{ARTIFACTS}/"):
         return False
     first, *others = name.split("/")
     return (
         first == "mlflow"  # the database, which is copied at one moment, and its journal and lock
-        or (skips_server and first == SERVER)
+        or first in stacks
         or others[:1] == [UNFINISHED]
         or any(part.startswith(".") for part in (first, *others))  # not yet complete
     )

@@ -131,7 +131,12 @@ async def decisions(
     replica.keys.require(credentials, "review")
     store = _store(replica)
     model_name = replica.models.find(name).model_name
-    return PastDecisions(decisions=await in_store(_last, store, model_name, queue, limit))
+    try:
+        return PastDecisions(decisions=await in_store(_last, store, model_name, queue, limit))
+    except SprueError as error:
+        logger.error("%s", error)
+        message = "the store of decisions is damaged; the service's log names the file"
+        raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "store_damaged", message) from error
 
 
 def _last(store: UPath, model_name: str, queue: bool, limit: int) -> list[Any]:

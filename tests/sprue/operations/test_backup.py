@@ -185,8 +185,8 @@ def test_what_is_not_a_result_is_left_out(tmp_path):
         "mlflow/mlflow.db",
         "mlflow/mlflow.db-journal",
         "mlflow/artifacts/run/artifacts/.hidden",
-        "tracking/secrets.json",
-        "tracking/postgres/PG_VERSION",
+        "stack/secrets.json",
+        "stack/postgres/PG_VERSION",
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
