@@ -3,7 +3,7 @@
 Shapes: N samples, V views of a sample, C channels, H rows, W columns of a map.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,7 @@ def baseline_maps(spec: FeatureSpec) -> tuple[int, ...]:
 def compare(
     detector: Detector,
     training: Batches,
-    maps: Sequence[NDArray[np.float16]],
+    test: Iterable[Sequence[NDArray[np.float16]]],
     scores_N: NDArray[np.float32],
     labels_N: NDArray[np.integer[Any]],
     counts: PixelCounts,
@@ -71,7 +71,8 @@ def compare(
     Args:
         detector: The detector of a flow.
         training: The training samples; of their maps, only `baseline_maps` are read.
-        maps: The test samples' maps [N, C, H, W], those of the first view, then of the second ...
+        test: The test samples' maps [B, C, H, W] in batches, those of the first view, then of the second ...; as of
+            `training`, `baseline_maps` are read.
         scores_N: The detector's scores of them.
         labels_N: 1 for a defective sample, 0 for a good one.
         counts: The detector's counts of pixels.
@@ -86,30 +87,42 @@ def compare(
     if isinstance(detector.flow, Gaussian) or len(np.unique(labels_N)) < 2:
         return {}
     use_full_precision()
-    of_views = [_score_view(detector, view, training, maps) for view in range(detector.flow.views)]
-    gaussian_N = np.max([scores_N for scores_N, _ in of_views], axis=0)
+    gaussians = [_fit_view(detector, view, training) for view in range(detector.flow.views)]
+    scored = [_score(gaussians, maps) for maps in test]
+    gaussian_N = np.concatenate([scores_NV.max(1) for scores_NV, _ in scored])
     found = {
         "sample_auroc": Comparison(
             float(Curve.of_scores(gaussian_N, labels_N).area()), auroc_difference(scores_N, gaussian_N, labels_N)
         )
     }
     if counts.is_defective_N.any():
-        of_gaussian = truth.count(np.concatenate([positions_N1HW for _, positions_N1HW in of_views], axis=1))
-        found["pixel_aupro"] = Comparison(float(of_gaussian.aupro), aupro_difference(counts, of_gaussian))
+        of_gaussian = truth.count(np.concatenate([positions_NVHW for _, positions_NVHW in scored]))
+        found["pixel_aupro"] = Comparison(
+            float(of_gaussian.aupro), aupro_difference(counts, of_gaussian, truth.groups_M)
+        )
     return {name: each for name, each in found.items() if np.isfinite(each.difference.value)}
 
 
-def _score_view(
-    detector: Detector, view: int, training: Batches, maps: Sequence[NDArray[np.float16]]
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The scores [N] and position scores [N, 1, H, W] of a view's test images, by the Gaussian of that view."""
-    device, count = best_device(), len(maps) // detector.flow.views
-    own = slice(view * count, (view + 1) * count)
-    config = GaussianConfig(channels=detector.flow.config.channels, maps=baseline_maps(detector.spec))
-    gaussian = Gaussian(config).to(device)
+def _fit_view(detector: Detector, view: int, training: Batches) -> Gaussian:
+    """The Gaussian of a view's training images."""
+    device, channels = best_device(), detector.flow.config.channels
+    own = slice(view * len(channels), (view + 1) * len(channels))
+    gaussian = Gaussian(GaussianConfig(channels=channels, maps=baseline_maps(detector.spec))).to(device)
     gaussian.fit_adaptor([map_BCHW.to(device).float() for map_BCHW in batch[own]] for batch in training(FIT_BATCH))
-    scores_N, _, positions_N1HW = score_features(gaussian, ScoringSettings(), maps[own])
-    return scores_N, positions_N1HW
+    return gaussian
+
+
+def _score(
+    gaussians: Sequence[Gaussian], maps: Sequence[NDArray[np.float16]]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The scores [N, V] and position scores [N, V, H, W] of test samples, by the Gaussian of each view."""
+    count = len(maps) // len(gaussians)
+    of_views = [
+        score_features(gaussian, ScoringSettings(), maps[view * count : (view + 1) * count])
+        for view, gaussian in enumerate(gaussians)
+    ]
+    scores_NV = np.stack([scores_N for scores_N, _, _ in of_views], axis=1)
+    return scores_NV, np.concatenate([positions_N1HW for _, _, positions_N1HW in of_views], axis=1)
 
 
 def as_metrics(comparisons: Mapping[str, Comparison]) -> dict[str, float]:

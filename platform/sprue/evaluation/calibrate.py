@@ -22,9 +22,6 @@ from sprue.inference.calibration import Calibration
 from sprue.inference.detector import Detector, anomaly_map, best_device, require_views, score_features
 from sprue.inference.spec import FeatureSpec
 
-READ = 256
-"""Samples whose maps are in memory at once."""
-
 
 class HeldOut(NamedTuple):
     """A fitted flow, and the manifest's rows of good samples that its fit did not see."""
@@ -41,8 +38,7 @@ def score_held_out(
     for flow, rows in held_out:
         samples, views = samples_of(rows), len(views_of(rows))
         flow.to(best_device())
-        for start in range(0, len(samples), READ):
-            maps = table.read_samples(samples[start : start + READ], views)
+        for maps in table.read_in_turn(samples, views):
             scores_N, _, position_scores_NVHW = score_features(flow, scoring, maps)
             scores.append(scores_N)
             position_scores.append(position_scores_NVHW)

@@ -19,7 +19,7 @@ from upath import UPath
 
 from sprue.data.samples import samples_of
 from sprue.errors import SprueError
-from sprue.evaluation.baseline import Batches, Comparison, as_metrics, compare
+from sprue.evaluation.baseline import Batches, Comparison, as_metrics, baseline_maps, compare
 from sprue.evaluation.curves import Counts, Curve
 from sprue.evaluation.metrics import Estimate, fraction, mean, pixel_estimates, score_estimates
 from sprue.evaluation.pixels import PixelCounts, predicted_mask_fractions
@@ -30,7 +30,7 @@ from sprue.inference.detector import Detector, Predictions
 from sprue.inference.heatmap import heat
 from sprue.inference.images import open_image
 
-VERSION = 1
+VERSION = 2
 """Changes when the same scores, labels and maps give other metrics."""
 
 OVERVIEW = "heatmaps.png"
@@ -114,8 +114,10 @@ def evaluate(
             file or the class.
     """
     views = len(detector.views)
-    maps = table.read_samples(samples_of(images), views)
-    predictions = detector.predict_features(maps)
+    samples = samples_of(images)
+    predictions = Predictions.concatenate(
+        [detector.predict_features(maps) for maps in table.read_in_turn(samples, views)]
+    )
     labels_N, types_N = (images[column].to_numpy()[::views] for column in ("label", "defect_type"))
     if not np.isfinite(predictions.score_B).all():
         raise SprueError(f"class {detector.class_name}: scores of test samples are not finite: the fit has diverged")
@@ -129,12 +131,13 @@ def evaluate(
     estimates |= _prefixed("pixel", of_pixels)
     if views > 1:
         image_scores_M = predictions.image_score_BV.ravel()[truth.index_M]
-        of_scores = score_estimates(image_scores_M, counts.is_defective_N.astype(int))
+        of_scores = score_estimates(image_scores_M, counts.is_defective_N.astype(int), truth.groups_M)
     estimates |= _prefixed("image", of_scores)
     comparisons: dict[str, Comparison] = {}
     if training:
         try:
-            comparisons = compare(detector, training, maps, predictions.score_B, labels_N, counts, truth)
+            test = table.read_in_turn(samples, views, baseline_maps(detector.spec))
+            comparisons = compare(detector, training, test, predictions.score_B, labels_N, counts, truth)
         except ValueError as error:
             raise SprueError(
                 f"class {detector.class_name}: the Gaussian that its flow is held against: {error}"
@@ -171,9 +174,10 @@ def _localisation(
     counts = truth.count(predictions.position_scores_BVHW)
     of_normal_M, of_anomalous_M = predicted_mask_fractions(predicted_mask_of, truth.mask, len(truth))
     is_good_M = (truth.rows["label"] == 0).to_numpy()
-    estimates = pixel_estimates(counts) | {
-        "false_alarm_rate": mean(of_normal_M[is_good_M]),
-        "detection_rate": mean(of_anomalous_M[np.isfinite(of_anomalous_M)]),
+    has_defect_M, groups_M = np.isfinite(of_anomalous_M), truth.groups_M
+    estimates = pixel_estimates(counts, groups_M) | {
+        "false_alarm_rate": mean(of_normal_M[is_good_M], groups_M[is_good_M]),
+        "detection_rate": mean(of_anomalous_M[has_defect_M], groups_M[has_defect_M]),
     }
     return estimates, counts
 

@@ -37,6 +37,9 @@ SCORE_METRICS: Mapping[str, Callable[[Curve], Counts]] = {
     "pg2": Curve.tnr_at_fnr,
 }
 
+Groups = NDArray[np.integer[Any]]
+"""A number for each item; items of one number, such as the images of a sample, are resampled together."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -63,12 +66,15 @@ class Estimate:
 
 
 def score_estimates(
-    scores_N: NDArray[np.floating[Any]], labels_N: NDArray[np.integer[Any]], seed: int = 0
+    scores_N: NDArray[np.floating[Any]],
+    labels_N: NDArray[np.integer[Any]],
+    groups_N: Groups | None = None,
+    seed: int = 0,
 ) -> dict[str, Estimate]:
     """Metrics of items by their scores: AUROC, average precision, best F1, PB2 and PG2.
 
     Higher scores are more anomalous. Labels are 1 for a defective item, 0 for a good one. The bootstrap resamples good
-    and defective items separately.
+    and defective items separately; with `groups_N`, groups without and with a defective item.
 
     Raises:
         SprueError: If a score is NaN or a label neither 0 nor 1.
@@ -83,21 +89,20 @@ def score_estimates(
         curve = Curve.of_scores(scores_N, labels_N, weights_DN)
         return {name: metric(curve) for name, metric in SCORE_METRICS.items()}
 
-    return _estimates(metrics(), map(metrics, _weights(labels_N, len(scores_N), seed)))
+    return _estimates(metrics(), map(metrics, _weights(labels_N, len(scores_N), seed, groups_N)))
 
 
 def auroc_difference(
     one_N: NDArray[np.floating[Any]],
     other_N: NDArray[np.floating[Any]],
     labels_N: NDArray[np.integer[Any]],
-    groups_N: NDArray[np.integer[Any]] | None = None,
+    groups_N: Groups | None = None,
     seed: int = 0,
 ) -> Estimate:
     """The AUROC of one detector minus that of another on the same samples, with a paired bootstrap.
 
-    Scores and labels are those of `score_estimates`. Groups, numbered from 0, are resampled as units, because variants
-    of one image are not independent. Without them, good and defective samples are resampled separately, each on its
-    own.
+    Scores and labels are those of `score_estimates`. Groups are resampled as units, each with all its variants of an
+    image. Without them, good and defective samples are resampled separately, each on its own.
 
     Raises:
         SprueError: If a score is NaN or a label neither 0 nor 1.
@@ -112,15 +117,12 @@ def auroc_difference(
         one, other = (Curve.of_scores(scores_N, labels_N, weights_DN).area() for scores_N in (one_N, other_N))
         return one - other
 
-    if groups_N is None:
-        resamples = [difference(weights_DN) for weights_DN in _weights(labels_N, len(one_N), seed)]
-    else:
-        strata_G = np.zeros(groups_N.max() + 1, int)
-        resamples = [difference(weights_DG[:, groups_N]) for weights_DG in _weights(strata_G, len(one_N), seed)]
+    strata_N = labels_N if groups_N is None else np.zeros_like(labels_N)
+    resamples = [difference(weights_DN) for weights_DN in _weights(strata_N, len(one_N), seed, groups_N)]
     return _estimate(float(difference()), resamples)
 
 
-def aupro_difference(one: PixelCounts, other: PixelCounts, seed: int = 0) -> Estimate:
+def aupro_difference(one: PixelCounts, other: PixelCounts, groups_N: Groups | None = None, seed: int = 0) -> Estimate:
     """The AUPRO of one detector minus that of another on the same images, with a paired bootstrap.
 
     Both are resampled as in `pixel_estimates`; missing where there is no ground truth of a defect.
@@ -133,15 +135,16 @@ def aupro_difference(one: PixelCounts, other: PixelCounts, seed: int = 0) -> Est
         return first - second
 
     width = max(each.anomalous_NQ.shape[1] for each in (one, other))
-    resamples = [difference(weights_DN) for weights_DN in _weights(one.is_defective_N.astype(int), width, seed)]
+    strata_N = one.is_defective_N.astype(int)
+    resamples = [difference(weights_DN) for weights_DN in _weights(strata_N, width, seed, groups_N)]
     return _estimate(float(one.aupro - other.aupro), resamples)
 
 
-def pixel_estimates(counts: PixelCounts, seed: int = 0) -> dict[str, Estimate]:
+def pixel_estimates(counts: PixelCounts, groups_N: Groups | None = None, seed: int = 0) -> dict[str, Estimate]:
     """Metrics of pixels by their anomaly scores: AUROC, AUPRO, average precision, best F1.
 
-    The values are exact. The intervals come from resampling images, those with and without anomalous pixels separately;
-    in them, values within one of 1,024 bins are tied.
+    The values are exact. The intervals come from resampling images, those with and without anomalous pixels separately,
+    or groups of images; in them, values within one of 1,024 bins are tied.
 
     >>> from sprue.evaluation.pixels import count_pixels
     >>> map_HW, mask_HW = np.array([[0.1, 0.4, 0.3, 0.9]]), np.array([[False, False, True, True]])
@@ -154,7 +157,7 @@ def pixel_estimates(counts: PixelCounts, seed: int = 0) -> dict[str, Estimate]:
         ranking = {name: metric(curve) for name, metric in RANKING_METRICS.items()}
         return ranking | {"aupro": curve.overlap_area(overlap)}
 
-    weights = _weights(counts.is_defective_N.astype(int), counts.anomalous_NQ.shape[1], seed)
+    weights = _weights(counts.is_defective_N.astype(int), counts.anomalous_NQ.shape[1], seed, groups_N)
     resampled = (metrics(*_resampled(counts, weights_DN)) for weights_DN in weights)
     return _estimates(metrics(counts.curve, counts.overlap_K), resampled)
 
@@ -167,8 +170,8 @@ def fraction(is_anomalous_N: NDArray[np.bool_]) -> Estimate:
     return Estimate(float(is_anomalous_N.mean()), float(interval.low), float(interval.high))
 
 
-def mean(values_N: NDArray[np.floating[Any]], seed: int = 0) -> Estimate:
-    """The mean of one value for each image, such as a fraction of its pixels.
+def mean(values_N: NDArray[np.floating[Any]], groups_N: Groups | None = None, seed: int = 0) -> Estimate:
+    """The mean of one value for each image, such as a fraction of its pixels; images may be resampled in groups.
 
     >>> mean(np.array([0.0, 0.5])).value
     0.25
@@ -176,7 +179,8 @@ def mean(values_N: NDArray[np.floating[Any]], seed: int = 0) -> Estimate:
     if not len(values_N):
         return Estimate.missing()
     strata_N = np.zeros(len(values_N), int)
-    resamples = [weights_DN @ values_N / len(values_N) for weights_DN in _weights(strata_N, len(values_N), seed)]
+    weights = _weights(strata_N, len(values_N), seed, groups_N)
+    resamples = [weights_DN @ values_N / weights_DN.sum(1) for weights_DN in weights]
     return _estimate(float(values_N.mean()), resamples)
 
 
@@ -187,8 +191,19 @@ def _resampled(counts: PixelCounts, weights_DN: Counts) -> tuple[Curve, Counts]:
     return curve, np.cumsum(weights_DN @ counts.overlap_NQ, -1) / regions_D1
 
 
-def _weights(strata_N: NDArray[np.integer[Any]], width: int, seed: int) -> Iterator[Counts]:
-    """How often each resample holds each item, [D, N], in parts; the size of each stratum is kept."""
+def _weights(
+    strata_N: NDArray[np.integer[Any]], width: int, seed: int, groups_N: Groups | None = None
+) -> Iterator[Counts]:
+    """How often each resample holds each item, [D, N], in parts; the size of each stratum is kept, in items or groups.
+
+    A group belongs to the highest stratum of its items.
+    """
+    if groups_N is not None:
+        numbers_N = np.unique(groups_N, return_inverse=True)[1]
+        strata_G = np.zeros(numbers_N.max(initial=-1) + 1, int)
+        np.maximum.at(strata_G, numbers_N, strata_N)
+        yield from (weights_DG[:, numbers_N] for weights_DG in _weights(strata_G, width, seed))
+        return
     rng = np.random.default_rng(seed)
     at_once = max(1, min(RESAMPLES, WEIGHTS_AT_ONCE // max(1, width)))
     for start in range(0, RESAMPLES, at_once):

@@ -59,6 +59,11 @@ class GroundTruth:
         """How many images there are."""
         return len(self.rows)
 
+    @property
+    def groups_M(self) -> NDArray[np.integer[Any]]:
+        """The sample of each image: images of one sample are not independent."""
+        return self.index_M // self.views
+
     def mask(self, index: int) -> NDArray[np.bool_] | None:
         """An image's mask [H, W]; None for an image without anomalous pixels."""
         return read_mask(self.root, self.rows.iloc[index])

@@ -24,6 +24,9 @@ from sprue.store import KeptBytes, write_bytes
 ROW_GROUP_BYTES = 16 * 2**20
 """Uncompressed size of a row group: small enough to stream and to shuffle by, large enough to read at full speed."""
 
+AT_ONCE = 256
+"""Samples whose maps are in memory at once, where they are read in turn."""
+
 METADATA_KEY = "sprue.features"
 
 
@@ -141,6 +144,16 @@ class FeatureTable:
         """
         maps = self.read([digest for sample in samples for digest in sample], indices)
         return [map_NCHW[view::views] for view in range(views) for map_NCHW in maps]
+
+    def read_in_turn(
+        self, samples: Sequence[Sequence[str]], views: int, indices: Sequence[int] | None = None
+    ) -> Iterator[list[NDArray[np.float16]]]:
+        """The maps of all samples, `AT_ONCE` samples at a time; without samples, empty maps once.
+
+        See `read_samples`.
+        """
+        for start in range(0, max(1, len(samples)), AT_ONCE):
+            yield self.read_samples(samples[start : start + AT_ONCE], views, indices)
 
 
 def _walk(path: UPath, rows: set[int], indices: Sequence[int]) -> Iterator[tuple[int, tuple[bytes, ...]]]:
