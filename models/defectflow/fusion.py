@@ -84,7 +84,7 @@ class Fusion(CSFlow):
     def standardise(self, batches: Iterable[Maps]) -> Self:
         """Fits mean and standard deviation of each member's scores, of positions and of images, on good images."""
         self.eval()
-        batched = list(zip(*(self._distances(maps, "latent") for maps in batches), strict=True))
+        batched = list(zip(*(self._distances(maps) for maps in batches), strict=True))
         members = [torch.cat(parts) for parts in batched]
         cast(Tensor, self.position_scale).copy_(
             torch.stack([torch.stack([each.mean(), each.std()]) for each in members])
@@ -114,26 +114,28 @@ class Fusion(CSFlow):
         cast(Tensor, self.weight).copy_((power_M / power_M.max()) ** 4)
         return self
 
-    def _distances(self, maps: Maps, score_type: ScoreType) -> list[Tensor]:
+    def _distances(self, maps: Maps) -> list[Tensor]:
         """Roots of the position scores [B, H, W] of the CS-Flow, merged over its scales, and of each Gaussian."""
-        scores = [Flow.merge(self, super().position_scores(maps, score_type))]
-        scores += [cast(Flow, gaussian).position_scores(maps, score_type)[0] for gaussian in self.gaussians]
+        scores = [Flow.merge(self, super().position_scores(maps))]
+        scores += [cast(Flow, gaussian).position_scores(maps)[0] for gaussian in self.gaussians]
         return [score_BHW.clamp_min(0).sqrt() for score_BHW in scores]
 
     def position_scores(
         self, maps: Maps, score_type: ScoreType = "latent", mask: Sequence[Tensor] | None = None
     ) -> list[Tensor]:
-        """Each member's standardised distances [B, H, W]; a `mask` is not supported.
+        """Each member's standardised distances [B, H, W]; neither a `mask` nor the likelihood is supported.
 
         Raises:
-            ValueError: If a mask is given.
+            ValueError: If a mask or the score type ``likelihood`` is given.
         """
+        if score_type != "latent":
+            raise ValueError("score_type: a fusion standardises latent norms; set it to latent")
         if mask is not None:
             raise ValueError("mask: a fusion scores all positions")
         scales = cast(Tensor, self.position_scale)
         return [
             (distances_BHW - mean) / deviation
-            for distances_BHW, (mean, deviation) in zip(self._distances(maps, score_type), scales, strict=True)
+            for distances_BHW, (mean, deviation) in zip(self._distances(maps), scales, strict=True)
         ]
 
     def _members(self, scores: Sequence[Tensor], top: float) -> Tensor:

@@ -322,6 +322,12 @@ class Recipe(Settings):
             raise ValueError(f"flow.{error}") from error
         return self
 
+    @model_validator(mode="after")
+    def _fusion_scores_norms(self) -> "Recipe":
+        if self.flow.name == "fusion" and self.scoring.score_type != "latent":
+            raise ValueError("scoring.score_type: a fusion standardises latent norms; set it to latent")
+        return self
+
 
 class DatasetSettings(Recipe):
     """Everything that can be set for one dataset."""

@@ -124,3 +124,8 @@ def test_bad_settings_are_refused(settings, message):
 
 def test_all_maps_that_a_member_reads_are_named(flow):
     assert flow.config.read == (0, 1, 2)
+
+
+def test_scores_are_of_latent_norms(flow):
+    with pytest.raises(ValueError, match="score_type: a fusion standardises latent norms; set it to latent"):
+        flow.predict(maps_of(2, 0), score_type="likelihood")

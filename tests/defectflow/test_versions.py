@@ -35,7 +35,7 @@ CONFIGS = {
 RESULTS = {
     ("csflow", 1): [1.48968066, 1.35584685, 0.570847015, 0.436890597, 0.507382887, 1.42633458],
     ("dnfad", 1): [2.2180953, 2.23146538, 0.771921316, 0.760385943, 0.515043501, 0.880465563],
-    ("fusion", 3): [1.41065037, 1.42717466, 0.66318441, 0.245089912, 0.0394817709, 1.75544054],
+    ("fusion", 3): [1.41065037, 1.42717466, 0.66318441, 0.245089912, 0.0394817709],
     ("gaussian", 1): [1.45426125, 1.40550106, 1.11468257, 1.25972565, 0.51094262, 1.42988115],
     ("memorybank", 1): [1.30321868, 1.31102272, 0.799420819, 0.710566136, 0.388182163, 1.3071207],
     ("multiflow", 1): [2.79734956, 2.7946767, 5.13961454, 5.67767879, 1.67305343, 2.79601313],
@@ -79,9 +79,9 @@ def results(name):
     flow.eval().standardise([maps]).weigh([maps], [[1.5 * map_BCHW for map_BCHW in maps]])
     images = [map_BCHW[:2] for map_BCHW in maps]
     with torch.no_grad():
-        score_B, latent_map = flow.predict(images)
-        _, likelihood_map = flow.predict(images, "likelihood")
-        return [*flow.nll(images).tolist(), *score_B.tolist(), latent_map.mean().item(), likelihood_map.mean().item()]
+        types = ("latent",) if name == "fusion" else ("latent", "likelihood")
+        means = [flow.predict(images, score_type)[1].mean().item() for score_type in types]
+        return [*flow.nll(images).tolist(), *flow.predict(images)[0].tolist(), *means]
 
 
 @pytest.mark.parametrize("name", FLOWS)

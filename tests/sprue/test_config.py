@@ -167,6 +167,13 @@ def test_a_flow_must_suit_the_number_of_maps():
     assert "flow.maps: [4] are not indices of the 4 feature maps" in errors_of(Recipe, **recipe(maps=[4]))[""]
 
 
+def test_a_fusion_scores_latent_norms():
+    fusion = {"features": recipe()["features"], "flow": {"name": "fusion", "maps": [0], "gaussians": [[0]]}}
+    assert Recipe.model_validate_json(json.dumps(fusion))
+    found = errors_of(Recipe, **fusion, scoring={"score_type": "likelihood"})
+    assert found == {"": "Value error, scoring.score_type: a fusion standardises latent norms; set it to latent"}
+
+
 def test_only_what_is_set_by_hand_overrides_the_published_settings():
     found = Recipe.model_validate_json(json.dumps(recipe(adapted=8, maps=[0])))
     assert found.flow.overrides == {"adapted": 8, "maps": (0,)}

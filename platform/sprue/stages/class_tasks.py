@@ -44,7 +44,7 @@ def for_each_class(
     """Calls a function for each class; a class that fails stops no other.
 
     Args:
-        function: Fails a class with a SprueError or OSError; what it logs is logged here.
+        function: Fails a class with any exception, a SprueError or OSError by its words; what it logs is logged here.
         arguments: Name of each class, and what the function is called with; taken when they are needed.
         count: How many there are. From `MANY` on, the function runs in tasks of one CPU, on the cluster that
             ``$RAY_ADDRESS`` names.
@@ -85,7 +85,9 @@ def _next(running: dict[Any, str]) -> Done:
     name = running.pop(ended)
     try:
         value, failure, logged = ray.get(ended)
-    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+    except ray.exceptions.RayTaskError:  # a defect of ours: the function's own errors are returned
+        raise
+    except ray.exceptions.RayError as error:
         return Done(name, None, f"its process died: {str(error).splitlines()[0]}")
     for level, message in logged:
         logger.log(level, "%s", message)
@@ -97,6 +99,9 @@ def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any
         return function(*arguments), ""
     except (SprueError, OSError) as error:
         return None, str(error)
+    except Exception as error:  # too little memory, or a defect, which need not be in other classes' way
+        logger.exception("it failed unexpectedly")
+        return None, f"{type(error).__name__}: {error}"
 
 
 def _call_and_log(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, str, Logged]:

@@ -58,6 +58,7 @@ class ClassQueue:
         self.waiting = deque(fits)
         self.current: dict[int, str] = {}
         self.groups = groups
+        self.workers: dict[int, int] = {}
         self.controllers: dict[int, Any] = {}
         self.attempts: Counter[str] = Counter()
         self.resumed: set[str] = set()
@@ -69,16 +70,22 @@ class ClassQueue:
         self.acknowledged: dict[str, asyncio.Event] = {}
         self.cancelled = False
 
-    async def take(self, group: int) -> str | None:
-        """The next fit of a worker group: the one that it was interrupted at, or a new one; None if there is none."""
+    async def take(self, group: int, workers: int = 1) -> str | None:
+        """The next fit of a worker group: the one that it was interrupted at, or a new one; None if there is none.
+
+        A group that has other workers than before has been resized, which is no failed attempt.
+        """
         if self.cancelled:
             return None
         current = self.current.get(group)
-        if current is not None and self.attempts[current] == ATTEMPTS:
+        is_resized = self.workers.get(group, workers) != workers and current not in self.errors
+        self.workers[group] = workers
+        if current is not None and self.attempts[current] == ATTEMPTS and not is_resized:
             reason = self.errors.get(current, "the process that fits it dies")
             await self.end(group, current, f"{reason} (tried {ATTEMPTS + 1} times)", lost=True)
         elif current is not None:
-            self.attempts[current] += 1
+            if not is_resized:
+                self.attempts[current] += 1
             self.resumed.add(current)
             self.errors.pop(current, None)
             return current

@@ -44,6 +44,18 @@ class ProcessGroup:
         torch.distributed.all_reduce(sums)
         return float(sums)
 
+    def broadcast(self, module: nn.Module) -> None:
+        """Gives all workers the first one's parameters and buffers.
+
+        What each computes from the same data may differ: eigenvectors have no sign, and machines round differently.
+        """
+        if self.world_size == 1:
+            return
+        for tensor in module.state_dict().values():
+            sent = tensor.contiguous()
+            torch.distributed.broadcast(sent, src=0)
+            tensor.copy_(sent)
+
     def sum_gradients(self, module: nn.Module) -> None:
         """Replaces each parameter's gradient by the sum over all workers, in one message."""
         if self.world_size == 1:

@@ -177,6 +177,7 @@ def train(
     flow.recompute = settings.recompute
     if start is None:
         flow.fit_adaptor(_Ordered([training], settings.batch_size, device))
+        group.broadcast(flow)
     else:
         flow.load_state_dict(start.flow)
     optimizer = build_optimizer(flow, settings)

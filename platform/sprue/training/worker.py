@@ -47,7 +47,7 @@ def fit_worker(config: dict[str, Any]) -> None:
     group = ProcessGroup(context.get_world_rank(), context.get_world_size())
 
     def take() -> str | None:
-        taken: str | None = None if group.rank else ray.get(queue.take.remote(worker_group))
+        taken: str | None = None if group.rank else ray.get(queue.take.remote(worker_group, group.world_size))
         return broadcast_from_rank_zero(taken)
 
     while (name := take()) is not None:

@@ -28,6 +28,8 @@ def double(number):
         raise FileNotFoundError("it is not there")
     if number == 3:
         os._exit(1)
+    if number == 4:
+        raise MemoryError("4 GB")
     return 2 * number
 
 
@@ -36,19 +38,22 @@ def outcomes(numbers):
 
 
 def test_a_few_are_done_here_in_their_order(caplog):
-    found = outcomes([0, 1, 2, 4])
+    found = outcomes([0, 1, 2, 4, 5])
     assert list(found.values()) == [
         Done("0", 0, ""),
         Done("1", None, "it can't be doubled"),
         Done("2", None, "it is not there"),
-        Done("4", 8, ""),
+        Done("4", None, "MemoryError: 4 GB"),
+        Done("5", 10, ""),
     ]
-    assert all(f"in process {os.getpid()}" in message for message in caplog.messages)
+    logged = [message for message in caplog.messages if message != "it failed unexpectedly"]
+    assert len(logged) == 5 and all(f"in process {os.getpid()}" in message for message in logged)
+    assert "Traceback" in caplog.text
 
 
 def test_many_are_done_in_tasks_and_what_they_log_is_logged_here(caplog):
     caplog.set_level(logging.WARNING, "sprue")
-    numbers = [0, 1, 2, *range(4, MANY + 2)]
+    numbers = [0, 1, 2, *range(5, MANY + 3)]
     found = outcomes(numbers)
     assert {name: done.value for name, done in found.items() if not done.failure} == {
         str(number): 2 * number for number in numbers if number not in (1, 2)
@@ -60,7 +65,7 @@ def test_many_are_done_in_tasks_and_what_they_log_is_logged_here(caplog):
 
 
 def test_a_process_that_dies_fails_its_class_alone():
-    found = outcomes([*range(4, MANY + 4), 3])
+    found = outcomes([*range(5, MANY + 5), 3])
     assert {name for name, done in found.items() if done.failure} == {"3"}
     assert "its process died" in found["3"].failure
 

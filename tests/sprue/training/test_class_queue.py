@@ -54,6 +54,16 @@ def test_a_class_whose_processes_keep_dying_is_given_up():
     ]
 
 
+def test_a_group_that_is_resized_has_not_failed():
+    queue = ClassQueue(["brick"], groups=1)
+
+    async def fits():
+        return [await queue.take(0, workers) for workers in (2, 3, 4, 5, 6, 7, 6)]
+
+    assert asyncio.run(fits()) == ["brick"] * 7
+    assert not events_of(queue)
+
+
 def test_deaths_between_epochs_do_not_add_up():
     """A spot machine may be taken away any number of times, as long as an epoch is finished in between."""
     queue = ClassQueue(["brick"], groups=1)
