@@ -16,7 +16,7 @@ from sprue.data.layouts import GOOD, LAYOUTS, ImageRecord, SkippedFile
 from sprue.data.manifest import COLUMNS, Manifest, typed
 from sprue.data.near_duplicates import shared_digests, without_near_duplicates
 from sprue.data.samples import complete_samples
-from sprue.data.splits import TEST, TRAIN, assign_splits
+from sprue.data.splits import TEST, TRAIN, VALIDATION, assign_splits
 from sprue.errors import SprueError
 
 
@@ -24,9 +24,10 @@ def build_manifest(root: UPath, dataset: str, settings: ManifestSettings, calibr
     """Reads a dataset's folders, decodes every image once and splits the good training samples, or makes folds of them.
 
     Skips damaged images, files that are no images, training images that are also test images or copies of one, images
-    that `settings` drops, and samples that lack a view because of this. A sample with a damaged mask stays, without
-    ground truth. A class is refused, and the others go on, if a mask has another size than its image, its samples share
-    no view, or it has too few for its splits. Equal files and settings give equal manifests.
+    that `settings` drops, samples that lack a view because of this, and copies of a sample that calibrates. A sample
+    with a damaged mask stays, without ground truth. A class is refused, and the others go on, if a mask has another
+    size than its image, its samples share no view, or it has too few for its splits. Equal files and settings give
+    equal manifests.
 
     Args:
         root: Folder of the dataset, local or remote.
@@ -57,11 +58,15 @@ def build_manifest(root: UPath, dataset: str, settings: ManifestSettings, calibr
         try:
             complete, incomplete = complete_samples(of_class[name])
             skipped += incomplete
-            split_of = _split_training(name, complete, found, skipped, settings, calibration)
+            contents = _contents(complete, found, settings)
+            split_of = _split_training(name, complete, contents, skipped, settings, calibration)
         except SprueError as error:
             refused.setdefault(name, str(error))
         if name not in refused:
-            rows += _rows(dataset, complete, found, split_of)
+            repeated = _repeated(contents, split_of)
+            skipped += repeated
+            gone = {entry.path for entry in repeated}
+            rows += _rows(dataset, [record for record in complete if record.sample_id not in gone], found, split_of)
     if not rows:
         raise SprueError("\n".join(reason for _, reason in sorted(refused.items())))
     frame = typed(pd.DataFrame(rows, columns=list(COLUMNS)))
@@ -100,30 +105,48 @@ def _without_leaks(
     return kept, leaked
 
 
+def _contents(records: list[ImageRecord], found: dict[str, Inspection], settings: ManifestSettings) -> dict[str, str]:
+    """A digest of each training sample of a class, by its id; copies share it."""
+    shared = shared_digests(records, found, settings.keep)
+    digests_of: dict[str, list[str]] = defaultdict(list)
+    for record in records:
+        if record.split == TRAIN:
+            digests_of[record.sample_id].append(shared[record.path])
+    return {sample_id: "".join(digests) for sample_id, digests in digests_of.items()}
+
+
 def _split_training(
     class_name: str,
     records: list[ImageRecord],
-    found: dict[str, Inspection],
+    contents: dict[str, str],
     skipped: list[SkippedFile],
     settings: ManifestSettings,
     calibration: CalibrationSettings,
 ) -> dict[str, str]:
     """Split or fold of each training sample of a class; raises a SprueError if there are too few."""
     what = "samples" if any(record.view for record in records) else "images"
-    digests_of: dict[str, list[str]] = defaultdict(list)
-    shared = shared_digests(records, found)
-    for record in records:
-        if record.split == TRAIN:
-            digests_of[record.sample_id].append(shared[record.path])
-    contents = ["".join(digests) for digests in digests_of.values()]
+    digests = list(contents.values())
     try:
         if calibration.folds:
-            assigned = assign_folds(class_name, contents, calibration.folds, settings, what)
+            assigned = assign_folds(class_name, digests, calibration.folds, settings, what)
         else:
-            assigned = assign_splits(class_name, contents, settings, calibration, what)
+            assigned = assign_splits(class_name, digests, settings, calibration, what)
     except SprueError as error:
         raise SprueError(f"{error}{_skipped_training_files(class_name, skipped)}") from error
-    return dict(zip(digests_of, assigned, strict=True))
+    return dict(zip(contents, assigned, strict=True))
+
+
+def _repeated(contents: dict[str, str], split_of: dict[str, str]) -> list[SkippedFile]:
+    """The samples that are copies of one that calibrates, for scores that count twice are not exchangeable."""
+    first: dict[str, str] = {}
+    return [
+        SkippedFile(
+            sample_id,
+            f"a copy of {first[content]}, which calibrates; if it is another part, add its images to manifest.keep",
+        )
+        for sample_id, content in contents.items()
+        if split_of[sample_id] not in (TRAIN, VALIDATION) and first.setdefault(content, sample_id) != sample_id
+    ]
 
 
 def _skipped_training_files(class_name: str, skipped: list[SkippedFile]) -> str:

@@ -94,9 +94,15 @@ def _means(vectors_ND: NDArray[np.float64]) -> Any:
     return vectors_ND.mean(axis=-1) * np.sqrt(vectors_ND.shape[-1])
 
 
-def shared_digests(records: Sequence[ImageRecord], found: Mapping[str, Inspection]) -> dict[str, str]:
-    """A digest for each training image of one class, by its path: near-duplicates have the same, others their own."""
-    training = [record for record in records if record.split == TRAIN]
+def shared_digests(
+    records: Sequence[ImageRecord], found: Mapping[str, Inspection], keep: Collection[str]
+) -> dict[str, str]:
+    """A digest for each training image of one class, by its path: near-duplicates have the same, others their own.
+
+    The images of `keep` are near-duplicates of none.
+    """
+    own = {record.path: found[record.path].sha256 for record in records if record.split == TRAIN}
+    training = [record for record in records if record.path in own and record.path not in keep]
     digests = [found[record.path].sha256 for record in training]
     if len(training) > 1:
         vectors_ND = _vectors(training, found)
@@ -117,7 +123,7 @@ def shared_digests(records: Sequence[ImageRecord], found: Mapping[str, Inspectio
         for group, digest in zip(group_N.tolist(), digests, strict=True):
             least[group] = min(digest, least.get(group, digest))
         digests = [least[group] for group in group_N.tolist()]
-    return {record.path: digest for record, digest in zip(training, digests, strict=True)}
+    return own | {record.path: digest for record, digest in zip(training, digests, strict=True)}
 
 
 def _training(records: Sequence[ImageRecord]) -> dict[str, list[ImageRecord]]:

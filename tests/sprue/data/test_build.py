@@ -57,13 +57,38 @@ def test_adding_images_leaves_most_rows_as_they_were(bottles):
     assert (before["sha256"] == after.loc[before.index, "sha256"]).all()
 
 
-def test_copies_of_an_image_share_a_split(bottles):
+@pytest.fixture
+def copied(bottles):
+    """Thirty of the training images are there twice."""
     for number in range(30):
         source = bottles.root / f"bottle/train/good/{number:03d}.png"
         shutil.copy(source, source.with_name(f"copy{number:03d}.png"))
-    frame = build(bottles).frame
+    return bottles
+
+
+def test_copies_of_an_image_share_a_split_and_calibrate_once(copied):
+    manifest = build(copied)
+    frame = manifest.frame
     assert (frame.groupby("sha256")["split"].nunique() == 1).all()
-    assert len(frame) == 134
+    calibrating = manifest.calibration_rows("bottle")
+    assert len(calibrating) == calibrating["sha256"].nunique() == 19
+    first = [path for path in calibrating["path"] if path < "bottle/train/good/030"]
+    assert first
+    copies = {path: path.replace("good/", "good/copy") for path in first}
+    assert reasons(manifest) == {
+        copy: f"a copy of {path}, which calibrates; if it is another part, add its images to manifest.keep"
+        for path, copy in copies.items()
+    }
+    assert len(frame) == 134 - len(first)
+
+
+def test_copies_are_in_no_fold(copied):
+    in_folds = CalibrationSettings(folds=5)
+    manifest = build_manifest(copied.upath, "bottles", ManifestSettings(), in_folds)
+    assert [len(fold) for fold in manifest.folds("bottle")] == [20] * 5
+    assert manifest.calibration_rows("bottle")["sha256"].is_unique
+    assert len(manifest.skipped) == 30
+    assert manifest.calibration("bottle", in_folds).alpha == 0.05
 
 
 def test_training_images_that_are_also_test_images_are_skipped(bottles):
@@ -84,9 +109,9 @@ def test_training_images_that_are_also_test_images_are_skipped(bottles):
 
 
 def test_damaged_images_are_skipped(bottles):
-    intact = bottles.image("bottle/train/good/whole.jpg", 7, size=(200, 200)).read_bytes()
+    intact = bottles.image("bottle/train/good/whole.jpg", 7007, size=(200, 200)).read_bytes()
     bottles.raw("bottle/train/good/cut.jpg", intact[: len(intact) // 2])
-    png = bottles.image("bottle/train/good/whole.png", 8).read_bytes()
+    png = bottles.image("bottle/train/good/whole.png", 7008).read_bytes()
     bottles.raw("bottle/train/good/cut.png", png[:-40])
     bottles.raw("bottle/train/good/flipped.png", png[:-30] + bytes([png[-30] ^ 255]) + png[-29:])
     bottles.raw("bottle/train/good/empty.png", b"")

@@ -96,18 +96,26 @@ def test_uniform_images_are_no_copies(parts):
     assert skipped(build(parts)) == {}
 
 
-def test_copies_among_the_training_images_share_a_split(parts):
+def test_copies_among_the_training_images_share_a_split_and_calibrate_once(parts):
     for number in range(0, 40, 2):
         buffer = io.BytesIO()
         photograph(number).save(buffer, "JPEG", quality=75)
-        parts.raw(f"part/train/good/again{number:02}.jpg", buffer.getvalue())
-    split_of = dict(build(parts).frame[["path", "split"]].to_numpy())
-    pairs = [
-        (split_of[f"part/train/good/{number:02}.png"], split_of[f"part/train/good/again{number:02}.jpg"])
-        for number in range(0, 40, 2)
-    ]
-    assert all(first == second for first, second in pairs)
-    assert len(set(pairs)) > 1
+        parts.raw(f"part/train/good/{number:02}again.jpg", buffer.getvalue())
+    manifest = build(parts)
+    split_of = dict(manifest.frame[["path", "split"]].to_numpy())
+    trained = []
+    for number in range(0, 40, 2):
+        first, again = f"part/train/good/{number:02}.png", f"part/train/good/{number:02}again.jpg"
+        if split_of[first] == "calibration":
+            assert skipped(manifest).pop(again).startswith(f"a copy of {first}, which calibrates; ")
+        else:
+            assert split_of[again] == split_of[first]
+            trained.append(again)
+    assert len(manifest.skipped) == 20 - len(trained) > 0
+
+    path = manifest.skipped[0].path
+    kept = build(parts, keep=[path])
+    assert path in set(kept.frame["path"])
 
 
 def test_dropped_images_are_skipped_and_kept_ones_stay(parts):
