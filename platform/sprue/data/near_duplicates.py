@@ -106,16 +106,14 @@ def shared_digests(
     digests = [found[record.path].sha256 for record in training]
     if len(training) > 1:
         vectors_ND = _vectors(training, found)
-        distances, neighbours = (
-            NearestNeighbors(radius=LIMIT, algorithm="brute").fit(vectors_ND).radius_neighbors(vectors_ND)
-        )
-        pairs = [
-            (index, other)
-            for index, limit in enumerate(_limits(vectors_ND))
-            for distance, other in zip(distances[index], neighbours[index], strict=True)
-            if distance < limit
+        limits_N = _limits(vectors_ND)
+        # With any larger radius, where a fixed camera sees parts that are all alike, each is a neighbour of each.
+        search = NearestNeighbors(radius=float(limits_N.max()), algorithm="brute").fit(vectors_ND)
+        near = [
+            others[distances < limit]
+            for distances, others, limit in zip(*search.radius_neighbors(vectors_ND), limits_N, strict=True)
         ]
-        rows, columns = np.array(pairs, int).reshape(-1, 2).T
+        rows, columns = np.repeat(np.arange(len(near)), [len(others) for others in near]), np.concatenate(near)
         graph = coo_array((np.ones(len(rows)), (rows, columns)), shape=(len(training),) * 2)
         _, group_N = connected_components(graph, directed=False)
         # The least, so that the order of the files does not matter.
