@@ -19,6 +19,9 @@ from sprue.data.samples import Sample, by_class, by_sample, complete_samples
 from sprue.data.splits import TEST, TRAIN, VALIDATION, assign_splits
 from sprue.errors import SprueError
 
+FAINT = 0.25
+"""Fraction of the full scale: 14-bit values in 16 bits stay below, and 12-bit values become 16 grey levels."""
+
 
 def build_manifest(root: UPath, dataset: str, settings: ManifestSettings, calibration: CalibrationSettings) -> Manifest:
     """Reads a dataset's folders, decodes every image once and splits the good training samples, or makes folds of them.
@@ -26,8 +29,8 @@ def build_manifest(root: UPath, dataset: str, settings: ManifestSettings, calibr
     Skips damaged images, files that are no images, images that `settings` drops, samples that lack a view because of
     this, training samples that are also test samples or copies of one, and copies of a sample that calibrates. A sample
     with a damaged mask stays, without ground truth. A class is refused, and the others go on, if a mask has another
-    size than its image, its samples share no view, or it has too few for its splits. Equal files and settings give
-    equal manifests.
+    size than its image, its images of more than 8 bits use little of their scale, its samples share no view, or it has
+    too few for its splits. Equal files and settings give equal manifests.
 
     Args:
         root: Folder of the dataset, local or remote.
@@ -47,7 +50,7 @@ def build_manifest(root: UPath, dataset: str, settings: ManifestSettings, calibr
     skipped += [SkippedFile(path, inspection.damage) for path, inspection in found.items() if inspection.damage]
     records = [record for record in records if not found[record.path].damage]
     complete, incomplete, unlike = complete_samples(records)
-    refused = unlike | layout.empty_classes(root) | _wrong_masks(records, found)
+    refused = unlike | layout.empty_classes(root) | _faint(records, found) | _wrong_masks(records, found)
     complete, leaked = _without_leaks(complete, found)
     complete, copied = without_near_duplicates(complete, found, settings.keep)
     skipped += dropped + incomplete + leaked + copied
@@ -85,6 +88,22 @@ def _wrong_masks(records: list[ImageRecord], found: dict[str, Inspection]) -> di
         name: f"class {name!r} has masks of another size than their image: {'; '.join(of_class)}. Correct or remove "
         "these masks."
         for name, of_class in problems.items()
+    }
+
+
+def _faint(records: list[ImageRecord], found: dict[str, Inspection]) -> dict[str, str]:
+    """The classes whose images of more than 8 bits all stay far below the full scale, and what to do."""
+    peaks: dict[str, float] = {}
+    for record in records:
+        peak = found[record.path].peak
+        if peak is not None:
+            peaks[record.class_name] = max(peak, peaks.get(record.class_name, 0.0))
+    return {
+        name: f"class {name!r} has images of more than 8 bits, of which none goes beyond {100 * peak:.2g} % of the "
+        "full scale (65535 of integers, 1 of floats), so that few grey levels would be left: scale all by one factor. "
+        "Many cameras of 10 to 14 bits can align their values to the highest bit (MSB)."
+        for name, peak in peaks.items()
+        if peak < FAINT
     }
 
 

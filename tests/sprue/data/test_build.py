@@ -4,6 +4,7 @@ import hashlib
 import shutil
 from collections import Counter
 
+import numpy as np
 import pytest
 from PIL import Image
 from upath import UPath
@@ -180,6 +181,44 @@ def test_masks_of_another_size_refuse_their_class_alone(bottles):
     assert manifest.classes == ["cup"]
     assert list(manifest.refused) == ["bottle"]
     assert "mask bottle/ground_truth/crack/000_mask.png is 16x20" in manifest.refused["bottle"]
+
+
+@pytest.mark.parametrize(
+    ("bits", "suffix", "kept"),
+    [
+        (12, "png", False),
+        (14, "png", False),
+        (15, "png", True),
+        (16, "png", True),
+        (8, "tif", False),
+        (12, "f.tif", False),
+    ],
+)
+def test_a_class_whose_deep_images_use_little_of_their_scale_is_refused(bottles, bits, suffix, kept):
+    for number in range(30):
+        values = np.random.default_rng(number).integers(0, 2**bits, (16, 20))
+        dtype = {"png": np.uint16, "tif": np.int32, "f.tif": np.float32}[suffix]
+        deep = values.astype(dtype) / np.float32(65535) if suffix == "f.tif" else values.astype(dtype)
+        bottles.put(f"cup/train/good/{number:02}.{suffix}", Image.fromarray(deep))
+    bottles.image("cup/test/good/00.png", 4000)  # of 8 bits, so that it says nothing of the others' scale
+    manifest = build(bottles)
+    assert manifest.classes == (["bottle", "cup"] if kept else ["bottle"])
+    if not kept:
+        assert "'cup' has images of more than 8 bits, of which none goes beyond" in manifest.refused["cup"]
+
+
+def test_one_bright_image_shows_that_the_scale_is_right_and_dark_8_bit_images_are_no_mistake(bottles):
+    for number in range(30):
+        values = np.random.default_rng(number).integers(0, 31, (16, 20))
+        bottles.put(f"cup/train/good/{number:02}.png", Image.fromarray(values.astype(np.uint8)))
+        bottles.put(f"jar/train/good/{number:02}.png", Image.fromarray((values * 100 + number).astype(np.uint16)))
+    bottles.put("jar/train/good/bright.png", Image.fromarray(np.full((16, 20), 65535, np.uint16)))
+    assert build(bottles).refused == {}
+
+
+def test_floats_of_another_scale_are_skipped_by_name(bottles):
+    bottles.put("bottle/train/good/float.tif", Image.fromarray(np.full((16, 20), 200, np.float32)))
+    assert reasons(build(bottles))["bottle/train/good/float.tif"].startswith("the file has values above 1, ")
 
 
 def test_classes_with_too_few_are_refused_by_name_and_the_others_go_on(bottles, tmp_path):
