@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from upath import UPath
 
-from sprue.inference.images import UnreadableImageError, open_image
+from sprue.inference.images import UnreadableImageError, is_deep, open_image
 
 THUMBNAIL = 32
 """Side of a thumbnail: at 16 distinct parts grow alike, at 64 a copy of half the size differs from its original."""
@@ -29,6 +29,7 @@ class Inspection:
         height: Rows, 0 if unknown.
         damage: Why the file can't be used; empty if it can.
         thumbnail_HW: The image's luminance in 0..255; None if the file can't be used.
+        peak: Where values have more than 8 bits, the largest, as a fraction of the full scale; otherwise None.
     """
 
     sha256: str
@@ -36,6 +37,7 @@ class Inspection:
     height: int
     damage: str = ""
     thumbnail_HW: NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
+    peak: float | None = None
 
 
 def inspect_images(root: UPath, paths: Collection[str]) -> dict[str, Inspection]:
@@ -56,7 +58,8 @@ def _inspect(path: UPath) -> Inspection:
         image = open_image(data, "the file")
     except UnreadableImageError as error:
         return Inspection(sha256, 0, 0, str(error))
-    return Inspection(sha256, image.width, image.height, thumbnail_HW=thumbnail(image))
+    peak = float(np.asarray(image).max()) / 255 if is_deep(data) else None
+    return Inspection(sha256, image.width, image.height, thumbnail_HW=thumbnail(image), peak=peak)
 
 
 def thumbnail(image: Image.Image) -> NDArray[np.float32]:

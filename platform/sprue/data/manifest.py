@@ -120,7 +120,7 @@ class Manifest:
         return others[~chosen].reset_index(drop=True), others[chosen].reset_index(drop=True)
 
     def calibration_rows(self, class_name: str) -> pd.DataFrame:
-        """The rows that calibrate a class: of its calibration split, or of all folds in turn.
+        """The rows that calibrate a class: of its calibration split, or of all folds in turn; none are copies.
 
         Raises:
             SprueError: If the class is unknown.
@@ -137,11 +137,8 @@ class Manifest:
         return rows[chosen.astype(bool)].reset_index(drop=True)
 
     def calibration(self, class_name: str, settings: CalibrationSettings) -> CalibrationSettings:
-        """A class's settings: where its calibration samples are few, ``alpha`` is the lowest that they can promise.
-
-        Copies of a sample do not count: they say nothing new.
-        """
-        alpha = lowest_alpha(settings, len(set(samples_of(self.calibration_rows(class_name)))))
+        """A class's settings: where its calibration samples are few, ``alpha`` is the lowest that they can promise."""
+        alpha = lowest_alpha(settings, len(samples_of(self.calibration_rows(class_name))))
         return settings.model_copy(update={"alpha": alpha})
 
     def write(self, path: UPath) -> None:

@@ -5,10 +5,13 @@ was measured (magnetic tiles; bottle, pcb and toy of the development data; the d
 saved as BMP 0, as JPEG of quality 90 or 75 at most 0.49, resized to 0.5 or 0.9 at most 0.48, half the size and then
 JPEG 75 at most 0.77; smallest of distinct images, a training and a test image: 2.65 on the tiles, 4.5 to 63 elsewhere.
 
-Shapes: N images, D = 32 * 32 pixels of a thumbnail.
+A sample of several views is a copy of another if one view is nearly the other's, and no view contradicts. For a camera
+may see the same in all parts, or a bland side of each: such a view says nothing.
+
+Shapes: N samples, V views of a sample, M images of test samples, D = 32 * 32 pixels of a thumbnail; X may be nothing or
+several other samples.
 """
 
-from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -21,6 +24,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from sprue.data.inspection import Inspection
 from sprue.data.layouts import COPY, ImageRecord, SkippedFile
+from sprue.data.samples import by_class, by_sample
 from sprue.data.splits import TEST, TRAIN
 
 LIMIT = 1.0
@@ -30,8 +34,8 @@ CONTRAST_FRACTION = 0.05
 """And less than this fraction of the thumbnail's standard deviation: faint images are always close to one another."""
 
 TYPICAL_FRACTION = 0.2
-"""And less than this fraction of the class's typical distance to the fifth neighbour: where a fixed camera sees parts
-that are all alike, copies look no different, and none are reported."""
+"""And less than this fraction of the typical distance to the fifth neighbour in the class's images of the same view:
+where a fixed camera sees parts that are all alike, copies look no different, and none are reported."""
 
 NEIGHBOURS = 5
 
@@ -39,54 +43,69 @@ NEIGHBOURS = 5
 def without_near_duplicates(
     records: Sequence[ImageRecord], found: Mapping[str, Inspection], keep: Collection[str]
 ) -> tuple[list[ImageRecord], list[SkippedFile]]:
-    """Skips training images that are near-duplicates of a test image of any class, except those of `keep`.
+    """Skips training samples that are near-duplicates of a test sample of any class, except those of `keep`.
 
-    All images must be undamaged. Returns the other images, and the skipped ones.
+    All images must be undamaged, all samples complete. Returns the other samples' images, and the skipped samples.
     """
     tested = _Tested.of([record for record in records if record.split == TEST], found)
-    twin_of: dict[str, str] = {}
-    for training in _training(records).values() if tested.records else ():
-        vectors_ND = _vectors(training, found)
-        for record, vector_D, limit in zip(training, vectors_ND, _limits(vectors_ND), strict=True):
-            if twin := tested.twin(vector_D, limit):
-                twin_of[record.path] = twin.path
-    skipped = [
-        SkippedFile(
-            path,
-            f"{COPY} {twin}, saved in another way; if it is another part, add it to manifest.keep",
-        )
-        for path, twin in twin_of.items()
-        if path not in keep
-    ]
+    if not tested.images:
+        return list(records), []
+    skipped = []
+    for of_class in by_class(record for record in records if record.split == TRAIN).values():
+        samples = by_sample(of_class)
+        vectors_NVD = _vectors(samples.values(), found)
+        for sample_id, vectors_VD, limits_V in zip(samples, vectors_NVD, _limits(vectors_NVD), strict=True):
+            twin = tested.twin(vectors_VD, limits_V)
+            if twin and not _kept(samples[sample_id], keep):
+                advice = "if it is another part, add its images to manifest.keep"
+                skipped.append(SkippedFile(sample_id, f"{COPY} {twin.path}, saved in another way; {advice}"))
     gone = {entry.path for entry in skipped}
-    return [record for record in records if record.path not in gone], skipped
+    return [record for record in records if record.sample_id not in gone], skipped
 
 
 @dataclass(frozen=True)
 class _Tested:
-    """The test images, by their mean grey level."""
+    """The test samples' images, by their mean grey level; and where those of each sample are, by their views."""
 
-    records: list[ImageRecord]
-    vectors_ND: NDArray[np.float64]
-    means_N: NDArray[np.float64]
+    images: list[ImageRecord]
+    vectors_MD: NDArray[np.float64]
+    means_M: NDArray[np.float64]
+    places: Mapping[str, list[int]]
 
     @classmethod
     def of(cls, records: Sequence[ImageRecord], found: Mapping[str, Inspection]) -> Self:
-        vectors_ND = _vectors(records, found) if records else np.empty((0, 1))
-        means_N = _means(vectors_ND)
-        order_N = np.argsort(means_N, kind="stable")
-        return cls([records[index] for index in order_N], vectors_ND[order_N], means_N[order_N])
+        vectors_MD = _vectors([[record] for record in records], found)[:, 0] if records else np.empty((0, 1))
+        means_M = _means(vectors_MD)
+        order_M = np.argsort(means_M, kind="stable")
+        images = [records[index] for index in order_M]
+        places: dict[str, list[int]] = {}
+        for place in sorted(range(len(images)), key=lambda place: images[place].view):
+            places.setdefault(images[place].sample_id, []).append(place)
+        return cls(images, vectors_MD[order_M], means_M[order_M], places)
 
-    def twin(self, vector_D: NDArray[np.float64], limit: float) -> ImageRecord | None:
-        """The nearest test image, if it is nearer than a limit.
+    def twin(self, vectors_VD: NDArray[np.float64], limits_V: NDArray[np.float64]) -> ImageRecord | None:
+        """An image of the test sample, with as many views, that a sample is a near-duplicate of.
 
         The means of two images differ by no more than the images do. So of thousands of classes' test images, few have
         to be looked at.
         """
-        start, end = np.searchsorted(self.means_N, _means(vector_D) + np.array([-limit, limit]))
-        distance_N = np.linalg.norm(self.vectors_ND[start:end] - vector_D, axis=1)
-        nearest = int(distance_N.argmin()) if len(distance_N) else None
-        return None if nearest is None or distance_N[nearest] >= limit else self.records[start + nearest]
+        for vector_D, limit in zip(vectors_VD, limits_V, strict=True):
+            start, end = np.searchsorted(self.means_M, _means(vector_D) + np.array([-limit, limit]))
+            distances_M = np.linalg.norm(self.vectors_MD[start:end] - vector_D, axis=1)
+            for index in np.argsort(distances_M, kind="stable")[: (distances_M < limit).sum()]:
+                image = self.images[start + index]
+                others_VD = self.vectors_MD[self.places[image.sample_id]]
+                if len(others_VD) == len(vectors_VD) and _are_copies(vectors_VD, others_VD, limits_V):
+                    return image
+        return None
+
+
+def _are_copies(
+    vectors_VD: NDArray[np.float64], others_XVD: NDArray[np.float64], limits_V: NDArray[np.float64]
+) -> NDArray[np.bool_]:
+    """Whether a view says that a sample is a copy of another, or of each of several, and no view contradicts."""
+    distances_XV = np.linalg.norm(others_XVD - vectors_VD, axis=-1)
+    return (distances_XV < limits_V).any(axis=-1) & (distances_XV < LIMIT).all(axis=-1)
 
 
 def _means(vectors_ND: NDArray[np.float64]) -> Any:
@@ -94,54 +113,61 @@ def _means(vectors_ND: NDArray[np.float64]) -> Any:
     return vectors_ND.mean(axis=-1) * np.sqrt(vectors_ND.shape[-1])
 
 
-def shared_digests(records: Sequence[ImageRecord], found: Mapping[str, Inspection]) -> dict[str, str]:
-    """A digest for each training image of one class, by its path: near-duplicates have the same, others their own."""
-    training = [record for record in records if record.split == TRAIN]
-    digests = [found[record.path].sha256 for record in training]
-    if len(training) > 1:
-        vectors_ND = _vectors(training, found)
-        distances, neighbours = (
-            NearestNeighbors(radius=LIMIT, algorithm="brute").fit(vectors_ND).radius_neighbors(vectors_ND)
-        )
-        pairs = [
-            (index, other)
-            for index, limit in enumerate(_limits(vectors_ND))
-            for distance, other in zip(distances[index], neighbours[index], strict=True)
-            if distance < limit
-        ]
-        rows, columns = np.array(pairs, int).reshape(-1, 2).T
-        graph = coo_array((np.ones(len(rows)), (rows, columns)), shape=(len(training),) * 2)
-        _, group_N = connected_components(graph, directed=False)
-        # The least, so that the order of the files does not matter.
-        least: dict[int, str] = {}
-        for group, digest in zip(group_N.tolist(), digests, strict=True):
-            least[group] = min(digest, least.get(group, digest))
-        digests = [least[group] for group in group_N.tolist()]
-    return {record.path: digest for record, digest in zip(training, digests, strict=True)}
+def shared_digests(
+    records: Sequence[ImageRecord], found: Mapping[str, Inspection], keep: Collection[str]
+) -> dict[str, str]:
+    """A digest for each training sample of one class, by its id: copies have the same, others their own.
+
+    All samples must be complete. Those of `keep` are copies of samples with the same bytes alone.
+    """
+    samples = by_sample(record for record in records if record.split == TRAIN)
+    own = {sample_id: "".join(found[image.path].sha256 for image in images) for sample_id, images in samples.items()}
+    # Each content once: copies of the same bytes need no comparison, and thousands of them would make it slow.
+    distinct = {own[sample_id]: images for sample_id, images in samples.items() if not _kept(images, keep)}
+    shared = _shared(list(distinct), _vectors(distinct.values(), found)) if len(distinct) > 1 else {}
+    return {sample_id: shared.get(digest, digest) for sample_id, digest in own.items()}
 
 
-def _training(records: Sequence[ImageRecord]) -> dict[str, list[ImageRecord]]:
-    """The training images of each class."""
-    of_class: dict[str, list[ImageRecord]] = defaultdict(list)
-    for record in records:
-        if record.split == TRAIN:
-            of_class[record.class_name].append(record)
-    return of_class
+def _shared(digests: Sequence[str], vectors_NVD: NDArray[np.float64]) -> dict[str, str]:
+    """The least digest of each one's near-duplicates, so that the order of the files does not matter."""
+    rows, columns, limits_NV = [], [], _limits(vectors_NVD)
+    for vectors_ND, limits_N in zip(vectors_NVD.swapaxes(0, 1), limits_NV.T, strict=True):
+        # With any larger radius, where a fixed camera sees parts that are all alike, each is a neighbour of each.
+        search = NearestNeighbors(radius=float(limits_N.max()), algorithm="brute").fit(vectors_ND)
+        distances, neighbours = search.radius_neighbors(vectors_ND)
+        for index, limits_V in enumerate(limits_NV):
+            near = neighbours[index][distances[index] < limits_N[index]]
+            copies = near[_are_copies(vectors_NVD[index], vectors_NVD[near], limits_V)]
+            rows.append(np.full(len(copies), index))
+            columns.append(copies)
+    pairs = np.concatenate(rows), np.concatenate(columns)
+    graph = coo_array((np.ones(len(pairs[0])), pairs), shape=(len(digests),) * 2)
+    _, group_N = connected_components(graph, directed=False)
+    least: dict[int, str] = {}
+    for group, digest in zip(group_N.tolist(), digests, strict=True):
+        least[group] = min(digest, least.get(group, digest))
+    return {digest: least[group] for group, digest in zip(group_N.tolist(), digests, strict=True)}
 
 
-def _vectors(records: Sequence[ImageRecord], found: Mapping[str, Inspection]) -> NDArray[np.float64]:
-    """Thumbnails, scaled so that their Euclidean distance is the root mean square in grey levels."""
-    thumbnails_NHW = np.stack([np.asarray(found[record.path].thumbnail_HW, np.float64) for record in records])
-    vectors_ND = thumbnails_NHW.reshape(len(records), -1)
-    return vectors_ND / np.sqrt(vectors_ND.shape[1])
+def _kept(images: Sequence[ImageRecord], keep: Collection[str]) -> bool:
+    return any(image.path in keep for image in images)
 
 
-def _limits(vectors_ND: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The distance below which another image is a copy, for each training image of a class."""
-    count, pixels = vectors_ND.shape
-    typical = np.inf
-    if count > NEIGHBOURS:
-        search = NearestNeighbors(n_neighbors=NEIGHBOURS, algorithm="brute").fit(vectors_ND)
-        typical = float(np.median(search.kneighbors()[0][:, -1]))
-    contrast_N = vectors_ND.std(axis=1) * np.sqrt(pixels)
-    return np.minimum(min(LIMIT, TYPICAL_FRACTION * typical), CONTRAST_FRACTION * contrast_N)
+def _vectors(samples: Collection[Sequence[ImageRecord]], found: Mapping[str, Inspection]) -> NDArray[np.float64]:
+    """Thumbnails [N, V, D], scaled so that their Euclidean distance is the root mean square in grey levels."""
+    thumbnails = [np.asarray(found[image.path].thumbnail_HW, np.float64) for images in samples for image in images]
+    vectors_NVD = np.stack(thumbnails).reshape(len(samples), -1, thumbnails[0].size)
+    return vectors_NVD / np.sqrt(vectors_NVD.shape[-1])
+
+
+def _limits(vectors_NVD: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The distance [N, V] below which another image is a copy, for each view of the training samples of a class."""
+    samples, views, pixels = vectors_NVD.shape
+    typical_V = np.full(views, np.inf)
+    if samples > NEIGHBOURS:
+        for view in range(views):
+            search = NearestNeighbors(n_neighbors=NEIGHBOURS, algorithm="brute").fit(vectors_NVD[:, view])
+            # Rounded, for the distance of equal images is an error of rounding, and no measure.
+            typical_V[view] = np.round(np.median(search.kneighbors()[0][:, -1]), 3)
+    contrast_NV = vectors_NVD.std(axis=2) * np.sqrt(pixels)
+    return np.minimum(np.minimum(LIMIT, TYPICAL_FRACTION * typical_V), CONTRAST_FRACTION * contrast_NV)

@@ -4,7 +4,7 @@ A sample's images share its sample_id. A sample of one image has one view, with 
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
@@ -15,23 +15,42 @@ Sample = tuple[str, ...]
 """Digests of a sample's images, in the order of the views."""
 
 
-def complete_samples(records: Sequence[ImageRecord]) -> tuple[list[ImageRecord], list[SkippedFile]]:
+def by_class(records: Iterable[ImageRecord]) -> dict[str, list[ImageRecord]]:
+    """The images of each class."""
+    classes: dict[str, list[ImageRecord]] = defaultdict(list)
+    for record in records:
+        classes[record.class_name].append(record)
+    return classes
+
+
+def by_sample(records: Iterable[ImageRecord]) -> dict[str, list[ImageRecord]]:
+    """The images of each sample, in the order of the views."""
+    samples: dict[str, list[ImageRecord]] = defaultdict(list)
+    for record in sorted(records, key=lambda record: (record.sample_id, record.view)):
+        samples[record.sample_id].append(record)
+    return samples
+
+
+def complete_samples(
+    records: Sequence[ImageRecord],
+) -> tuple[list[ImageRecord], list[SkippedFile], dict[str, str]]:
     """Skips samples that lack a view of their class, and images of other views.
 
     A class's views are those that at least half of its samples have, so that a stray file is skipped alone. Returns the
-    images of complete samples, and the skipped samples and images.
-
-    Raises:
-        SprueError: If a class has no such view.
+    images of complete samples, the skipped samples and images, and, by class, what is wrong where there is no such
+    view.
     """
-    samples: dict[str, dict[str, list[ImageRecord]]] = defaultdict(lambda: defaultdict(list))
-    for record in records:
-        samples[record.class_name][record.sample_id].append(record)
     kept: list[ImageRecord] = []
     skipped: list[SkippedFile] = []
-    for class_name, of_class in samples.items():
-        views = _views(class_name, list(of_class.values()))
-        for sample_id, images in of_class.items():
+    refused: dict[str, str] = {}
+    for class_name, of_class in by_class(records).items():
+        samples = by_sample(of_class)
+        try:
+            views = _views(class_name, list(samples.values()))
+        except SprueError as error:
+            refused[class_name] = str(error)
+            continue
+        for sample_id, images in samples.items():
             missing = sorted(views - {image.view for image in images})
             if missing:
                 skipped.append(SkippedFile(sample_id, f"the sample has no usable image of view {', '.join(missing)}"))
@@ -42,7 +61,7 @@ def complete_samples(records: Sequence[ImageRecord]) -> tuple[list[ImageRecord],
                 for image in images
                 if image.view not in views
             ]
-    return kept, skipped
+    return kept, skipped, refused
 
 
 def _views(class_name: str, samples: list[list[ImageRecord]]) -> set[str]:

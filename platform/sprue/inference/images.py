@@ -9,7 +9,7 @@ import warnings
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from sprue.errors import SprueError
 
@@ -43,7 +43,8 @@ def open_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Im
     Raises:
         NotAnImageError: If no decoder knows the format.
         ImageTooLargeError: If the header states more than `max_pixels`.
-        UnreadableImageError: If the data is truncated or damaged.
+        UnreadableImageError: If the data is truncated or damaged, or has values above the full scale: 65535 of
+            integers, 1 of floats.
 
     >>> open_image(b"text", "part.png")
     Traceback (most recent call last):
@@ -51,18 +52,15 @@ def open_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Im
     sprue.inference.images.NotAnImageError: part.png is not an image (PNG, JPEG, BMP, TIFF, WEBP, PPM, GIF are read)
     """
     try:
-        with warnings.catch_warnings():
-            # `max_pixels` decides; Pillow warns at a limit of its own.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            # Decoding does not check a PNG's checksums. Verifying does, and leaves its image unusable.
-            Image.open(io.BytesIO(data), formats=FORMATS).verify()
+        image = _undecoded(data)
+        # Decoding does not check a PNG's checksums. Verifying does, and leaves its image unusable.
+        _undecoded(data).verify()
         if image.width * image.height > max_pixels:
             raise ImageTooLargeError(
                 f"{name} has {image.width} x {image.height} pixels; at most {max_pixels:,} are read"
             )
         image.load()
-        return _eight_bit(image).convert("RGB")
+        return _eight_bit(image, name).convert("RGB")
     except UnidentifiedImageError as error:
         raise NotAnImageError(f"{name} is not an image ({', '.join(FORMATS)} are read)") from error
     except Image.DecompressionBombError as error:
@@ -71,15 +69,33 @@ def open_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Im
         raise UnreadableImageError(f"{name} is damaged: {error}") from error
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Converts 16-bit and float greyscale to 8 bits, where Pillow would clip at 255."""
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    if image.mode == "F":
-        values = np.nan_to_num(np.asarray(image))
-        scale = 255.0 if values.max(initial=0.0) <= 1.0 else 1.0
-        return Image.fromarray((values * scale).clip(0, 255).astype(np.uint8))
-    return image
+def is_deep(data: bytes) -> bool:
+    """Whether an image, as `open_image` reads it, has 16-bit, 32-bit or float values."""
+    image = _undecoded(data)
+    # Pillow decodes 16-bit colour to 8 bits; then only the layout of the stored pixels tells.
+    return image.mode[0] in "IF" or any(";16" in str(tile.args) for tile in image.tile)
+
+
+def _undecoded(data: bytes) -> ImageFile.ImageFile:
+    with warnings.catch_warnings():
+        # `open_image` has a limit of its own; Pillow warns at another.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def _eight_bit(image: Image.Image, name: str) -> Image.Image:
+    """Converts 16-bit, 32-bit and float greyscale to 8 bits by one scale for all images, where Pillow would clip."""
+    if image.mode[0] not in "IF":
+        return image
+    full = 1 if image.mode == "F" else 65535
+    values_HW = np.nan_to_num(np.asarray(image))
+    if values_HW.max(initial=0) > full:
+        raise UnreadableImageError(
+            f"{name} has values above {full}, which is white in images of {'floats' if full == 1 else 'integers'}: "
+            f"scale them to 0..{full}"
+        )
+    values_HW = values_HW.clip(0, full)
+    return Image.fromarray((values_HW * 255.0 if full == 1 else values_HW // 257).astype(np.uint8))
 
 
 def model_input(image: Image.Image, side: int) -> NDArray[np.uint8]:

@@ -4,6 +4,7 @@ import hashlib
 import shutil
 from collections import Counter
 
+import numpy as np
 import pytest
 from PIL import Image
 from upath import UPath
@@ -57,13 +58,38 @@ def test_adding_images_leaves_most_rows_as_they_were(bottles):
     assert (before["sha256"] == after.loc[before.index, "sha256"]).all()
 
 
-def test_copies_of_an_image_share_a_split(bottles):
+@pytest.fixture
+def copied(bottles):
+    """Thirty of the training images are there twice."""
     for number in range(30):
         source = bottles.root / f"bottle/train/good/{number:03d}.png"
         shutil.copy(source, source.with_name(f"copy{number:03d}.png"))
-    frame = build(bottles).frame
+    return bottles
+
+
+def test_copies_of_an_image_share_a_split_and_calibrate_once(copied):
+    manifest = build(copied)
+    frame = manifest.frame
     assert (frame.groupby("sha256")["split"].nunique() == 1).all()
-    assert len(frame) == 134
+    calibrating = manifest.calibration_rows("bottle")
+    assert len(calibrating) == calibrating["sha256"].nunique() == 19
+    first = [path for path in calibrating["path"] if path < "bottle/train/good/030"]
+    assert first
+    copies = {path: path.replace("good/", "good/copy") for path in first}
+    assert reasons(manifest) == {
+        copy: f"a copy of {path}, which calibrates; if it is another part, add its images to manifest.keep"
+        for path, copy in copies.items()
+    }
+    assert len(frame) == 134 - len(first)
+
+
+def test_copies_are_in_no_fold(copied):
+    in_folds = CalibrationSettings(folds=5)
+    manifest = build_manifest(copied.upath, "bottles", ManifestSettings(), in_folds)
+    assert [len(fold) for fold in manifest.folds("bottle")] == [20] * 5
+    assert manifest.calibration_rows("bottle")["sha256"].is_unique
+    assert len(manifest.skipped) == 30
+    assert manifest.calibration("bottle", in_folds).alpha == 0.05
 
 
 def test_training_images_that_are_also_test_images_are_skipped(bottles):
@@ -84,9 +110,9 @@ def test_training_images_that_are_also_test_images_are_skipped(bottles):
 
 
 def test_damaged_images_are_skipped(bottles):
-    intact = bottles.image("bottle/train/good/whole.jpg", 7, size=(200, 200)).read_bytes()
+    intact = bottles.image("bottle/train/good/whole.jpg", 7007, size=(200, 200)).read_bytes()
     bottles.raw("bottle/train/good/cut.jpg", intact[: len(intact) // 2])
-    png = bottles.image("bottle/train/good/whole.png", 8).read_bytes()
+    png = bottles.image("bottle/train/good/whole.png", 7008).read_bytes()
     bottles.raw("bottle/train/good/cut.png", png[:-40])
     bottles.raw("bottle/train/good/flipped.png", png[:-30] + bytes([png[-30] ^ 255]) + png[-29:])
     bottles.raw("bottle/train/good/empty.png", b"")
@@ -155,6 +181,44 @@ def test_masks_of_another_size_refuse_their_class_alone(bottles):
     assert manifest.classes == ["cup"]
     assert list(manifest.refused) == ["bottle"]
     assert "mask bottle/ground_truth/crack/000_mask.png is 16x20" in manifest.refused["bottle"]
+
+
+@pytest.mark.parametrize(
+    ("bits", "suffix", "kept"),
+    [
+        (12, "png", False),
+        (14, "png", False),
+        (15, "png", True),
+        (16, "png", True),
+        (8, "tif", False),
+        (12, "f.tif", False),
+    ],
+)
+def test_a_class_whose_deep_images_use_little_of_their_scale_is_refused(bottles, bits, suffix, kept):
+    for number in range(30):
+        values = np.random.default_rng(number).integers(0, 2**bits, (16, 20))
+        dtype = {"png": np.uint16, "tif": np.int32, "f.tif": np.float32}[suffix]
+        deep = values.astype(dtype) / np.float32(65535) if suffix == "f.tif" else values.astype(dtype)
+        bottles.put(f"cup/train/good/{number:02}.{suffix}", Image.fromarray(deep))
+    bottles.image("cup/test/good/00.png", 4000)  # of 8 bits, so that it says nothing of the others' scale
+    manifest = build(bottles)
+    assert manifest.classes == (["bottle", "cup"] if kept else ["bottle"])
+    if not kept:
+        assert "'cup' has images of more than 8 bits, of which none goes beyond" in manifest.refused["cup"]
+
+
+def test_one_bright_image_shows_that_the_scale_is_right_and_dark_8_bit_images_are_no_mistake(bottles):
+    for number in range(30):
+        values = np.random.default_rng(number).integers(0, 31, (16, 20))
+        bottles.put(f"cup/train/good/{number:02}.png", Image.fromarray(values.astype(np.uint8)))
+        bottles.put(f"jar/train/good/{number:02}.png", Image.fromarray((values * 100 + number).astype(np.uint16)))
+    bottles.put("jar/train/good/bright.png", Image.fromarray(np.full((16, 20), 65535, np.uint16)))
+    assert build(bottles).refused == {}
+
+
+def test_floats_of_another_scale_are_skipped_by_name(bottles):
+    bottles.put("bottle/train/good/float.tif", Image.fromarray(np.full((16, 20), 200, np.float32)))
+    assert reasons(build(bottles))["bottle/train/good/float.tif"].startswith("the file has values above 1, ")
 
 
 def test_classes_with_too_few_are_refused_by_name_and_the_others_go_on(bottles, tmp_path):

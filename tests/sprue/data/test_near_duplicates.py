@@ -58,7 +58,7 @@ def test_a_test_image_that_was_saved_again_is_skipped(parts, copy):
         pytest.fail("the copy has the same bytes, so that the test says nothing")
     assert skipped(manifest) == {
         path: "a copy of the test image part/test/good/00.png, saved in another way; "
-        "if it is another part, add it to manifest.keep"
+        "if it is another part, add its images to manifest.keep"
     }
     assert path not in set(manifest.frame["path"])
     assert len(manifest.frame) == 42
@@ -96,18 +96,73 @@ def test_uniform_images_are_no_copies(parts):
     assert skipped(build(parts)) == {}
 
 
-def test_copies_among_the_training_images_share_a_split(parts):
+def test_copies_among_the_training_images_share_a_split_and_calibrate_once(parts):
     for number in range(0, 40, 2):
         buffer = io.BytesIO()
         photograph(number).save(buffer, "JPEG", quality=75)
-        parts.raw(f"part/train/good/again{number:02}.jpg", buffer.getvalue())
-    split_of = dict(build(parts).frame[["path", "split"]].to_numpy())
-    pairs = [
-        (split_of[f"part/train/good/{number:02}.png"], split_of[f"part/train/good/again{number:02}.jpg"])
-        for number in range(0, 40, 2)
-    ]
-    assert all(first == second for first, second in pairs)
-    assert len(set(pairs)) > 1
+        parts.raw(f"part/train/good/{number:02}again.jpg", buffer.getvalue())
+    manifest = build(parts)
+    split_of = dict(manifest.frame[["path", "split"]].to_numpy())
+    trained = []
+    for number in range(0, 40, 2):
+        first, again = f"part/train/good/{number:02}.png", f"part/train/good/{number:02}again.jpg"
+        if split_of[first] == "calibration":
+            assert skipped(manifest).pop(again).startswith(f"a copy of {first}, which calibrates; ")
+        else:
+            assert split_of[again] == split_of[first]
+            trained.append(again)
+    assert len(manifest.skipped) == 20 - len(trained) > 0
+
+    path = manifest.skipped[0].path
+    kept = build(parts, keep=[path])
+    assert path in set(kept.frame["path"])
+
+
+def of_views(folder, sample, number, suffix="png"):
+    """Puts a sample of two views: a part, and a part of the machine that looks the same but for the noise."""
+    noise = np.random.default_rng(number).normal(0, 2, (SIDE, SIDE))
+    machine = (np.asarray(photograph(0), np.float32) + noise).clip(0, 255).astype(np.uint8)
+    for view, image in (("a", Image.fromarray(machine)), ("b", photograph(number))):
+        folder.put(f"box/{sample}/{view}.{suffix}", image)
+
+
+@pytest.fixture
+def boxes(folder):
+    """A class of 40 training samples and a test sample; one view is the same in all, but for the noise."""
+    for number in range(40):
+        of_views(folder, f"train/good/{number:02}", number)
+    of_views(folder, "test/good/00", 60)
+    return folder
+
+
+def test_a_view_that_is_alike_in_all_samples_makes_no_copies_and_hides_none(boxes):
+    views = {"layout": "mvtec-views"}
+    assert skipped(build(boxes, **views)) == {}
+    of_views(boxes, "train/good/again", 60, suffix="jpg")
+    reason = "a copy of the test image box/test/good/00/b.png, saved in another way; "
+    assert skipped(build(boxes, **views)) == {
+        "box/train/good/again": reason + "if it is another part, add its images to manifest.keep"
+    }
+    kept = build(boxes, keep=["box/train/good/again/a.jpg"], **views)
+    assert skipped(kept) == {}
+
+
+def test_a_sample_with_a_view_of_a_test_sample_and_another_of_its_own_is_no_copy(boxes):
+    boxes.put("box/train/good/07/a.png", photograph(50))
+    boxes.put("box/train/good/07/b.png", photograph(60))
+    assert skipped(build(boxes, layout="mvtec-views")) == {}
+
+
+def test_copies_of_a_training_sample_share_a_split_whatever_a_bland_view_shows(boxes):
+    for number in range(0, 40, 2):
+        of_views(boxes, f"train/good/{number:02}again", number, suffix="jpg")
+    manifest = build(boxes, layout="mvtec-views")
+    split_of = dict(manifest.frame[["sample_id", "split"]].to_numpy())
+    again = [sample for sample in split_of if sample.endswith("again")]
+    assert {split_of[sample] for sample in again} == {"train", "validation"}
+    assert all(split_of[sample] == split_of[sample.removesuffix("again")] for sample in again)
+    assert len(again) + len(manifest.skipped) == 20
+    assert manifest.calibration_rows("box")["sample_id"].nunique() == 4
 
 
 def test_dropped_images_are_skipped_and_kept_ones_stay(parts):

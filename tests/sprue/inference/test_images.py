@@ -10,7 +10,14 @@ from PIL import Image, ImageColor
 
 from sprue.inference.calibration import Calibration
 from sprue.inference.heatmap import OUTLINE, heat, overlay
-from sprue.inference.images import ImageTooLargeError, NotAnImageError, UnreadableImageError, model_input, open_image
+from sprue.inference.images import (
+    ImageTooLargeError,
+    NotAnImageError,
+    UnreadableImageError,
+    is_deep,
+    model_input,
+    open_image,
+)
 
 GREY_HW = np.arange(0, 240, dtype=np.uint8).reshape(12, 20)
 RGB_HWC = np.stack([GREY_HW, GREY_HW[::-1], 255 - GREY_HW], axis=2)
@@ -21,6 +28,11 @@ def encoded(image, file_format="PNG", **arguments):
     buffer = io.BytesIO()
     image.save(buffer, file_format, **arguments)
     return buffer.getvalue()
+
+
+def chunk(kind, body):
+    """Of a PNG file."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
 def grey(values_HW):
@@ -53,7 +65,6 @@ MODES = {
     "I;16 in a TIFF": (encoded(Image.fromarray(DEEP_HW), "TIFF"), grey(GREY_HW)),
     "I": (encoded(Image.fromarray(DEEP_HW.astype(np.int32)), "TIFF"), grey(GREY_HW)),
     "F of 0 to 1": (encoded(Image.fromarray((GREY_HW / 255).astype(np.float32)), "TIFF"), grey(GREY_HW)),
-    "F of 0 to 255": (encoded(Image.fromarray(GREY_HW.astype(np.float32)), "TIFF"), grey(GREY_HW)),
 }
 
 
@@ -66,6 +77,40 @@ def test_images_of_every_mode_keep_their_values(mode):
     tolerance = 1 if mode.startswith("F") else 0
     np.testing.assert_allclose(np.asarray(image).astype(int), expected_HWC.astype(int), atol=tolerance)
     assert model_input(image, 64).shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("values_HW", "full"),
+    [(GREY_HW.astype(np.float32), 1), (GREY_HW + np.float32("inf"), 1), (DEEP_HW.astype(np.int32) * 2, 65535)],
+)
+def test_values_above_the_full_scale_are_refused_and_not_scaled_otherwise(values_HW, full):
+    with pytest.raises(UnreadableImageError, match=rf"part has values above {full}, .*: scale them to 0\.\.{full}"):
+        open_image(encoded(Image.fromarray(values_HW), "TIFF"), "part")
+
+
+def test_dark_images_are_not_brightened():
+    for dark_HW, expected in ((DEEP_HW // 16, 14), (GREY_HW / np.float32(255 * 16), 14)):
+        assert np.asarray(open_image(encoded(Image.fromarray(dark_HW), "TIFF"), "part")).max() == expected
+
+
+def png_of_16_bits(values_HWC):
+    height, width, channels = values_HWC.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    pixels = b"".join(b"\0" + row_WC.astype(">u2").tobytes() for row_WC in values_HWC)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(pixels)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(map(chunk, *zip(*chunks, strict=True)))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_deep_images_are_told(mode):
+    assert is_deep(MODES[mode][0]) == (mode[0] in "IF")
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_deep_colours_are_told_though_they_are_decoded_to_8_bits(channels):
+    data = png_of_16_bits(np.full((4, 5, channels), 4095))
+    assert is_deep(data)
+    assert np.asarray(open_image(data, "part")).max() == 15
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM", "GIF"])
@@ -103,9 +148,6 @@ def test_a_flipped_bit_in_a_png_is_damage():
 
 
 def test_an_image_that_claims_too_many_pixels_is_refused_before_it_is_decoded():
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
     bomb = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(10))) + chunk(b"IEND", b"")
     with pytest.raises(ImageTooLargeError, match="part"):
