@@ -15,7 +15,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from settings import LOOPBACK, Settings
+from settings import LOOPBACK, Settings, StackError
 
 PEOPLE, MACHINES = "admin", "sprue"
 """MLflow's two accounts: the one that people log in with, everywhere, and that of jobs and services."""
@@ -42,20 +42,31 @@ def kept_secrets(folder: Path) -> dict[str, str]:
 
 
 def make_credentials(settings: Settings, known: dict[str, str]) -> None:
-    """Writes what is missing: Ray's token, the first key for the scoring service, logins and certificates."""
+    """Writes what is missing: Ray's token, the first key for the scoring service, logins and certificates.
+
+    Raises:
+        StackError: If the file of keys takes none.
+    """
     folder = settings.folder
     write_private(folder / "ray.token", known["ray"])
     if not (folder / "first.key").exists():
-        (folder / "keys.json").unlink(missing_ok=True)
-        scopes = [word for scope in ("score", "review", "admin") for word in ("--scope", scope)]
-        command = [Path(sys.executable).parent / "sprue", "keys", "add", "first", *scopes, "--keys", "keys.json"]
-        made = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
-        write_private(folder / "first.key", made.stdout.strip())
+        _add_first_key(folder)
     for name, accounts in (("people", (PEOPLE,)), ("mlflow", (PEOPLE, MACHINES))):
         file = folder / "conf" / f"{name}.htpasswd"
         if not file.exists():
             write_private(file, "".join(_login(each, known) for each in accounts))
     _make_certificates(settings)
+
+
+def _add_first_key(folder: Path) -> None:
+    """Adds a key to those that there are: stations use them."""
+    name = f"first-{secrets.token_hex(4)}" if (folder / "keys.json").exists() else "first"
+    scopes = [word for scope in ("score", "review", "admin") for word in ("--scope", scope)]
+    command = [Path(sys.executable).parent / "sprue", "keys", "add", name, *scopes, "--keys", "keys.json"]
+    made = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if made.returncode:
+        raise StackError(f"there is no key for this machine: {made.stderr.strip()}")
+    write_private(folder / "first.key", made.stdout.strip())
 
 
 def _login(account: str, known: dict[str, str]) -> str:

@@ -92,9 +92,10 @@ def up(settings: Settings) -> None:
         require_free_ports(settings)
         settings.write()
         make_database(settings, known)
-        make_credentials(settings, known)
+    make_credentials(settings, known)
+    write_client_environment(settings, known)
+    if not running:
         write_configurations(settings, services, known)
-        write_client_environment(settings, known)
         supervisor.start()
     _start(supervisor, services, known)
     print(f"\n{settings.url}  people log in as {PEOPLE}, with the password `people` of {settings.folder}/secrets.json")

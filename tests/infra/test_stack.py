@@ -215,6 +215,19 @@ def test_secrets_are_their_owners_alone(stack):
     assert not [command for command in commands for each in known.values() if each in command]
 
 
+def test_a_first_key_that_was_revoked_is_named_and_another_made(stack):
+    keys = str(stack.folder / "keys.json")
+    removed = stack.shell("sprue", "--store", "s3://sprue/store", "keys", "remove", "first", "--keys", keys)
+    assert removed.returncode == 0, removed.stderr
+    status = stack.run("status")
+    assert status.returncode == 1
+    assert "first.key has no valid key" in status.stdout
+    (stack.folder / "first.key").unlink()
+    stack.up()
+    assert stack.run("status").returncode == 0
+    assert stack.get("/v1/classes", headers={"Authorization": f"Bearer {stack.client['SPRUE_KEY']}"}).status_code == 200
+
+
 PORT = re.compile(r"^\| (\d+) \|", re.MULTILINE)
 
 
