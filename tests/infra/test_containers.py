@@ -13,11 +13,13 @@ from collections.abc import Callable
 from importlib import util
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from string import Template
 from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
+from mlflow.server.security_utils import should_block_cors_request
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -244,6 +246,17 @@ def test_the_scoring_service_follows_the_keys_of_their_owner(compose: dict[str, 
         assert stat.S_IMODE(path.stat().st_mode) == mode, path
     (lock,) = keys.parent.glob(".*")
     assert lock.stat().st_mode & stat.S_IWUSR, "else nobody but root could add a key"
+
+
+def test_mlflow_takes_what_browsers_send_through_the_proxy(compose: dict[str, Any]) -> None:
+    service = compose["services"]["mlflow"]
+    assert service["environment"]["PUBLIC_PORT"] == "${PUBLIC_PORT:-443}", "the port that the proxy is published at"
+    (option,) = re.findall(r'--cors-allowed-origins "(\S+)"', service["command"][-1])
+    for port, origin in (("443", "https://inspection.plant"), ("8443", "https://inspection.plant:8443")):
+        variables = {"PUBLIC_NAME": "inspection.plant", "PUBLIC_PORT": port}
+        origins = Template(option.replace("$$", "$")).substitute(variables).split(",")
+        assert not should_block_cors_request(origin, "POST", origins)
+        assert should_block_cors_request("https://evil.example", "POST", origins)
 
 
 def test_the_stacks_prometheus_and_grafana_show_what_the_local_ones_do(compose: dict[str, Any], tmp_path: Path) -> None:
