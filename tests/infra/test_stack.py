@@ -8,12 +8,14 @@ import re
 import shlex
 import shutil
 import socket
+import ssl
 import stat
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -228,6 +230,35 @@ def test_a_first_key_that_was_revoked_is_named_and_another_made(stack):
     assert stack.get("/v1/classes", headers={"Authorization": f"Bearer {stack.client['SPRUE_KEY']}"}).status_code == 200
 
 
+def test_certificates_are_renewed_while_the_stack_runs(stack, local):
+    settings = local("settings").Settings.read(stack.folder)
+    pids = {name: service_pid(stack, name) for name in ("proxy", "seaweedfs")}
+    for name in ("proxy", "s3"):
+        (stack.folder / "tls" / f"{name}.pem").unlink()
+    local("certificates").make_certificates(settings, datetime.now(UTC) - timedelta(days=380))
+    status = stack.run("status")
+    assert status.returncode == 0
+    assert all(re.search(rf"{name}\.pem ends on .*: `make up` renews it", status.stdout) for name in ("proxy", "s3"))
+    stack.up()
+    for _ in range(100):  # nginx's new workers take over
+        served = ssl.get_server_certificate(("localhost", settings.port))
+        if served.strip() == (stack.folder / "tls/proxy.pem").read_text().strip():
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the proxy has not read its new certificate")
+    assert service_pid(stack, "proxy") == pids["proxy"]
+    assert service_pid(stack, "seaweedfs") != pids["seaweedfs"]
+    assert "ends on" not in stack.run("status").stdout
+    assert stack.get("/livez", headers={"X-Request-Id": "renewed"}).status_code == 200
+    assert logged(stack, "renewed")["path"] == "/livez"
+
+
+def service_pid(stack, service):
+    """The process that the supervisor has started."""
+    return int(stack.shell("supervisorctl", "-c", f"{stack.folder}/conf/supervisord.conf", "pid", service).stdout)
+
+
 PORT = re.compile(r"^\| (\d+) \|", re.MULTILINE)
 
 
@@ -403,13 +434,12 @@ def test_a_port_that_is_taken_is_named(tmp_path, environment):
 @pytest.mark.parametrize("service", ["proxy", "mlflow", "scoring"])
 def test_a_service_whose_first_process_is_killed_comes_back(stack, champion, service):
     """Its other processes live on, and keep its ports until it ends them, or they are those of the next start."""
-    ask = ["supervisorctl", "-c", f"{stack.folder}/conf/supervisord.conf", "pid", service]
-    first = psutil.Process(int(stack.shell(*ask).stdout))
+    first = psutil.Process(service_pid(stack, service))
     first.kill()
     first.wait()
     for _ in range(60):
         status = stack.run("status")
-        if status.returncode == 0 and stack.shell(*ask).stdout.strip() not in ("0", str(first.pid)):
+        if status.returncode == 0 and service_pid(stack, service) not in (0, first.pid):
             break
         time.sleep(2)
     else:
