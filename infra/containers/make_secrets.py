@@ -72,21 +72,25 @@ def certificate(name: str) -> dict[str, str]:
 def make(folder: Path, name: str) -> None:
     """Writes what is missing; files that belong together are made together."""
     folder.mkdir(mode=0o700, exist_ok=True)
-    for group in (files(), certificate(name)):
+    groups = (files(), certificate(name))
+    for group in groups:
         missing = [each for each in group if not (folder / each).exists()]
         if missing and len(missing) < len(group):
             sys.exit(f"make_secrets: {folder} lacks {', '.join(missing)}; restore them, or remove the others too")
         for each in missing:
             (folder / each).write_text(group[each])
-    keys = folder / "keys.json"
+    keys, first = folder / "keys" / "keys.json", folder / "first.key"
+    keys.parent.mkdir(exist_ok=True)
+    keys.parent.chmod(0o755)
     if not keys.exists():
         scopes = [word for scope in ("score", "review", "admin") for word in ("--scope", scope)]
         command = [str(Path(sys.executable).parent / "sprue"), "keys", "add", "first", *scopes, "--keys", str(keys)]
         key = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-        (folder / "first.key").write_text(key)
-        print(f"the first key of the scoring service is in {folder / 'first.key'}")
-    for path in folder.iterdir():
-        path.chmod(0o400 if path.name == "first.key" else 0o444)
+        first.write_text(key)
+        first.chmod(0o400)
+        print(f"the first key of the scoring service is in {first}")
+    for path in (keys, *(folder / each for group in groups for each in group)):
+        path.chmod(0o444)
 
 
 if __name__ == "__main__":

@@ -117,9 +117,12 @@ def _mlflow(settings: Settings, known: dict[str, str]) -> str:
 
 
 def _scoring(settings: Settings) -> str:
-    url, key = f"http://{settings.address('scoring')}", (settings.folder / "first.key").read_text()
+    url, file = f"http://{settings.address('scoring')}", settings.folder / "first.key"
     _get(f"{url}/livez")
+    key = file.read_text() if file.exists() else ""
     ready = _get(f"{url}/readyz", headers={"Authorization": f"Bearer {key}"}).json()
+    if "classes" not in ready:  # what those without a key with the scope `admin` are told
+        raise Unhealthy(f"{file} has no valid key with all scopes: remove the file, and `make up` makes another key")
     if not ready["classes"] and not ready.get("failures"):
         return "no champion yet"
     if ready["status"] != "ready":

@@ -13,9 +13,11 @@ import time
 import xmlrpc.client
 from collections import defaultdict
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from certificates import ending_certificates, make_certificates
 from credentials import PEOPLE, kept_secrets, make_credentials, write_client_environment
 from health import Unhealthy, checks
 from services import Service, all_services, make_database, write_configurations
@@ -92,13 +94,29 @@ def up(settings: Settings) -> None:
         require_free_ports(settings)
         settings.write()
         make_database(settings, known)
-        make_credentials(settings, known)
+    make_credentials(settings, known)
+    renewed = make_certificates(settings, datetime.now(UTC))
+    write_client_environment(settings, known)
+    if running:
+        _take_certificates(supervisor, renewed)
+    else:
         write_configurations(settings, services, known)
-        write_client_environment(settings, known)
         supervisor.start()
     _start(supervisor, services, known)
     print(f"\n{settings.url}  people log in as {PEOPLE}, with the password `people` of {settings.folder}/secrets.json")
     print(f"this machine's shells:  . {settings.folder}/client.env")
+
+
+def _take_certificates(supervisor: Supervisor, renewed: set[str]) -> None:
+    """Lets services read their new certificates: the proxy at once, the object store at its next start."""
+    states = supervisor.states()
+    for name in renewed:
+        if states[name]["statename"] == "RUNNING":
+            print(f"{name} has a new certificate", flush=True)
+            if name == "proxy":
+                supervisor.rpc.signalProcess(name, "HUP")
+            else:
+                supervisor.rpc.stopProcess(name)
 
 
 def _start(supervisor: Supervisor, services: list[Service], known: dict[str, str]) -> None:
@@ -159,6 +177,8 @@ def status(settings: Settings) -> bool:
         seconds = f"{state['now'] - state['start']} s" if runs else ""
         health = f"NOT WELL: {words}" if runs and isinstance(words, Unhealthy) else words
         print(f"{service.name:14} {state['statename'].lower():9} {seconds:>9}  {service.address:21}  {health}")
+    for line in ending_certificates(settings, datetime.now(UTC)):
+        print(line)
     return green
 
 

@@ -1,10 +1,12 @@
-"""helm, and what the chart renders."""
+"""helm, and what the chart renders; modules of the local stack."""
 
+import importlib
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -41,6 +43,13 @@ def values_of(name: str, given: tuple[str, ...]) -> list[str]:
     settings = [*([] if name == "laptop" else PINNED), *given]
     file = CHART.parent / "values" / f"{name}.yaml"
     return ["--values", str(file), *(word for each in settings for word in ("--set", each))]
+
+
+@pytest.fixture
+def local(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """A module of infra/local by its name, as the modules there import one another."""
+    monkeypatch.syspath_prepend(ROOT / "infra" / "local")
+    return importlib.import_module
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import tomllib
@@ -12,15 +13,17 @@ from collections.abc import Callable
 from importlib import util
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from string import Template
 from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
+from mlflow.server.security_utils import should_block_cors_request
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from sprue.serving.keys import read_keys
+from sprue.serving.keys import add_key, read_keys
 from sprue.stages.runtime import NODE_ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
@@ -205,7 +208,7 @@ def test_no_secret_is_in_the_file_or_in_an_environment(compose: dict[str, Any], 
     folder = tmp_path / "secrets"
     script("make_secrets").make(folder, "inspection.plant")
     files = {Path(each["file"]).name for each in compose["secrets"].values()}
-    assert files | {"first.key"} == {each.name for each in folder.iterdir() if not each.name.startswith(".")}
+    assert files | {"first.key", "keys"} == {each.name for each in folder.iterdir()}
     assert folder.stat().st_mode & 0o077 == 0, "others can't enter the folder"
     for name, each in compose["services"].items():
         given = [secret if isinstance(secret, str) else secret["source"] for secret in each.get("secrets", [])]
@@ -224,7 +227,36 @@ def test_no_secret_is_in_the_file_or_in_an_environment(compose: dict[str, Any], 
     assert f":{password}@postgres:5432/mlflow_auth" in server["mlflow"]["database_uri"]
     (identity,) = json.loads((folder / "s3.json").read_text())["identities"]
     assert identity["credentials"][0]["secretKey"] in (folder / "aws_credentials").read_text()
-    assert read_keys(folder / "keys.json")[0].scopes == ("score", "review", "admin")
+
+
+def test_the_scoring_service_follows_the_keys_of_their_owner(compose: dict[str, Any], tmp_path: Path) -> None:
+    make, folder = script("make_secrets").make, tmp_path / "secrets"
+    make(folder, "inspection.plant")
+    source, target, access = compose["services"]["scoring"]["volumes"][-1].split(":")
+    assert (source, access) == ("./secrets/keys", "ro"), "a folder, so that a replaced file reaches the container"
+    assert f"--keys {target}/keys.json " in compose["services"]["scoring"]["command"][-1]
+    keys = tmp_path / source / "keys.json"
+    assert read_keys(keys)[0].scopes == ("score", "review", "admin")
+    first = (folder / "first.key").read_text()
+    add_key(keys, "line-7", ["score"])
+    make(folder, "inspection.plant")
+    assert [key.name for key in read_keys(keys)] == ["first", "line-7"]
+    assert (folder / "first.key").read_text() == first
+    for path, mode in ((keys.parent, 0o755), (keys, 0o444), (folder / "first.key", 0o400)):
+        assert stat.S_IMODE(path.stat().st_mode) == mode, path
+    (lock,) = keys.parent.glob(".*")
+    assert lock.stat().st_mode & stat.S_IWUSR, "else nobody but root could add a key"
+
+
+def test_mlflow_takes_what_browsers_send_through_the_proxy(compose: dict[str, Any]) -> None:
+    service = compose["services"]["mlflow"]
+    assert service["environment"]["PUBLIC_PORT"] == "${PUBLIC_PORT:-443}", "the port that the proxy is published at"
+    (option,) = re.findall(r'--cors-allowed-origins "(\S+)"', service["command"][-1])
+    for port, origin in (("443", "https://inspection.plant"), ("8443", "https://inspection.plant:8443")):
+        variables = {"PUBLIC_NAME": "inspection.plant", "PUBLIC_PORT": port}
+        origins = Template(option.replace("$$", "$")).substitute(variables).split(",")
+        assert not should_block_cors_request(origin, "POST", origins)
+        assert should_block_cors_request("https://evil.example", "POST", origins)
 
 
 def test_the_stacks_prometheus_and_grafana_show_what_the_local_ones_do(compose: dict[str, Any], tmp_path: Path) -> None:

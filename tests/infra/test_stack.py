@@ -8,12 +8,14 @@ import re
 import shlex
 import shutil
 import socket
+import ssl
 import stat
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -215,6 +217,48 @@ def test_secrets_are_their_owners_alone(stack):
     assert not [command for command in commands for each in known.values() if each in command]
 
 
+def test_a_first_key_that_was_revoked_is_named_and_another_made(stack):
+    keys = str(stack.folder / "keys.json")
+    removed = stack.shell("sprue", "--store", "s3://sprue/store", "keys", "remove", "first", "--keys", keys)
+    assert removed.returncode == 0, removed.stderr
+    status = stack.run("status")
+    assert status.returncode == 1
+    assert "first.key has no valid key" in status.stdout
+    (stack.folder / "first.key").unlink()
+    stack.up()
+    assert stack.run("status").returncode == 0
+    assert stack.get("/v1/classes", headers={"Authorization": f"Bearer {stack.client['SPRUE_KEY']}"}).status_code == 200
+
+
+def test_certificates_are_renewed_while_the_stack_runs(stack, local):
+    settings = local("settings").Settings.read(stack.folder)
+    pids = {name: service_pid(stack, name) for name in ("proxy", "seaweedfs")}
+    for name in ("proxy", "s3"):
+        (stack.folder / "tls" / f"{name}.pem").unlink()
+    local("certificates").make_certificates(settings, datetime.now(UTC) - timedelta(days=380))
+    status = stack.run("status")
+    assert status.returncode == 0
+    assert all(re.search(rf"{name}\.pem ends on .*: `make up` renews it", status.stdout) for name in ("proxy", "s3"))
+    stack.up()
+    for _ in range(100):  # nginx's new workers take over
+        served = ssl.get_server_certificate(("localhost", settings.port))
+        if served.strip() == (stack.folder / "tls/proxy.pem").read_text().strip():
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the proxy has not read its new certificate")
+    assert service_pid(stack, "proxy") == pids["proxy"]
+    assert service_pid(stack, "seaweedfs") != pids["seaweedfs"]
+    assert "ends on" not in stack.run("status").stdout
+    assert stack.get("/livez", headers={"X-Request-Id": "renewed"}).status_code == 200
+    assert logged(stack, "renewed")["path"] == "/livez"
+
+
+def service_pid(stack, service):
+    """The process that the supervisor has started."""
+    return int(stack.shell("supervisorctl", "-c", f"{stack.folder}/conf/supervisord.conf", "pid", service).stdout)
+
+
 PORT = re.compile(r"^\| (\d+) \|", re.MULTILINE)
 
 
@@ -304,12 +348,21 @@ def answers(stack, champion):
     pytest.fail(f"{answer.status_code}: {answer.text}\n{stack.logs()}")
 
 
+def logged(stack, identifier):
+    """The proxy's line of a request that was answered; the supervisor writes it a little later."""
+    for _ in range(100):
+        lines = (stack.folder / "log/proxy.log").read_text().splitlines()
+        for each in (json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")):
+            if each["request_id"] == identifier and each["status"] == 200:
+                return each
+        time.sleep(0.1)
+    pytest.fail(f"the proxy has not logged {identifier}\n{stack.logs()}")
+
+
 def test_the_champion_scores_with_a_key_and_not_without(stack, champion):
     assert answers(stack, champion).json()["is_anomalous"]
     assert score(stack, champion, "spot").status_code == 401
-    lines = [json.loads(line) for line in (stack.folder / "log/access.json").read_text().splitlines()]
-    line = next(each for each in lines if each["request_id"] == "part-4711" and each["status"] == 200)
-    assert line["path"] == f"/v1/classes/{CLASS_NAME}/score"
+    assert logged(stack, "part-4711")["path"] == f"/v1/classes/{CLASS_NAME}/score"
 
 
 def test_a_second_version_is_promoted_and_served(stack, champion):
@@ -381,13 +434,12 @@ def test_a_port_that_is_taken_is_named(tmp_path, environment):
 @pytest.mark.parametrize("service", ["proxy", "mlflow", "scoring"])
 def test_a_service_whose_first_process_is_killed_comes_back(stack, champion, service):
     """Its other processes live on, and keep its ports until it ends them, or they are those of the next start."""
-    ask = ["supervisorctl", "-c", f"{stack.folder}/conf/supervisord.conf", "pid", service]
-    first = psutil.Process(int(stack.shell(*ask).stdout))
+    first = psutil.Process(service_pid(stack, service))
     first.kill()
     first.wait()
     for _ in range(60):
         status = stack.run("status")
-        if status.returncode == 0 and stack.shell(*ask).stdout.strip() not in ("0", str(first.pid)):
+        if status.returncode == 0 and service_pid(stack, service) not in (0, first.pid):
             break
         time.sleep(2)
     else:

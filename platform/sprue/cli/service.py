@@ -181,8 +181,8 @@ def add_key(store: str, name: str, scopes: tuple[Any, ...], rate: str | None, fi
 
     key = add(file, name, scopes, rate)
     what = f"{name} in {file.resolve()}, for {', '.join(scopes)}"
+    click.echo(key)  # first: the store may fail, and nobody could read the key again
     log_access(store, "key added", f"{what}, {rate}" if rate else what)
-    click.echo(key)
 
 
 @keys.command("remove")

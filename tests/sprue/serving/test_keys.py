@@ -140,6 +140,15 @@ def test_names_are_given_once(path: Path) -> None:
         read_keys(path)
 
 
+def test_a_key_that_the_store_has_no_entry_of_is_printed_all_the_same(path: Path) -> None:
+    store = path.parent / "store"
+    store.write_text("no folder")
+    command = ["--store", str(store), "keys", "add", "line", "--scope", "score", "--keys", str(path)]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 1
+    assert KeyFile(path).allows(bearer(result.stdout.strip()), "score")
+
+
 def test_the_command_prints_a_key_once_and_revokes_it(path: Path) -> None:
     def run(*arguments: str) -> tuple[int, str]:
         store = ["--store", str(path.parent / "store")]
