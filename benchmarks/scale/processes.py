@@ -38,7 +38,8 @@ class CpuMeter:
 
     def __init__(self, processes: list[subprocess.Popen[bytes]]) -> None:
         self._roots = [psutil.Process(process.pid) for process in processes]
-        self._seen: dict[tuple[int, float], float] = {}
+        # A process is told from others by what the system's clock does not change.
+        self._seen: dict[psutil.Process, float] = {}
         self._ended = Event()
         self._thread = Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -63,7 +64,7 @@ class CpuMeter:
                 for each in [root, *root.children(recursive=True)]:
                     with contextlib.suppress(psutil.NoSuchProcess):
                         times = each.cpu_times()
-                        self._seen[each.pid, each.create_time()] = times.user + times.system
+                        self._seen[each] = times.user + times.system
 
 
 def kill_all(process: subprocess.Popen[bytes]) -> None:
