@@ -86,6 +86,7 @@ def make(folder: Path, name: str) -> None:
         scopes = [word for scope in ("score", "review", "admin") for word in ("--scope", scope)]
         command = [str(Path(sys.executable).parent / "sprue"), "keys", "add", "first", *scopes, "--keys", str(keys)]
         key = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        first.unlink(missing_ok=True)
         first.write_text(key)
         first.chmod(0o400)
         print(f"the first key of the scoring service is in {first}")

@@ -108,15 +108,14 @@ def up(settings: Settings) -> None:
 
 
 def _take_certificates(supervisor: Supervisor, renewed: set[str]) -> None:
-    """Lets services read their new certificates: the proxy at once, the object store at its next start."""
+    """Lets services read their certificates: the proxy at once, the object store, if its is new, at its next start."""
     states = supervisor.states()
-    for name in renewed:
-        if states[name]["statename"] == "RUNNING":
-            print(f"{name} has a new certificate", flush=True)
-            if name == "proxy":
-                supervisor.rpc.signalProcess(name, "HUP")
-            else:
-                supervisor.rpc.stopProcess(name)
+    for name in sorted(renewed):
+        print(f"{name} has a new certificate", flush=True)
+    if states["proxy"]["statename"] == "RUNNING":  # always: a call that was interrupted may have renewed it
+        supervisor.rpc.signalProcess("proxy", "HUP")
+    if "seaweedfs" in renewed and states["seaweedfs"]["statename"] == "RUNNING":
+        supervisor.rpc.stopProcess("seaweedfs")
 
 
 def _start(supervisor: Supervisor, services: list[Service], known: dict[str, str]) -> None:

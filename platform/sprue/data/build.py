@@ -58,7 +58,7 @@ def build_manifest(root: UPath, dataset: str, settings: ManifestSettings, calibr
     rows: list[dict[str, Any]] = []
     for name in sorted(class_names.difference(refused)):
         of_class = classes.get(name, [])
-        contents = shared_digests(of_class, found, settings.keep)
+        contents = shared_digests(of_class, found)
         try:
             split_of = _split_training(name, of_class, contents, skipped, settings, calibration)
         except SprueError as error:
@@ -151,10 +151,7 @@ def _repeated(contents: dict[str, str], split_of: dict[str, str]) -> list[Skippe
     """The samples that are copies of one that calibrates, for scores that count twice are not exchangeable."""
     first: dict[str, str] = {}
     return [
-        SkippedFile(
-            sample_id,
-            f"a copy of {first[content]}, which calibrates; if it is another part, add its images to manifest.keep",
-        )
+        SkippedFile(sample_id, f"a copy of {first[content]}, which calibrates")
         for sample_id, content in contents.items()
         if split_of[sample_id] not in (TRAIN, VALIDATION) and first.setdefault(content, sample_id) != sample_id
     ]

@@ -113,17 +113,15 @@ def _means(vectors_ND: NDArray[np.float64]) -> Any:
     return vectors_ND.mean(axis=-1) * np.sqrt(vectors_ND.shape[-1])
 
 
-def shared_digests(
-    records: Sequence[ImageRecord], found: Mapping[str, Inspection], keep: Collection[str]
-) -> dict[str, str]:
+def shared_digests(records: Sequence[ImageRecord], found: Mapping[str, Inspection]) -> dict[str, str]:
     """A digest for each training sample of one class, by its id: copies have the same, others their own.
 
-    All samples must be complete. Those of `keep` are copies of samples with the same bytes alone.
+    All samples must be complete.
     """
     samples = by_sample(record for record in records if record.split == TRAIN)
     own = {sample_id: "".join(found[image.path].sha256 for image in images) for sample_id, images in samples.items()}
     # Each content once: copies of the same bytes need no comparison, and thousands of them would make it slow.
-    distinct = {own[sample_id]: images for sample_id, images in samples.items() if not _kept(images, keep)}
+    distinct = {own[sample_id]: images for sample_id, images in samples.items()}
     shared = _shared(list(distinct), _vectors(distinct.values(), found)) if len(distinct) > 1 else {}
     return {sample_id: shared.get(digest, digest) for sample_id, digest in own.items()}
 

@@ -43,8 +43,8 @@ logger = logging.getLogger(__name__)
 MAX_CONNECTIONS = 4096
 """Connections that a replica accepts; idle ones cost a socket each."""
 
-FAILED_BATCHES = 5
-"""In a row, after which a replica is replaced: a device that has failed stays so for its process."""
+HEALTH_S = 3.0
+"""How often Ray Serve asks a replica for its health; it replaces one that has said no three times."""
 
 CLOSE_S = 10.0
 """Time for the last decisions to be written when a replica ends."""
@@ -99,7 +99,9 @@ def _node_cpus() -> int:
 
 # The limit of Ray Serve counts connections whose body is still to come, and lets others wait in silence; what is scored
 # is decided by `sprue.serving.admission`.
-@serve.deployment(name="scoring", max_ongoing_requests=MAX_CONNECTIONS, max_constructor_retry_count=2)
+@serve.deployment(
+    name="scoring", max_ongoing_requests=MAX_CONNECTIONS, max_constructor_retry_count=2, health_check_period_s=HEALTH_S
+)
 @serve.ingress(app)
 class ScoringService:
     """Scores samples with champions; loads them when they are asked for, changes them together with other replicas."""
@@ -265,9 +267,9 @@ class ScoringService:
         return ServedClasses(classes=[responses.summary(each, models.since(each)) for each in models.available])
 
     async def check_health(self) -> None:
-        """Raises RuntimeError where no batch can be scored; Ray Serve asks, and then replaces the replica."""
-        if self.batcher.failures >= FAILED_BATCHES:
-            raise RuntimeError(f"{self.batcher.failures} batches in a row could not be scored; see the log")
+        """Raises what a backbone raises, if it no longer runs: a device that has failed stays so for its process."""
+        if self.batcher.has_failed:
+            await self._in_pool(self.models.loader.try_engines)
 
     @app.get("/livez", response_model=Liveness, tags=["service"])
     async def livez(self) -> Any:

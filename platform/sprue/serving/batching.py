@@ -32,8 +32,8 @@ class Batcher(Generic[Task, Result]):
         self._function, self._max_size = function, max_size
         self.seconds_per_task = 0.0
         """A moving average over the last batches; 0 before the first."""
-        self.failures = 0
-        """How many batches in a row have failed."""
+        self.has_failed = False
+        """Whether the last batch has."""
         # Not asyncio's own pool, whose few threads may all wait for a store.
         self._thread = ThreadPoolExecutor(1, "score")
         self._queue: asyncio.Queue[tuple[Task, asyncio.Future[tuple[Result, int]]]] = asyncio.Queue()
@@ -64,12 +64,12 @@ class Batcher(Generic[Task, Result]):
             tasks = [task for task, _ in batch]
             results = await asyncio.get_running_loop().run_in_executor(self._thread, self._function, tasks)
         except Exception as error:
-            self.failures += 1
+            self.has_failed = True
             for _, future in batch:
                 if not future.done():
                     future.set_exception(error)
             return
-        self.failures = 0
+        self.has_failed = False
         seconds = (time.perf_counter() - started) / len(batch)
         self.seconds_per_task += (seconds - self.seconds_per_task) * (RECENT if self.seconds_per_task else 1.0)
         for result, (_, future) in zip(results, batch, strict=True):

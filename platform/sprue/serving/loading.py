@@ -57,5 +57,10 @@ class Loader:
         """
         return require_complete(champion).fingerprint in self.engines and registry.is_downloaded(champion)
 
+    def try_engines(self) -> None:
+        """Runs each engine on a black image; raises what it raises."""
+        for engine in list(self.engines.values()):
+            engine.run_on_black()
+
     def _build(self, detector: Detector) -> SharedEngine:
         return SharedEngine(registered_engine(detector, threads=self._threads), detector.spec.input_size)

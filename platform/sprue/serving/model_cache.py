@@ -41,7 +41,11 @@ class SharedEngine:
     @cached_property
     def blank_maps(self) -> list[NDArray[np.float16]]:
         """The maps [1, C, H, W] of a black image."""
-        return [map_1CHW.copy() for map_1CHW in self(np.zeros((1, self._side, self._side, 3), np.uint8))]
+        return [map_1CHW.copy() for map_1CHW in self.run_on_black()]
+
+    def run_on_black(self) -> list[NDArray[np.float16]]:
+        """Runs the engine on a black image."""
+        return self(np.zeros((1, self._side, self._side, 3), np.uint8))
 
 
 @dataclass(frozen=True, eq=False)

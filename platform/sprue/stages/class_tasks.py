@@ -100,7 +100,7 @@ def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any
     except (SprueError, OSError) as error:
         return None, str(error)
     except Exception as error:  # too little memory, or a defect, which need not be in other classes' way
-        logger.exception("it failed unexpectedly")
+        logger.exception("a class failed unexpectedly")
         return None, f"{type(error).__name__}: {error}"
 
 
@@ -125,4 +125,4 @@ class _Messages(logging.Handler):
         self.logged: Logged = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.logged.append((record.levelno, record.getMessage()))
+        self.logged.append((record.levelno, self.format(record)))

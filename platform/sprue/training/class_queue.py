@@ -73,18 +73,18 @@ class ClassQueue:
     async def take(self, group: int, workers: int = 1) -> str | None:
         """The next fit of a worker group: the one that it was interrupted at, or a new one; None if there is none.
 
-        A group that has other workers than before has been resized, which is no failed attempt.
+        A group with more workers than before has been resized, which is no failed attempt; one with fewer lost some.
         """
         if self.cancelled:
             return None
         current = self.current.get(group)
-        is_resized = self.workers.get(group, workers) != workers and current not in self.errors
+        has_grown = self.workers.get(group, workers) < workers and current not in self.errors
         self.workers[group] = workers
-        if current is not None and self.attempts[current] == ATTEMPTS and not is_resized:
+        if current is not None and self.attempts[current] == ATTEMPTS and not has_grown:
             reason = self.errors.get(current, "the process that fits it dies")
             await self.end(group, current, f"{reason} (tried {ATTEMPTS + 1} times)", lost=True)
         elif current is not None:
-            if not is_resized:
+            if not has_grown:
                 self.attempts[current] += 1
             self.resumed.add(current)
             self.errors.pop(current, None)

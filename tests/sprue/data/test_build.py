@@ -76,10 +76,7 @@ def test_copies_of_an_image_share_a_split_and_calibrate_once(copied):
     first = [path for path in calibrating["path"] if path < "bottle/train/good/030"]
     assert first
     copies = {path: path.replace("good/", "good/copy") for path in first}
-    assert reasons(manifest) == {
-        copy: f"a copy of {path}, which calibrates; if it is another part, add its images to manifest.keep"
-        for path, copy in copies.items()
-    }
+    assert reasons(manifest) == {copy: f"a copy of {path}, which calibrates" for path, copy in copies.items()}
     assert len(frame) == 134 - len(first)
 
 

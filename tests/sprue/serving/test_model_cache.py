@@ -3,9 +3,12 @@
 Shapes: N images, V views, S side of the backbone's input, C channels, H rows, W columns of a map.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from sprue.serving.loading import Loader
 from sprue.serving.model_cache import ModelCache, ServedModel, SharedEngine, score_together
 from sprue.tracking.registry import RegisteredDetector
 
@@ -92,6 +95,23 @@ def test_samples_of_several_classes_are_scored_as_alone(served):
         np.testing.assert_allclose(found.image_score_BV, alone.image_score_BV, rtol=1e-4)
         assert found.score_B.shape == (1,) and found.is_anomalous_B.tolist() == alone.is_anomalous_B.tolist()
     assert len({float(found.score_B[0]) for found in together}) == len(tasks)
+
+
+def test_a_device_that_has_failed_is_found_by_trying_its_engines(tiny_engine):
+    loader, device = Loader(threads=1), SimpleNamespace(works=True)
+
+    class Engine(tiny_engine):
+        def __call__(self, images_BSS3):
+            if not device.works:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            return super().__call__(images_BSS3)
+
+    engine = loader.engines["fingerprint"] = SharedEngine(Engine(), side=32)
+    assert len(engine.blank_maps) == 1
+    loader.try_engines()
+    device.works = False
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        loader.try_engines()
 
 
 def test_two_models_of_the_same_version_keep_apart(served, tiny_detector):

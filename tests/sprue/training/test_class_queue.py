@@ -54,7 +54,7 @@ def test_a_class_whose_processes_keep_dying_is_given_up():
     ]
 
 
-def test_a_group_that_is_resized_has_not_failed():
+def test_a_group_that_grows_has_not_failed():
     queue = ClassQueue(["brick"], groups=1)
 
     async def fits():
@@ -62,6 +62,18 @@ def test_a_group_that_is_resized_has_not_failed():
 
     assert asyncio.run(fits()) == ["brick"] * 7
     assert not events_of(queue)
+
+
+def test_a_class_whose_workers_keep_dying_and_coming_back_is_given_up():
+    queue = ClassQueue(["brick"], groups=1)
+
+    async def fits():
+        return [await queue.take(0, workers) for workers in (2, 1) * (ATTEMPTS + 2)]
+
+    assert asyncio.run(fits()) == ["brick"] * (2 * ATTEMPTS + 1) + [None] * 3
+    assert [event.failure for event in events_of(queue)] == [
+        f"the process that fits it dies (tried {ATTEMPTS + 1} times)"
+    ]
 
 
 def test_deaths_between_epochs_do_not_add_up():
