@@ -64,12 +64,13 @@ class PhaseTimer:
         """Starts the first phase."""
         self.seconds: dict[str, float] = {}
         self._started = self._last = time.perf_counter()
+        self._epoch = time.time() - self._started
 
     def end(self, phase: str) -> None:
         """Ends a phase and starts the next."""
         now = time.perf_counter()
+        add_phase(phase, self._epoch + self._last, self._epoch + now)
         self.seconds[phase], self._last = now - self._last, now
-        add_phase(phase, self.seconds[phase])
 
     @property
     def total(self) -> float:

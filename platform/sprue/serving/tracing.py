@@ -4,7 +4,6 @@ OpenTelemetry's own environment variables, on the nodes that run replicas, say w
 """
 
 import os
-import time
 
 from fastapi.telemetry import TelemetryConfig
 from opentelemetry import trace
@@ -41,12 +40,11 @@ def send_traces() -> None:
     trace.set_tracer_provider(provider)
 
 
-def add_phase(phase: str, seconds: float) -> None:
-    """A span that ends now, below the request's, if it is traced."""
+def add_phase(phase: str, started_s: float, ended_s: float) -> None:
+    """A span between two times since the epoch, below the request's, if it is traced."""
     if trace.get_current_span().is_recording():
-        ended = time.time_ns()
-        span = trace.get_tracer(__name__).start_span(phase, start_time=ended - round(1e9 * seconds))
-        span.end(ended)
+        span = trace.get_tracer(__name__).start_span(phase, start_time=round(1e9 * started_s))
+        span.end(round(1e9 * ended_s))
 
 
 def describe(**attributes: str | int | float | bool) -> None:
