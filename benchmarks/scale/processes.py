@@ -38,7 +38,7 @@ class CpuMeter:
 
     def __init__(self, processes: list[subprocess.Popen[bytes]]) -> None:
         self._roots = [psutil.Process(process.pid) for process in processes]
-        # A process is told from others by what the system's clock does not change.
+        # psutil compares processes by what a step of the system's clock does not change.
         self._seen: dict[psutil.Process, float] = {}
         self._ended = Event()
         self._thread = Thread(target=self._watch, daemon=True)

@@ -121,7 +121,7 @@ def _scoring(settings: Settings) -> str:
     _get(f"{url}/livez")
     key = file.read_text() if file.exists() else ""
     ready = _get(f"{url}/readyz", headers={"Authorization": f"Bearer {key}"}).json()
-    if "classes" not in ready:  # what those without a key with the scope `admin` are told
+    if "classes" not in ready:  # as for those without a key with the scope `admin`
         raise Unhealthy(f"{file} has no valid key with all scopes: remove the file, and `make up` makes another key")
     if not ready["classes"] and not ready.get("failures"):
         return "no champion yet"

@@ -14,8 +14,8 @@ from starlette.exceptions import HTTPException
 BUSY = "overloaded"
 """Code of a refusal that is nobody's fault: there is too much work."""
 
-TELL_S = 1.0
-"""How often Ray is told of refusals, which takes it as long as a refusal takes."""
+REPORT_S = 1.0
+"""How often refusals are reported to Ray, which takes as long as a refusal itself."""
 
 
 class RefusalCounter:
@@ -27,15 +27,15 @@ class RefusalCounter:
         self._lock = threading.Lock()
 
     def count(self, code: str) -> None:
-        """Counts one, of which Ray is told with others."""
+        """Counts one, which is reported with others."""
         with self._lock:
             if not self._counts:
-                timer = threading.Timer(TELL_S, self._tell)
+                timer = threading.Timer(REPORT_S, self._report)
                 timer.daemon = True
                 timer.start()
             self._counts[code] = self._counts.get(code, 0) + 1
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         with self._lock:
             counts, self._counts = self._counts, {}
         for code, count in counts.items():
