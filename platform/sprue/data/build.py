@@ -14,6 +14,7 @@ from sprue.data.folds import assign_folds
 from sprue.data.inspection import Inspection, inspect_images
 from sprue.data.layouts import GOOD, LAYOUTS, ImageRecord, SkippedFile
 from sprue.data.manifest import COLUMNS, Manifest, typed
+from sprue.data.masks import WHITE
 from sprue.data.near_duplicates import shared_digests, without_near_duplicates
 from sprue.data.samples import Sample, by_class, by_sample, complete_samples
 from sprue.data.splits import TEST, TRAIN, VALIDATION, assign_splits
@@ -29,8 +30,8 @@ def build_manifest(root: UPath, dataset: str, settings: ManifestSettings, calibr
     Skips damaged images, files that are no images, images that `settings` drops, samples that lack a view because of
     this, training samples that are also test samples or copies of one, and copies of a sample that calibrates. A sample
     with a damaged mask stays, without ground truth. A class is refused, and the others go on, if a mask has another
-    size than its image, its images of more than 8 bits use little of their scale, its samples share no view, or it has
-    too few for its splits. Equal files and settings give equal manifests.
+    size than its image or values but no white, its images of more than 8 bits use little of their scale, its samples
+    share no view, or it has too few for its splits. Equal files and settings give equal manifests.
 
     Args:
         root: Folder of the dataset, local or remote.
@@ -46,7 +47,11 @@ def build_manifest(root: UPath, dataset: str, settings: ManifestSettings, calibr
     records, skipped = layout.read(root)
     class_names = {record.class_name for record in records}
     records, dropped = without_dropped(records, settings)
-    found = inspect_images(root, {path: None for record in records for path in (record.path, record.mask_path) if path})
+    found = inspect_images(
+        root,
+        images=dict.fromkeys(record.path for record in records),
+        masks=dict.fromkeys(record.mask_path for record in records if record.mask_path),
+    )
     skipped += [SkippedFile(path, inspection.damage) for path, inspection in found.items() if inspection.damage]
     records = [record for record in records if not found[record.path].damage]
     complete, incomplete, unlike = complete_samples(records)
@@ -75,18 +80,24 @@ def build_manifest(root: UPath, dataset: str, settings: ManifestSettings, calibr
 
 
 def _wrong_masks(records: list[ImageRecord], found: dict[str, Inspection]) -> dict[str, str]:
-    """The classes with masks of another size than their image, and what is wrong."""
+    """The classes with masks that can't be compared with their image, and what is wrong."""
     problems: dict[str, list[str]] = defaultdict(list)
     for record in records:
         image, mask = found[record.path], found.get(record.mask_path)
-        if mask and not mask.damage and (mask.width, mask.height) != (image.width, image.height):
+        if not mask or mask.damage:
+            continue
+        if (mask.width, mask.height) != (image.width, image.height):
             problems[record.class_name].append(
                 f"mask {record.mask_path} is {mask.width}x{mask.height}, "
                 f"its image {record.path} is {image.width}x{image.height}"
             )
+        if mask.peak and mask.peak < WHITE:
+            problems[record.class_name].append(
+                f"the largest value of mask {record.mask_path} is {100 * mask.peak:.2g} % of white, "
+                "and black and white are read: write anomalous pixels as white (255 of 8 bits)"
+            )
     return {
-        name: f"class {name!r} has masks of another size than their image: {'; '.join(of_class)}. Correct or remove "
-        "these masks."
+        name: f"class {name!r} has wrong masks: {'; '.join(of_class)}. Correct or remove these masks."
         for name, of_class in problems.items()
     }
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from upath import UPath
 
-from sprue.inference.images import UnreadableImageError, is_deep, open_image
+from sprue.inference.images import UnreadableImageError, deep_peak, open_image
 
 THUMBNAIL = 32
 """Side of a thumbnail: at 16 distinct parts grow alike, at 64 a copy of half the size differs from its original."""
@@ -29,7 +29,8 @@ class Inspection:
         height: Rows, 0 if unknown.
         damage: Why the file can't be used; empty if it can.
         thumbnail_HW: The image's luminance in 0..255; None if the file can't be used.
-        peak: Where values have more than 8 bits, the largest, as a fraction of the full scale; otherwise None.
+        peak: The largest value as a fraction of the full scale, of masks and where values have more than 8 bits;
+            otherwise None.
     """
 
     sha256: str
@@ -40,13 +41,15 @@ class Inspection:
     peak: float | None = None
 
 
-def inspect_images(root: UPath, paths: Collection[str]) -> dict[str, Inspection]:
-    """Reads and fully decodes files in threads; `paths` are relative to `root`, with forward slashes."""
+def inspect_images(root: UPath, images: Collection[str], masks: Collection[str]) -> dict[str, Inspection]:
+    """Reads and fully decodes files in threads; paths are relative to `root`, with forward slashes."""
     with ThreadPoolExecutor() as pool:
-        return dict(zip(paths, pool.map(lambda path: _inspect(root / path), paths), strict=True))
+        of_images = pool.map(lambda path: _inspect(root / path, is_mask=False), images)
+        of_masks = pool.map(lambda path: _inspect(root / path, is_mask=True), masks)
+        return dict(zip([*images, *masks], [*of_images, *of_masks], strict=True))
 
 
-def _inspect(path: UPath) -> Inspection:
+def _inspect(path: UPath, *, is_mask: bool) -> Inspection:
     try:
         data = path.read_bytes()
     except (FileNotFoundError, PermissionError) as error:
@@ -58,7 +61,9 @@ def _inspect(path: UPath) -> Inspection:
         image = open_image(data, "the file")
     except UnreadableImageError as error:
         return Inspection(sha256, 0, 0, str(error))
-    peak = float(np.asarray(image).max()) / 255 if is_deep(data) else None
+    peak = deep_peak(data)
+    if is_mask and peak is None:
+        peak = float(np.asarray(image.convert("L")).max()) / 255
     return Inspection(sha256, image.width, image.height, thumbnail_HW=thumbnail(image), peak=peak)
 
 

@@ -24,7 +24,7 @@ from sprue.evaluation.curves import Counts, Curve
 from sprue.evaluation.metrics import Estimate, fraction, mean, pixel_estimates, score_estimates
 from sprue.evaluation.pixels import PixelCounts, predicted_mask_fractions
 from sprue.evaluation.render import histogram, panel, stack
-from sprue.evaluation.truth import GroundTruth, read_mask
+from sprue.evaluation.truth import GroundTruth, mask_of
 from sprue.features.tables import FeatureTable
 from sprue.inference.detector import Detector, Predictions
 from sprue.inference.heatmap import heat
@@ -289,4 +289,4 @@ def _panel(evaluation: Evaluation, detector: Detector, root: UPath, index: int, 
         f"{row.path}   {row.defect_type}   score {predictions.score_B[index]:.3f}{of_image}   "
         f"p {predictions.p_value_B[index]:.3f}   {decision}"
     )
-    return panel(image, read_mask(root, row), heat(map_HW, calibration), calibration.predicted_mask(map_HW), caption)
+    return panel(image, mask_of(root, row), heat(map_HW, calibration), calibration.predicted_mask(map_HW), caption)

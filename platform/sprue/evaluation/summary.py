@@ -15,7 +15,7 @@ from upath import UPath
 from sprue.evaluation.evaluate import Evaluation
 from sprue.evaluation.outliers import Outlier
 from sprue.evaluation.render import encoded, thumbnail, thumbnail_size
-from sprue.evaluation.truth import read_mask
+from sprue.evaluation.truth import mask_of
 from sprue.inference.detector import Detector
 from sprue.inference.images import open_image
 from sprue.store import read_json
@@ -112,7 +112,7 @@ def wrong_samples(evaluation: Evaluation, label: int) -> NDArray[np.intp]:
 def _telling_view(evaluation: Evaluation, sample: int, root: UPath) -> tuple[int, NDArray[Any] | None]:
     """The view whose mask has the most anomalous pixels, or without masks that of the highest score; and its mask."""
     rows = evaluation.images.iloc[sample * evaluation.views : (sample + 1) * evaluation.views]
-    masks = [read_mask(root, row) for row in rows.itertuples()]
+    masks = [mask_of(root, row) for row in rows.itertuples()]
     anomalous = [0 if mask is None else int(mask.sum()) for mask in masks]
     telling = anomalous if any(anomalous) else evaluation.predictions.image_score_BV[sample]
     view = int(np.argmax(telling))

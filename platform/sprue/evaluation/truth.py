@@ -11,24 +11,14 @@ import pandas as pd
 from numpy.typing import NDArray
 from upath import UPath
 
-from sprue.errors import SprueError
+from sprue.data.masks import read_mask
 from sprue.evaluation.pixels import PixelCounts, count_pixels
 from sprue.inference.detector import anomaly_map
-from sprue.inference.images import open_image
 
 
-def read_mask(root: UPath, row: Any) -> NDArray[np.bool_] | None:
-    """A manifest row's ground truth [H, W], anomalous from grey level 128 up; None if there is no mask.
-
-    Raises:
-        SprueError: If a mask is not all 0 but stays below 128, as where classes are numbered.
-    """
-    if not row.mask_path:
-        return None
-    grey_HW = np.asarray(open_image((root / row.mask_path).read_bytes(), row.mask_path).convert("L"))
-    if 0 < grey_HW.max() < 128:
-        raise SprueError(f"{row.mask_path}: the largest value is {grey_HW.max()}; write anomalous pixels as 255")
-    return grey_HW >= 128
+def mask_of(root: UPath, row: Any) -> NDArray[np.bool_] | None:
+    """A manifest row's ground truth [H, W], True where the image is anomalous; None if there is no mask."""
+    return read_mask(root, row.mask_path) if row.mask_path else None
 
 
 @dataclass(frozen=True)
@@ -66,7 +56,7 @@ class GroundTruth:
 
     def mask(self, index: int) -> NDArray[np.bool_] | None:
         """An image's mask [H, W]; None for an image without anomalous pixels."""
-        return read_mask(self.root, self.rows.iloc[index])
+        return mask_of(self.root, self.rows.iloc[index])
 
     def map(self, position_scores_NVHW: NDArray[np.float32], index: int) -> NDArray[np.float32]:
         """An image's anomaly map at its own size, from the position scores of all samples."""
@@ -78,6 +68,6 @@ class GroundTruth:
         """The pixels' counts, from which the metrics of localisation follow.
 
         Raises:
-            SprueError: If a mask can't be read.
+            UnreadableImageError: If a mask can't be decoded.
         """
         return count_pixels(lambda index: self.map(position_scores_NVHW, index), self.mask, len(self))

@@ -69,11 +69,12 @@ def open_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Im
         raise UnreadableImageError(f"{name} is damaged: {error}") from error
 
 
-def is_deep(data: bytes) -> bool:
-    """Whether an image, as `open_image` reads it, has 16-bit, 32-bit or float values."""
+def deep_peak(data: bytes) -> float | None:
+    """The largest value of an image that `open_image` reads, as a fraction of its full scale; None of 8-bit values."""
     image = _undecoded(data)
     # Pillow decodes 16-bit colour to 8 bits; then only the layout of the stored pixels tells.
-    return image.mode[0] in "IF" or any(";16" in str(tile.args) for tile in image.tile)
+    deep = image.mode[0] in "IF" or any(";16" in str(tile.args) for tile in image.tile)
+    return float(np.nan_to_num(np.asarray(image)).max() / _full_scale(image)) if deep else None
 
 
 def _undecoded(data: bytes) -> ImageFile.ImageFile:
@@ -87,7 +88,7 @@ def _eight_bit(image: Image.Image, name: str) -> Image.Image:
     """Converts 16-bit, 32-bit and float greyscale to 8 bits by one scale for all images, where Pillow would clip."""
     if image.mode[0] not in "IF":
         return image
-    full = 1 if image.mode == "F" else 65535
+    full = _full_scale(image)
     values_HW = np.nan_to_num(np.asarray(image))
     if values_HW.max(initial=0) > full:
         raise UnreadableImageError(
@@ -96,6 +97,11 @@ def _eight_bit(image: Image.Image, name: str) -> Image.Image:
         )
     values_HW = values_HW.clip(0, full)
     return Image.fromarray((values_HW * 255.0 if full == 1 else values_HW // 257).astype(np.uint8))
+
+
+def _full_scale(image: Image.Image) -> int:
+    """The value of white."""
+    return {"F": 1, "I": 65535}.get(image.mode[0], 255)
 
 
 def model_input(image: Image.Image, side: int) -> NDArray[np.uint8]:

@@ -181,6 +181,32 @@ def test_masks_of_another_size_refuse_their_class_alone(bottles):
 
 
 @pytest.mark.parametrize(
+    ("pixels", "suffix", "percent"),
+    [
+        (np.full((16, 20), 3, np.uint8), "png", "1.2"),
+        (np.full((16, 20), 127, np.uint8), "png", "50"),
+        (np.full((16, 20), 255, np.uint16), "png", "0.39"),
+        (np.full((16, 20), 0.4, np.float32), "tif", "40"),
+    ],
+)
+def test_masks_without_white_refuse_their_class(bottles, pixels, suffix, percent):
+    bottles.add_class("cup", first_key=3000)
+    (bottles.root / "bottle/ground_truth/crack/000_mask.png").unlink()
+    bottles.put(f"bottle/ground_truth/crack/000_mask.{suffix}", Image.fromarray(pixels))
+    manifest = build(bottles)
+    assert manifest.classes == ["cup"]
+    assert (
+        f"the largest value of mask bottle/ground_truth/crack/000_mask.{suffix} is {percent} % of white"
+        in (manifest.refused["bottle"])
+    )
+
+
+def test_a_black_mask_is_no_mistake(bottles):
+    bottles.put("bottle/ground_truth/crack/000_mask.png", Image.new("L", (20, 16)))
+    assert not build(bottles).refused
+
+
+@pytest.mark.parametrize(
     ("bits", "suffix", "kept"),
     [
         (12, "png", False),

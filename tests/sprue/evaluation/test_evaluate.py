@@ -1,13 +1,10 @@
 """A detector's metrics follow from its scores and maps, and are missing where they do not exist."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
-from upath import UPath
 
 from sprue.config import CalibrationSettings, ScoringSettings
 from sprue.data.samples import samples_of
@@ -15,7 +12,7 @@ from sprue.errors import SprueError
 from sprue.evaluation import evaluate as module
 from sprue.evaluation.calibrate import HeldOut, calibrate
 from sprue.evaluation.evaluate import write_evaluation
-from sprue.evaluation.truth import read_mask
+from sprue.evaluation.truth import mask_of
 from sprue.inference.detector import Detector
 
 
@@ -36,7 +33,7 @@ def test_metrics_are_those_of_the_scores_and_of_the_maps_at_the_images_own_size(
     truth, values = [], []
     for index, row in enumerate(bench.test.itertuples()):
         if row.label == 0 or row.mask_path:
-            mask = read_mask(bench.root, row)
+            mask = mask_of(bench.root, row)
             truth.append((np.zeros((row.height, row.width), bool) if mask is None else mask).ravel())
             values.append(predictions.anomaly_map(index, (row.height, row.width)).ravel())
     assert len(truth) == 20
@@ -99,12 +96,6 @@ def test_the_files_show_the_scores_and_an_overview_of_images(bench, tmp_path):
     area = np.trapezoid(np.interp(fine, rate, overlap), fine) / 0.3
     assert area == pytest.approx(evaluation.metrics["pixel_aupro"], abs=0.005)
     assert np.diff(evaluation.curves["precision_recall"][0]).min() >= 0
-
-
-def test_a_mask_of_numbered_classes_is_refused(tmp_path):
-    Image.fromarray(np.array([[0, 3], [0, 0]], np.uint8)).save(tmp_path / "mask.png")
-    with pytest.raises(SprueError, match=r"mask\.png: the largest value is 3; write anomalous pixels as 255"):
-        read_mask(UPath(tmp_path), SimpleNamespace(mask_path="mask.png"))
 
 
 def test_too_few_calibration_samples_name_the_class(bench):

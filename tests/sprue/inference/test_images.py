@@ -14,7 +14,7 @@ from sprue.inference.images import (
     ImageTooLargeError,
     NotAnImageError,
     UnreadableImageError,
-    is_deep,
+    deep_peak,
     model_input,
     open_image,
 )
@@ -102,14 +102,14 @@ def png_of_16_bits(values_HWC):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_deep_images_are_told(mode):
-    assert is_deep(MODES[mode][0]) == (mode[0] in "IF")
+def test_only_deep_images_have_a_deep_peak(mode):
+    assert (deep_peak(MODES[mode][0]) is not None) == (mode[0] in "IF")
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
-def test_deep_colours_are_told_though_they_are_decoded_to_8_bits(channels):
+def test_deep_colours_have_a_peak_though_they_are_decoded_to_8_bits(channels):
     data = png_of_16_bits(np.full((4, 5, channels), 4095))
-    assert is_deep(data)
+    assert deep_peak(data) == pytest.approx(4095 / 65535, abs=1 / 255)
     assert np.asarray(open_image(data, "part")).max() == 15
 
 
