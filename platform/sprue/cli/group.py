@@ -42,10 +42,9 @@ class Commands(click.Group):
         except KeyboardInterrupt as error:
             raise Failure(ctx, "interrupted") from error
         except Exception as error:
-            # Imported only now, for it takes seconds.
-            from mlflow.exceptions import MlflowException
-
-            if not isinstance(error, MlflowException):
+            # An error of MLflow has imported MLflow. To import it for others, as click's own, would take seconds.
+            exceptions = sys.modules.get("mlflow.exceptions")
+            if exceptions is None or not isinstance(error, exceptions.MlflowException):
                 raise
             raise Failure(ctx, f"the registry answers: {error}") from error
 
