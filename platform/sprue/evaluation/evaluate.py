@@ -30,7 +30,7 @@ from sprue.inference.detector import Detector, Predictions
 from sprue.inference.heatmap import heat
 from sprue.inference.images import open_image
 
-VERSION = 2
+VERSION = 3
 """Changes when the same scores, labels and maps give other metrics."""
 
 OVERVIEW = "heatmaps.png"

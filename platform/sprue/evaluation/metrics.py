@@ -202,10 +202,10 @@ def _weights(
         numbers_N = np.unique(groups_N, return_inverse=True)[1]
         strata_G = np.zeros(numbers_N.max(initial=-1) + 1, int)
         np.maximum.at(strata_G, numbers_N, strata_N)
-        yield from (weights_DG[:, numbers_N] for weights_DG in _weights(strata_G, width, seed))
+        yield from (weights_DG[:, numbers_N] for weights_DG in _weights(strata_G, max(width, len(strata_N)), seed))
         return
     rng = np.random.default_rng(seed)
-    at_once = max(1, min(RESAMPLES, WEIGHTS_AT_ONCE // max(1, width)))
+    at_once = max(1, min(RESAMPLES, WEIGHTS_AT_ONCE // max(1, width, len(strata_N))))
     for start in range(0, RESAMPLES, at_once):
         weights_DN = np.zeros((min(at_once, RESAMPLES - start), len(strata_N)))
         for stratum in np.unique(strata_N):

@@ -129,9 +129,9 @@ def _outliers_in_words(calibration: Calibration) -> str:
         return ""
     listed = ", ".join(f"{score:.4g}" for score in found)
     return (
-        f" The calibration scores {listed} lie far beyond the others: they raise the threshold, and defects are "
-        "missed. The report's overview names the samples; put what is no good part into manifest.drop, and what is one "
-        "into manifest.keep."
+        f" The calibration scores {listed} lie far beyond the others: they raise the threshold, and defects may be "
+        "missed. The report's overview names those samples about which nothing is decided: put what is no good part "
+        "into manifest.drop, and what is one into manifest.keep."
     )
 
 

@@ -11,7 +11,7 @@ from scipy.stats import norm
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from sprue.errors import SprueError
-from sprue.evaluation import pixels
+from sprue.evaluation import metrics, pixels
 from sprue.evaluation.curves import Curve
 from sprue.evaluation.evaluate import VERSION
 from sprue.evaluation.metrics import (
@@ -292,7 +292,7 @@ def test_variants_of_one_image_are_resampled_together():
 
 
 PINNED = {
-    2: {
+    3: {
         "sample_auroc": (0.875, 0.6944444444444444, 0.9791666666666666),
         "sample_average_precision": (0.9031924763832659, 0.7733175574652338, 0.9791666666666666),
         "sample_best_f1": (0.8, 0.6857142857142857, 0.8571428571428571),
@@ -310,6 +310,13 @@ PINNED = {
     }
 }
 """By version of the evaluation: value, low and high of each estimate."""
+
+
+@pytest.mark.parametrize("groups_N", [None, np.arange(20_000) // 2], ids=["alone", "in groups"])
+def test_resamples_of_many_images_are_held_in_parts(groups_N):
+    parts = [part_DN.shape for part_DN in metrics._weights(np.zeros(20_000, int), 100, 0, groups_N)]
+    assert sum(resamples for resamples, _ in parts) == metrics.RESAMPLES
+    assert all(resamples * images <= metrics.WEIGHTS_AT_ONCE for resamples, images in parts)
 
 
 def test_the_estimates_of_this_version():
