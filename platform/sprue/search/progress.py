@@ -2,16 +2,15 @@
 
 import logging
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Any
 
-from mlflow.exceptions import MlflowException
 from ray import tune
 from ray.tune.experiment import Trial
 
 from sprue.search.run import NUMBER, point_of
 from sprue.tracking.runs import FitRun
+from sprue.tracking.writer import TrackingWriter
 from sprue.training.loop import Epoch
 from sprue.training.spec import FitSpec
 
@@ -60,11 +59,11 @@ class Progress(tune.Callback):
     def _connect(self) -> None:
         self.history: dict[str, list[dict[str, Any]]] = {}
         self.runs: dict[str, FitRun] = {}
-        self.logger = ThreadPoolExecutor(1, thread_name_prefix="tracking")
+        self.writer = TrackingWriter()
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the thread and the runs."""
-        return {name: value for name, value in vars(self).items() if name not in ("history", "runs", "logger")}
+        return {name: value for name, value in vars(self).items() if name not in ("history", "runs", "writer")}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """Restores the state and connects again."""
@@ -85,16 +84,13 @@ class Progress(tune.Callback):
         logger.info("%s  %s  synthetic defects %5.1f %% (highest %.1f %%)", name, epoch, objective, highest)
         row = {field: result[field] for field in (*EPOCH_FIELDS, "objective")}
         self.history.setdefault(trial.trial_id, []).append(row)
-        self.logger.submit(self._log, trial.trial_id, point_of(trial.config), list(self.history[trial.trial_id]))
+        self.writer.submit(self._log, trial.trial_id, point_of(trial.config), list(self.history[trial.trial_id]))
 
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
         """Waits until the server has everything."""
-        self.logger.shutdown(wait=True)
+        self.writer.close()
 
     def _log(self, trial_id: str, point: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-        try:
-            if trial_id not in self.runs:
-                self.runs[trial_id] = self.trial_runs.open(point)
-            self.runs[trial_id].log_epochs(rows)
-        except MlflowException as error:
-            logger.warning("the tracking server took no metrics (%s); they are sent again later", error)
+        if trial_id not in self.runs:
+            self.runs[trial_id] = self.trial_runs.open(point)
+        self.runs[trial_id].log_epochs(rows)

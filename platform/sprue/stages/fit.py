@@ -1,6 +1,7 @@
 """Fits one flow per class on the stored features; a class whose plan has not changed is kept as it is."""
 
 import logging
+from contextlib import closing
 
 import torch
 
@@ -49,7 +50,6 @@ def fit(context: Context, plans: list[ClassPlan], specs: list[FitSpec]) -> dict[
     """Does some of the plans' fits, and stores each as soon as it is done; returns why the classes that failed did."""
     connect_ray()
     placement, code = placement_of(specs), commit()
-    runs = FitRuns(context, plans, specs)
     failures: dict[str, str] = {}
     metrics = FitMetrics(context.dataset, specs)
 
@@ -70,5 +70,6 @@ def fit(context: Context, plans: list[ClassPlan], specs: list[FitSpec]) -> dict[
         remove_folder(context.folder / "runs" / spec.checkpoints)
         runs.complete(spec, outcome.history)
 
-    fit_classes(specs, context.features, context.folder / "runs", on_epoch, on_outcome, placement)
+    with closing(FitRuns(context, plans, specs)) as runs:
+        fit_classes(specs, context.features, context.folder / "runs", on_epoch, on_outcome, placement)
     return failures

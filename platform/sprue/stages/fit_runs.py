@@ -1,30 +1,26 @@
 """The runs on the tracking server of the fits that a stage does."""
 
-import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
-
-from mlflow.exceptions import MlflowException
 
 from sprue.stages.runtime import Context
 from sprue.tracking.provenance import provenance
 from sprue.tracking.runs import FitRun
 from sprue.tracking.server import experiment_id
+from sprue.tracking.writer import TrackingWriter
 from sprue.training.loop import Epoch
 from sprue.training.plan import ClassPlan
 from sprue.training.spec import FitSpec
-
-logger = logging.getLogger(__name__)
 
 
 class FitRuns:
     """A run for each fit; and one for each class that has folds, whose fits' runs are below it.
 
     A run is opened when there is something to say of its fit, and forgotten when the fit has ended: the first fits do
-    not wait until the server has made thousands of runs, and this process holds those of the running fits alone.
+    not wait until the server has made thousands of runs, and this process holds those of the running fits alone. A
+    server that does not answer stops no fit: the next epoch, or the register stage, logs what is missing.
     """
 
     def __init__(self, context: Context, plans: Sequence[ClassPlan], specs: Sequence[FitSpec]) -> None:
@@ -36,29 +32,42 @@ class FitRuns:
         self._open: dict[str, FitRun] = {}
         self._parents: dict[str, FitRun] = {}
         self._history: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+        self._writer = TrackingWriter()
 
     def log_epoch(self, name: str, epoch: Epoch) -> None:
         """Logs the epoch of a fit, and those before it that the server did not take."""
         self._history[name].append(asdict(epoch))
-        with _tolerant():
-            self._run(self._specs[name]).log_epochs(self._history[name])
+        self._writer.submit(self._log_epochs, self._specs[name], list(self._history[name]))
 
     def complete(self, spec: FitSpec, history: Sequence[Mapping[str, Any]]) -> None:
         """Logs all epochs of a fit that is done. The class's run goes on in later stages; that of a fold ends."""
-        with _tolerant():
-            run = self._run(spec)
-            run.log_epochs(history)
-            if spec.fold:
-                run.end("FINISHED")
-        self._forget(spec)
+        self._history.pop(spec.name, None)
+        self._writer.submit(self._complete, spec, history)
 
     def fail(self, spec: FitSpec) -> None:
         """Ends the run of a fit that has failed, and that of its class."""
-        with _tolerant():
-            self._run(spec).end("FAILED")
-            if spec.fold:
-                self._parent(spec).end("FAILED")
-        self._forget(spec)
+        self._history.pop(spec.name, None)
+        self._writer.submit(self._fail, spec)
+
+    def close(self) -> None:
+        """Waits until all is written."""
+        self._writer.close()
+
+    def _log_epochs(self, spec: FitSpec, history: Sequence[Mapping[str, Any]]) -> None:
+        self._run(spec).log_epochs(history)
+
+    def _complete(self, spec: FitSpec, history: Sequence[Mapping[str, Any]]) -> None:
+        run = self._run(spec)
+        run.log_epochs(history)
+        if spec.fold:
+            run.end("FINISHED")
+        del self._open[spec.name]
+
+    def _fail(self, spec: FitSpec) -> None:
+        self._run(spec).end("FAILED")
+        if spec.fold:
+            self._parent(spec).end("FAILED")
+        del self._open[spec.name]
 
     def _run(self, spec: FitSpec) -> FitRun:
         if spec.name not in self._open:
@@ -80,16 +89,3 @@ class FitRuns:
         if facts not in self._tags:
             self._tags[facts] = provenance(*facts)
         return self._tags[facts]
-
-    def _forget(self, spec: FitSpec) -> None:
-        self._open.pop(spec.name, None)
-        self._history.pop(spec.name, None)
-
-
-@contextmanager
-def _tolerant() -> Iterator[None]:
-    """A server that does not answer stops no fit: the next epoch, or the register stage, logs what is missing."""
-    try:
-        yield
-    except MlflowException as error:
-        logger.warning("the tracking server did not answer (%s); what it lacks is sent again later", error)

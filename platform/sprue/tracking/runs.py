@@ -1,6 +1,5 @@
 """One MLflow run for each fit, found by the fit's key."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,9 +7,6 @@ from typing import Any, Literal, Self
 
 import mlflow
 from mlflow.entities import Metric, Param, RunTag, ViewType
-from mlflow.exceptions import MlflowException
-
-logger = logging.getLogger(__name__)
 
 KEY_TAG = "sprue.run-key"
 PARENT_TAG = "mlflow.parentRunId"
@@ -54,6 +50,8 @@ class FitRun:
         )
         if found:
             run_id = found[0].info.run_id
+            if missing := params.keys() - found[0].data.params.keys():
+                client.log_batch(run_id, params=[Param(each, params[each]) for each in sorted(missing)])
             logged = {metric.step for metric in client.get_metric_history(run_id, CURVES[0])}
             return cls(run_id, experiment_id, params, logged)
         own = {KEY_TAG: f"{name}-{key}"} | ({PARENT_TAG: parent} if parent else {})
@@ -62,7 +60,7 @@ class FitRun:
         return cls(run.info.run_id, experiment_id, params)
 
     def log_epochs(self, epochs: Sequence[Mapping[str, Any]]) -> None:
-        """Logs the epochs that the server does not have; warns if it does not answer."""
+        """Logs the epochs that the server does not have."""
         missing = [epoch for epoch in epochs if epoch["epoch"] not in self.logged]
         if not missing:
             return
@@ -72,11 +70,7 @@ class FitRun:
             for name in CURVES
             if name in epoch
         ]
-        try:
-            mlflow.MlflowClient().log_batch(self.run_id, metrics=metrics)
-        except MlflowException as error:
-            logger.warning("the tracking server took no metrics (%s); they are sent again later", error)
-            return
+        mlflow.MlflowClient().log_batch(self.run_id, metrics=metrics)
         self.logged |= {epoch["epoch"] for epoch in missing}
 
     def end(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:

@@ -2,12 +2,15 @@
 
 import logging
 import pickle
+import threading
 from types import SimpleNamespace
 
 import mlflow
 import pytest
+from mlflow.exceptions import MlflowException
 
 from sprue.search.progress import Progress, TrialRuns
+from sprue.tracking import writer
 from sprue.tracking.runs import KEY_TAG, FitRun
 from sprue.tracking.server import experiment_id
 
@@ -94,15 +97,18 @@ def test_a_resumed_search_continues_the_runs(trial_runs):
 
 
 def test_a_server_that_is_away_is_a_warning_and_gets_the_epochs_later(trial_runs, caplog, monkeypatch):
-    progress = Progress(trial_runs, trials=6)
-    uri = mlflow.get_tracking_uri()
-    with monkeypatch.context() as patch:
-        patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        mlflow.set_tracking_uri("http://127.0.0.1:9")
-        progress.on_trial_result(1, [], trial_of(1), result_of(1, 0.5))
-        progress.logger.submit(lambda: None).result()
-        mlflow.set_tracking_uri(uri)
-    assert "the tracking server took no metrics" in caplog.text
+    progress, asked, opened = Progress(trial_runs, trials=6), threading.Event(), FitRun.open
+    monkeypatch.setattr(writer, "PAUSE_S", 0.0)
+
+    def refuse_once(*arguments, **named):
+        if asked.is_set():
+            return opened(*arguments, **named)
+        asked.set()
+        raise MlflowException("no answer")
+
+    monkeypatch.setattr(FitRun, "open", refuse_once)
+    progress.on_trial_result(1, [], trial_of(1), result_of(1, 0.5))
     progress.on_trial_result(2, [], trial_of(1), result_of(2, 0.75))
     progress.on_experiment_end([])
+    assert "the tracking server did not answer" in caplog.text
     assert logged(trial_runs)[1] == [(1, 0.5), (2, 0.75)]

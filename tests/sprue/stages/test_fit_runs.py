@@ -1,7 +1,10 @@
 """A fit's run is opened with its first epoch, and a server that does not answer stops no fit."""
 
 import json
+import threading
 import time
+from contextlib import closing, contextmanager
+from itertools import groupby
 
 import mlflow
 import pytest
@@ -12,6 +15,7 @@ from sprue.config import DatasetSettings
 from sprue.params import find_recipe
 from sprue.stages.fit_runs import FitRuns
 from sprue.stages.runtime import Context
+from sprue.tracking import writer
 from sprue.tracking.runs import FitRun
 from sprue.tracking.server import experiment_id
 from sprue.training.loop import Epoch
@@ -54,25 +58,37 @@ def renamed(spec, name, **changes):
     return spec.model_copy(update={"class_name": name, **changes})
 
 
+@contextmanager
+def runs_of(context, specs):
+    """The runs of fits of one class or of several; all is written at the end."""
+    of_class = [tuple(fits) for _, fits in groupby(specs, lambda spec: spec.class_name)]
+    with closing(FitRuns(context, [ClassPlan(fits=fits) for fits in of_class], specs)) as runs:
+        yield runs
+
+
 def test_a_run_begins_with_the_first_epoch_and_goes_on_after_the_fit(context, plan, found):
     specs = [renamed(plan, name) for name in ("alone", "late")]
-    runs = FitRuns(context, [ClassPlan(fits=(spec,)) for spec in specs], specs)
+    with runs_of(context, specs):
+        pass
     assert not found()
-    runs.log_epoch("alone", epoch(1))
+    with runs_of(context, specs) as runs:
+        runs.log_epoch("alone", epoch(1))
     assert found() == {"alone": ("RUNNING", [1], None)}
-    runs.complete(specs[0], history(1, 2))
+    with runs_of(context, specs) as runs:
+        runs.complete(specs[0], history(1, 2))
     assert found() == {"alone": ("RUNNING", [1, 2], None)}
-    runs.fail(specs[1])
+    with runs_of(context, specs) as runs:
+        runs.fail(specs[1])
     assert found()["late"] == ("FAILED", [], None)
 
 
 def test_the_run_of_a_fold_is_below_that_of_its_class(context, plan, found):
     specs = [renamed(plan, "folded", fold=fold, fit=plan.fit.model_copy(update={"seed": fold})) for fold in (1, 2)]
-    runs = FitRuns(context, [ClassPlan(fits=tuple(specs))], specs)
-    for spec in specs:
-        runs.log_epoch(spec.name, epoch(1))
-    runs.complete(specs[0], history(1))
-    runs.fail(specs[1])
+    with runs_of(context, specs) as runs:
+        for spec in specs:
+            runs.log_epoch(spec.name, epoch(1))
+        runs.complete(specs[0], history(1))
+        runs.fail(specs[1])
     after = found()
     assert {after[spec.name][0] for spec in specs} == {"FINISHED", "FAILED"}
     assert len({after[spec.name][2] for spec in specs}) == 1
@@ -80,16 +96,18 @@ def test_the_run_of_a_fold_is_below_that_of_its_class(context, plan, found):
 
 
 def test_what_a_server_did_not_take_is_sent_with_the_next_epoch(context, plan, found, monkeypatch, caplog):
-    spec = renamed(plan, "restarted")
-    runs = FitRuns(context, [ClassPlan(fits=(spec,))], [spec])
-    with monkeypatch.context() as patch:
+    spec, asked, opened = renamed(plan, "restarted"), threading.Event(), FitRun.open
+    monkeypatch.setattr(writer, "PAUSE_S", 0.0)
 
-        def refuse(*_, **__):
-            raise MlflowException("no answer")
+    def refuse_once(*arguments, **named):
+        if asked.is_set():
+            return opened(*arguments, **named)
+        asked.set()
+        raise MlflowException("no answer")
 
-        patch.setattr(FitRun, "open", refuse)
+    monkeypatch.setattr(FitRun, "open", refuse_once)
+    with runs_of(context, [spec]) as runs:
         runs.log_epoch(spec.name, epoch(1))
+        runs.log_epoch(spec.name, epoch(2))
     assert "the tracking server did not answer (no answer)" in caplog.text
-    assert "restarted" not in found()
-    runs.log_epoch(spec.name, epoch(2))
     assert found()["restarted"] == ("RUNNING", [1, 2], None)
