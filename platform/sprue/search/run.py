@@ -4,7 +4,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -17,13 +18,15 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 from ray.tune.trainable import wrap_function
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from upath import UPath
 
 from sprue.config import SearchSettings
 from sprue.errors import SprueError
 from sprue.features.synthetic import SYNTHETIC_VERSION
 from sprue.search.space import current_point, search_space
-from sprue.search.trial import Trial, read_checkpoint, read_trial_data
+from sprue.search.trial import DataOwner, Trial, TrialData, read_checkpoint
+from sprue.store import remove_folder
 from sprue.training.checkpoint import Checkpoint
 from sprue.training.class_queue import ATTEMPTS
 from sprue.training.loop import Epoch, is_done
@@ -41,6 +44,9 @@ REDUCTION = 3
 
 STARTUP_TRIALS = 5
 """Random points, before Optuna learns from the trials."""
+
+WORKERS = "workers"
+"""Folder of the checkpoints of trials that several workers fit."""
 
 NUMBER = "number"
 """A trial's number in Ray Tune's config, beside its point."""
@@ -147,30 +153,57 @@ def search_class(
     # The callbacks print; Ray Tune and Optuna stay silent.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        with _shared_data(spec, features) as data:
+            return _outcome(spec, settings, _tuner(spec, settings, data, features, runs, callbacks).fit())
+    finally:
+        remove_folder(runs / WORKERS)  # Ray Tune may end a trial's process before it has cleared up
+
+
+@contextmanager
+def _shared_data(spec: FitSpec, features: UPath) -> Iterator["ray.ObjectRef[TrialData]"]:
+    """Ray's reference to what the trials of a class read; it is freed at the end."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    owner = ray.remote(num_cpus=0)(DataOwner).options(scheduling_strategy=here).remote()
+    try:
+        try:
+            (data,) = ray.get(owner.read.remote(spec, features))
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error  # Ray's own message has the traceback
+        yield data
+    finally:
+        ray.kill(owner)
+
+
+def _tuner(
+    spec: FitSpec,
+    settings: SearchSettings,
+    data: "ray.ObjectRef[TrialData]",
+    features: UPath,
+    runs: UPath,
+    callbacks: Sequence[tune.Callback],
+) -> tune.Tuner:
+    """A new search, or an interrupted one."""
     placement = fit_placement(settings.trials, spec.fit)
-    # Read in this process: another would first spend seconds on imports.
-    data = ray.put(read_trial_data(spec, features))
-    trial = Trial(spec, settings.epochs, data, features, placement, runs / "workers")
+    trial = Trial(spec, settings.epochs, data, features, placement, runs / WORKERS)
     trainable = _trainable(trial, spec.class_name)
     name, filesystem = search_name(spec, settings), storage_filesystem(runs)
     stored = (runs / name).path
     if tune.Tuner.can_restore(stored, storage_filesystem=filesystem):
         logger.info("%s: resumes an interrupted search", spec.class_name)
-        tuner = tune.Tuner.restore(stored, trainable, restart_errored=True, storage_filesystem=filesystem)
-    else:
-        run_config = tune.RunConfig(
-            name=name,
-            storage_path=runs.path,
-            storage_filesystem=filesystem,
-            failure_config=tune.FailureConfig(max_failures=ATTEMPTS),
-            checkpoint_config=tune.CheckpointConfig(
-                num_to_keep=1, checkpoint_score_attribute="validation_nll", checkpoint_score_order="min"
-            ),
-            callbacks=list(callbacks),
-            verbose=0,
-        )
-        tuner = tune.Tuner(trainable, tune_config=tune_config(spec, settings, placement), run_config=run_config)
-    return _outcome(spec, settings, tuner.fit())
+        return tune.Tuner.restore(stored, trainable, restart_errored=True, storage_filesystem=filesystem)
+    run_config = tune.RunConfig(
+        name=name,
+        storage_path=runs.path,
+        storage_filesystem=filesystem,
+        failure_config=tune.FailureConfig(max_failures=ATTEMPTS),
+        checkpoint_config=tune.CheckpointConfig(
+            num_to_keep=1, checkpoint_score_attribute="validation_nll", checkpoint_score_order="min"
+        ),
+        callbacks=list(callbacks),
+        verbose=0,
+    )
+    return tune.Tuner(trainable, tune_config=tune_config(spec, settings, placement), run_config=run_config)
 
 
 def tune_config(spec: FitSpec, settings: SearchSettings, placement: FitPlacement) -> tune.TuneConfig:

@@ -58,6 +58,18 @@ def read_trial_data(spec: FitSpec, features: UPath) -> TrialData:
     )
 
 
+class DataOwner:
+    """An actor that reads a class's data and owns it: Ray frees it when the actor ends.
+
+    If the driver owned it, it would stay until the last class is searched: Ray Tune pickles the trials, and a reference
+    that is pickled outside of Ray's own calls is pinned in the process that does it.
+    """
+
+    def read(self, spec: FitSpec, features: UPath) -> "list[ray.ObjectRef[TrialData]]":
+        """One reference, in a list: Ray would return what a bare one refers to."""
+        return [ray.put(read_trial_data(spec, features))]
+
+
 @dataclass(frozen=True)
 class Trial:
     """Ray Tune's trainable, the same for all trials of a class.

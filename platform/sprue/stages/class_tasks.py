@@ -57,7 +57,7 @@ def for_each_class(
 
 def _here(function: Callable[..., Any], arguments: Iterable[tuple[str, tuple[Any, ...]]]) -> Iterator[Done]:
     for name, of_class in arguments:
-        yield Done(name, *_call(function, of_class))
+        yield Done(name, *attempt(function, *of_class))
 
 
 def _in_tasks(function: Callable[..., Any], arguments: Iterable[tuple[str, tuple[Any, ...]]]) -> Iterator[Done]:
@@ -94,7 +94,8 @@ def _next(running: dict[Any, str]) -> Done:
     return Done(name, value, failure)
 
 
-def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, str]:
+def attempt(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
+    """Calls a function for a class; returns its value, or None and why it failed."""
     try:
         return function(*arguments), ""
     except (SprueError, OSError) as error:
@@ -105,13 +106,13 @@ def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any
 
 
 def _call_and_log(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, str, Logged]:
-    """As `_call`, in a task; with what was logged, which Ray does not show where the stage runs."""
+    """As `attempt`, in a task; with what was logged, which Ray does not show where the stage runs."""
     own, messages = logging.getLogger("sprue"), _Messages()
     level = own.level
     own.addHandler(messages)
     own.setLevel(logging.INFO)
     try:
-        return *_call(function, arguments), messages.logged
+        return *attempt(function, *arguments), messages.logged
     finally:
         own.removeHandler(messages)
         own.setLevel(level)

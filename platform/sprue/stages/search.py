@@ -10,6 +10,7 @@ from sprue.errors import SprueError
 from sprue.features.synthetic import extract_synthetic, has_synthetic
 from sprue.features.tables import FeatureTable
 from sprue.inference.priority import in_background
+from sprue.stages.class_tasks import attempt
 from sprue.stages.failures import close_stage, failed_before
 from sprue.stages.runtime import Context, connect_ray
 from sprue.store import digest, remove_folder, write_json
@@ -63,9 +64,10 @@ def extract(context: Context, manifest: Manifest, plans: list[ClassPlan]) -> dic
         return {}
     connect_ray()
     logger.info("synthetic defects for %d fits", len(waiting))
-    task = ray.remote(num_cpus=1)(in_background(extract_synthetic))
-    counts = {
+    task = ray.remote(num_cpus=1)(in_background(attempt))
+    running = {
         name: task.remote(
+            extract_synthetic,
             spec.features,
             manifest.rows_of(spec.class_name, spec.validation),
             context.data,
@@ -74,14 +76,11 @@ def extract(context: Context, manifest: Manifest, plans: list[ClassPlan]) -> dic
         for name, spec in waiting.items()
     }
     failures = {}
-    for name, count in counts.items():
-        class_name = waiting[name].class_name
+    for name, task_of_fit in running.items():
         try:
-            ray.get(count)
-        except ray.exceptions.RayTaskError as error:
-            if not isinstance(error.cause, SprueError | OSError):
-                raise
-            failures[class_name] = str(error.cause)  # Ray's own message has the traceback
-        except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
-            failures[class_name] = f"the process that made synthetic defects died: {str(error).splitlines()[0]}"
+            _, failure = ray.get(task_of_fit)
+        except ray.exceptions.RayError as error:
+            failure = f"the process that made synthetic defects died: {str(error).splitlines()[0]}"
+        if failure:
+            failures[waiting[name].class_name] = failure
     return failures

@@ -13,6 +13,7 @@ from sprue.search.record import SearchRecord
 from sprue.search.report import importances, parallel_coordinates, trials_table
 from sprue.search.run import SearchOutcome, search_class, search_key, search_name
 from sprue.search.space import search_space
+from sprue.stages.class_tasks import attempt
 from sprue.stages.runtime import Context, connect_ray
 from sprue.store import remove_folder, write_bytes
 from sprue.tracking.provenance import commit, provenance
@@ -50,10 +51,9 @@ def search(context: Context, plans: list[ClassPlan]) -> tuple[list[ClassPlan], d
     if waiting and not ray.is_initialized():
         connect_ray()
     for spec in waiting:
-        try:
-            _search_class(context, spec)
-        except SprueError as error:
-            failures[spec.class_name] = str(error)
+        _, failure = attempt(_search_class, context, spec)
+        if failure:
+            failures[spec.class_name] = failure
     found = []
     for plan in plans:
         if plan.class_name not in failures:
