@@ -114,15 +114,14 @@ def add_version(context: Context, manifest: Manifest, plan: ClassPlan, uri: str)
     use(uri)
     model = model_name(context.dataset, plan.class_name)
     key = digest(context.folder / "detectors" / plan.class_name)[:12]
-    if found := find_version(model, key):
-        version, known = int(found.version), "was registered already, "
-        with alias_lock(model):
-            alias = assign_alias(model, version)
-    else:
-        logged, known = _log(context, manifest, plan, key), ""
-        with alias_lock(model):
+    # Of two jobs at once, the second would take the first one's logged model for what an interrupted one left.
+    with alias_lock(model):
+        if found := find_version(model, key):
+            version, known = int(found.version), "was registered already, "
+        else:
+            logged, known = _log(context, manifest, plan, key), ""
             version = register(context.dataset, plan.class_name, *logged)
-            alias = assign_alias(model, version)
+        alias = assign_alias(model, version)
     logger.info("%-24s version %d %sis %s", model, version, known, alias)
     if alias == CHALLENGER:
         logger.info("%-24s to make it champion: sprue promote %s --images FOLDER", "", model)

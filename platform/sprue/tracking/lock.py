@@ -1,4 +1,4 @@
-"""One change of a model's aliases at a time, by any process on any machine.
+"""One change of a model's versions and aliases at a time, by any process on any machine.
 
 The registry has no transactions. But only one process can create a registered model of a given name: that model is
 the lock. Its holder renews it. A holder that dies, by SIGKILL or with its machine, can't release it; so others break a
@@ -32,7 +32,7 @@ STALE_S = 120.0
 """After which a lock that nobody renews is a dead process's. MLflow's client, which finds no server, waits up to 64 s
 until it asks again: so long a living holder may not renew although the server is back."""
 PATIENCE_S = 180.0
-"""How long to wait for another change; one takes a second."""
+"""How long to wait for another change: a registration takes seconds, every other one a second."""
 POLL_S = 0.1
 HOLDER = re.compile(r", process (\d+) of ([^,]+),")
 

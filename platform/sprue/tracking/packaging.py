@@ -55,6 +55,8 @@ def log_detector(
 ) -> str:
     """Packages a saved detector and logs it to a run, unless the run has it; deletes what interrupted attempts left.
 
+    The caller holds the model's lock.
+
     Code (`defectflow` and `sprue.inference`), the flow and pinned requirements travel with it. It is logged as code,
     not pickled. The backbone's weights are read from where they are, and verified, when the model is loaded; its
     configuration may name another place: ``mlflow.pyfunc.load_model(uri, model_config={"weights": FILE})``.

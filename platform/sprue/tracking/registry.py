@@ -101,11 +101,15 @@ def register(
     the version's number.
     """
     client, name = mlflow.MlflowClient(), model_name(dataset, class_name)
+    own = {DATASET_TAG: dataset, CLASS_TAG: class_name}
     try:
-        client.create_registered_model(name, tags={DATASET_TAG: dataset, CLASS_TAG: class_name})
+        client.create_registered_model(name, tags=own)
     except MlflowException as error:
         if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
             raise
+        # Somebody may have made it on MLflow's pages, to give permissions.
+        for tag in own.items() - client.get_registered_model(name).tags.items():
+            client.set_registered_model_tag(name, *tag)
     if not _versions_of(name, detector_key):
         tags = {**tags, DETECTOR_TAG: detector_key}
         # A server wants the model's identifier besides its URI.
