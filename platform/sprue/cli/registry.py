@@ -7,14 +7,16 @@ from pathlib import Path
 
 import click
 
-from sprue.cli.group import EXISTING_FILE, FOLDER, as_json, connect, main, model, show
+from sprue.cli.group import EXISTING_FILE, EXISTING_FOLDER, as_json, connect, main, model, show
 from sprue.errors import SprueError
 
 
 @main.command()
 @model
 @click.option("--version", default="challenger", show_default=True, help="Its number or alias.")
-@click.option("--images", type=FOLDER, help="Folder with good/ and a folder for each defect, unseen by both versions.")
+@click.option(
+    "--images", type=EXISTING_FOLDER, help="Folder with good/ and a folder for each defect, unseen by both versions."
+)
 @click.option("--margin", default=0.01, show_default=True, help="How much lower its AUROC may be.")
 @click.option("--latency", default=1000.0, show_default=True, metavar="MS", help="Milliseconds a sample.")
 @click.option("--force", metavar="REASON", help="Promote without a test, and record why.")
@@ -74,15 +76,12 @@ def audit(store: str, name: str | None, as_json: bool) -> None:
     from sprue.release import audit_log
     from sprue.release.access_log import FOLDER as ACCESSES
     from sprue.release.access_log import Access, AccessLog
-    from sprue.release.aliases import reconcile
+    from sprue.release.aliases import reconcile_changed
     from sprue.store import location
-    from sprue.tracking.lock import alias_lock
-    from sprue.tracking.registry import find_model, model_names
+    from sprue.tracking.registry import find_model
 
     found = find_model(name) if name else None
-    for each in [found] if found else model_names():
-        with alias_lock(each):
-            reconcile(each)
+    reconcile_changed(found)
     champions: Iterable[audit_log.Entry | Access] = audit_log.entries(found)
     accesses: Iterable[audit_log.Entry | Access] = AccessLog(location(store) / ACCESSES).entries(found)
     entries = list(merge(champions, accesses, key=lambda entry: entry.at))

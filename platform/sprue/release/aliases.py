@@ -4,9 +4,9 @@ import mlflow
 from mlflow.exceptions import MlflowException
 
 from sprue.errors import SprueError
-from sprue.release.audit_log import History, Kind
+from sprue.release.audit_log import History, Kind, histories
 from sprue.tracking.lock import alias_lock
-from sprue.tracking.registry import CHALLENGER, CHAMPION, NOT_FOUND
+from sprue.tracking.registry import CHALLENGER, CHAMPION, NOT_FOUND, champions, model_names
 
 
 def version_for_alias(model: str, alias: str) -> int | None:
@@ -27,8 +27,25 @@ def reconcile(model: str) -> History:
     return history
 
 
+def reconcile_changed(model: str | None = None) -> None:
+    """Records changes of the champions outside of sprue, of a model or of all; only models with one are locked."""
+    if model:
+        current = {model: version_for_alias(model, CHAMPION)}
+        logged = [History.read(model)]
+    else:
+        current = {**dict.fromkeys(model_names()), **{each.model_name: each.version for each in champions()}}
+        logged = histories()
+    recorded = {history.model: history.champion for history in logged}
+    for name, version in current.items():
+        if version != recorded.get(name):
+            with alias_lock(name):
+                reconcile(name)
+
+
 def assign_alias(model: str, version: int) -> str:
     """Assigns the current detector's version its alias: a model's first is champion, every other one challenger.
+
+    That is so where the champion's alias was removed, too: a version that was refused must not take its place.
 
     The caller holds the model's lock.
 
@@ -36,7 +53,7 @@ def assign_alias(model: str, version: int) -> str:
         The alias that the version has.
     """
     client, history = mlflow.MlflowClient(), reconcile(model)
-    if history.champion is None:
+    if not any(entry.after for entry in history.entries):
         client.set_registered_model_alias(model, CHAMPION, str(version))
         history.append("first", None, version, "the class had no champion", version)
     elif history.champion != version:

@@ -40,7 +40,7 @@ class Entry:
         after: The champion's version from then on; None if there is none.
         challenger: The version that was judged; None if none was.
         reason: Why, in words.
-        by: Who, as user@host.
+        by: Who, as user@host; of a change outside of sprue, who noticed it.
         at: When, in UTC.
     """
 
@@ -107,7 +107,7 @@ class History:
             "after": after,
             "challenger": challenger,
             "reason": textwrap.shorten(reason, LONGEST_REASON),
-            "by": whoami(),
+            "by": f"unknown, noticed by {whoami()}" if kind == "external" else whoami(),
         }
         tags = {
             "sprue.audit": json.dumps(AUDIT.stamped({"id": uuid.uuid4().hex} | facts)),
@@ -157,6 +157,14 @@ def entries(model: str | None = None) -> list[Entry]:
         if not token:
             ordered = found.values()
             return sorted(ordered, key=lambda entry: entry.number) if model else list(ordered)
+
+
+def histories() -> list[History]:
+    """The decisions about all models that have any, by model."""
+    of_model: dict[str, list[Entry]] = {}
+    for entry in entries():
+        of_model.setdefault(entry.model, []).append(entry)
+    return [History(model, sorted(found, key=lambda entry: entry.number)) for model, found in sorted(of_model.items())]
 
 
 def _time(run: Run) -> datetime:

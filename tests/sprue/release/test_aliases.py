@@ -3,14 +3,15 @@
 import multiprocessing
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import mlflow
 import pytest
 from mlflow.exceptions import MlflowException
 
 from sprue.errors import SprueError
-from sprue.release import audit_log
-from sprue.release.aliases import assign_alias, promote, roll_back, version_for_alias
+from sprue.release import aliases, audit_log
+from sprue.release.aliases import assign_alias, promote, reconcile_changed, roll_back, version_for_alias
 from sprue.tracking import lock
 from sprue.tracking.lock import alias_lock
 from sprue.tracking.registry import (
@@ -97,10 +98,32 @@ def test_a_change_in_the_registry_s_own_page_is_found(versions):
     client.set_registered_model_alias(versions, CHAMPION, "3")
     assert roll_back(versions, "who did that?") == 1
     client.delete_registered_model_alias(versions, CHAMPION)
-    assert assign_alias(versions, 4) == CHAMPION
+    reconcile_changed(versions)
     assert log_of(versions) == [
-        ("first", None, 1), ("external", 1, 3), ("rolled back", 3, 1), ("external", 1, None), ("first", None, 4)
+        ("first", None, 1), ("external", 1, 3), ("rolled back", 3, 1), ("external", 1, None)
     ]  # fmt: skip
+    assert ["noticed by" in entry.by for entry in audit_log.entries(versions)] == [False, True, False, True]
+
+
+def test_changes_of_all_models_are_found_and_others_are_not_locked(versions, store, monkeypatch):
+    assign_alias(versions, 1)
+    reconcile_changed()
+    mlflow.MlflowClient().set_registered_model_alias(versions, CHAMPION, "2")
+    locked = []
+    monkeypatch.setattr(aliases, "alias_lock", lambda model: nullcontext(locked.append(model)))
+    for _ in range(2):
+        reconcile_changed()
+    assert locked == [versions]
+    assert log_of(versions) == [("first", None, 1), ("external", 1, 2)]
+
+
+def test_where_the_champion_was_removed_a_version_has_to_be_promoted(versions):
+    assign_alias(versions, 1)
+    mlflow.MlflowClient().delete_registered_model_alias(versions, CHAMPION)
+    assert assign_alias(versions, 2) == CHALLENGER
+    assert assign_alias(versions, 1) == CHALLENGER
+    promote(versions, 1, None, "forced", "it is wanted again")
+    assert version_for_alias(versions, CHAMPION) == 1
 
 
 def _promote(uri, name, version, results):
