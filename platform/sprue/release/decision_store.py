@@ -184,15 +184,18 @@ class DecisionStore:
                 return found
         raise SprueError(f"{self.folder} has no decision {request_id!r}; a service writes its rows within seconds")
 
-    def newest(self, model_name: str, limit: int, kept: Collection[Kept] = ()) -> Iterator[Decision]:
-        """The decisions about a class, newest first, of the last days that have any.
+    def newest(
+        self, model_name: str, limit: int, kept: Collection[Kept] = (), first: date = date.min
+    ) -> Iterator[Decision]:
+        """The decisions about a class, newest first, of the last days that have any, from the first on.
 
         With `kept`, all of those; without it, the last `limit` of each day, since all of them may not fit into memory.
         """
         dataset, _, class_name = model_name.partition(".")
         filters: list[tuple[str, str, Any]] = [("dataset", "=", dataset), ("class_name", "=", class_name)]
         filters += [("kept", "in", set(kept))] if kept else []
-        for _, folder in _days(self.folder / "rows")[: -RECENT_DAYS - 1 : -1]:
+        recent = _days(self.folder / "rows")[: -RECENT_DAYS - 1 : -1]
+        for folder in (folder for day, folder in recent if day >= first):
             parts = [SCHEMA.empty_table()]
             for part in folder.glob("*.parquet"):
                 rows = _rows_of(part, filters).sort_by([("at", "descending")])

@@ -6,10 +6,13 @@ from dataclasses import asdict, dataclass, replace
 from datetime import date
 from typing import Any
 
+from mlflow.exceptions import MlflowException
+
 from sprue.errors import SprueError
 from sprue.release.decision_store import DecisionStore, ImageGone
 from sprue.release.false_alarms import chance_of
 from sprue.release.replay import repeat
+from sprue.store import StoreError
 from sprue.tracking.registry import RegisteredDetector, load_detector, require_registered_files
 
 UNLIKELY = 0.001
@@ -65,7 +68,7 @@ def recheck(champions: list[RegisteredDetector], store: DecisionStore, first: da
         try:
             require_registered_files(champion)
             yield _check_decisions(found, champion, store, first, replays)
-        except SprueError as error:
+        except (SprueError, StoreError, MlflowException) as error:
             yield replace(found, findings=(str(error),))
 
 
@@ -84,8 +87,9 @@ def _check_decisions(
                 "the camera or the light have changed: calibrate anew"
             )
     replayed = 0
-    for decision in store.newest(champion.model_name, replays, kept=("alarm", "near", "sample")):
-        if replayed == replays or decision.at.date() < first:
+    kept = store.newest(champion.model_name, replays, ("alarm", "near", "sample"), first) if replays else ()
+    for decision in kept:
+        if replayed == replays:
             break
         if decision.version != champion.version:
             continue

@@ -9,6 +9,7 @@ import csv
 import hashlib
 import io
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import date, datetime
@@ -127,18 +128,22 @@ def mask_digests(masks: Sequence[bytes], images: Sequence[bytes]) -> tuple[str, 
 
 
 def export(store: ReviewStore, model_name: str, folder: Path, kind: ExportKind) -> dict[str, int]:
-    """Writes a class's reviewed samples as labelled images; returns the number of samples of each label.
+    """Writes a class's reviewed samples as labelled images; returns how many of each label, and how many it deleted.
 
     ``promotion``: ``good`` and ``defective``, as `sprue.data.labelled.read_labelled` reads them, masks in
     ``.masks/defective`` and who said what when in ``reviews.csv``; the folder has to be new. ``training``: the good
-    ones alone, into the folder itself, which may be a dataset's ``<class>/train/good``. Unsure ones are skipped.
+    ones alone, into the folder itself, which may be a dataset's ``<class>/train/good``; what an earlier export
+    wrote there is deleted if its verdict is another now. Unsure ones are skipped.
 
     Raises:
         SprueError: If there is nothing to export, a file is gone, or a promotion set's folder is not empty.
     """
     labels = (GOOD, DEFECTIVE) if kind == "promotion" else (GOOD,)
-    reviews = [each for each in store.latest(model_name) if each.verdict in labels]
-    if not reviews:
+    latest = store.latest(model_name)
+    reviews = [each for each in latest if each.verdict in labels]
+    others = () if kind == "promotion" else [each for each in latest if each.verdict not in labels]
+    deleted = sum(_delete_sample(folder, _name(review)) for review in others)
+    if not reviews and not deleted:
         raise SprueError(f"{model_name} has no reviewed sample to export: review some on the inspection page first")
     if kind == "promotion" and folder.is_dir() and any(folder.iterdir()):
         raise SprueError(f"{folder} is not empty: name a new folder, so that no older verdict stays in it")
@@ -149,6 +154,8 @@ def export(store: ReviewStore, model_name: str, folder: Path, kind: ExportKind) 
         if kind == "promotion":
             _write_masks(store, review, folder / ".masks" / review.verdict)
         counts[review.verdict] += 1
+    if deleted:
+        counts["deleted"] = deleted
     if kind == "promotion":
         _write_table(reviews, folder / "reviews.csv")
     return counts
@@ -165,6 +172,14 @@ def _write_sample(store: ReviewStore, review: Review, path: Path) -> None:
         data = store.read_file(digest)
         name = f"{path.name}/{view}" if len(review.views) > 1 else path.name
         write_bytes(UPath(path.parent / f"{name}.{_facts(data)[0]}"), data)
+
+
+def _delete_sample(folder: Path, name: str) -> bool:
+    """Deletes what `_write_sample` wrote under a name, and says whether there was anything."""
+    found = [folder / name] if (folder / name).is_dir() else list(folder.glob(f"{name}.*"))
+    for path in found:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return bool(found)
 
 
 def _write_masks(store: ReviewStore, review: Review, folder: Path) -> None:

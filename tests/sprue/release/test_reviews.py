@@ -147,6 +147,23 @@ def test_training_images_are_added_to_a_folder_once(local: Plant, tmp_path: Path
     assert len(list((tmp_path / "good").iterdir())) == 1
 
 
+@pytest.mark.parametrize("views", [1, 2])
+def test_a_training_image_that_is_found_defective_is_deleted(local: Plant, tmp_path: Path, views: int) -> None:
+    folder = tmp_path / "good"
+    folder.mkdir()
+    (folder / "own.png").write_bytes(png(1))
+    decision, other = local.decide(*(png(10 + view) for view in range(views))), local.decide(png(30))
+    local.review(decision, "good")
+    local.review(other, "good")
+    assert export(local.reviews, "parcels.gräs 2", folder, "training") == {"good": 2}
+    local.review(decision, "defective", hours=1)
+    assert export(local.reviews, "parcels.gräs 2", folder, "training") == {"good": 1, "deleted": 1}
+    assert len(list(folder.iterdir())) == 2 and (folder / "own.png").exists()
+    local.review(other, "unsure", hours=1)
+    assert export(local.reviews, "parcels.gräs 2", folder, "training") == {"good": 0, "deleted": 1}
+    assert [path.name for path in folder.iterdir()] == ["own.png"]
+
+
 def test_what_can_not_be_kept_or_exported_is_refused(local: Plant, tmp_path: Path) -> None:
     with pytest.raises(SprueError, match=r"parcels\.gräs 2 has no reviewed sample"):
         export(local.reviews, "parcels.gräs 2", tmp_path / "set", "promotion")
