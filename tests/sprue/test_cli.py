@@ -163,6 +163,18 @@ def test_metrics_of_a_file_are_json(sprue, tmp_path):
     assert "bad.npz" in mistake(sprue("figures", "bad.npz"))
 
 
+def test_a_mistyped_folder_is_named_before_the_registry_is_made(tmp_path):
+    script = (
+        "import sys, click.testing, sprue.cli\n"
+        "done = click.testing.CliRunner().invoke(sprue.cli.main, ['run', 'nowhere'], prog_name='sprue')\n"
+        "print(done.exit_code, done.output.strip())\n"
+        "print([name for name in ('torch', 'ray', 'mlflow') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.splitlines() == ["1 sprue run: there is no folder nowhere", "[]"]
+    assert not list(tmp_path.iterdir())
+
+
 def test_help_and_wrong_usage_import_nothing_that_takes_seconds():
     script = (
         "import sys, click.testing, sprue.cli\n"

@@ -39,10 +39,7 @@ def track_dataset(source: Path, name: str) -> None:
         SprueError: If the folder is missing, the name is not valid, or ``data/<name>`` has another source or was
             changed by hand.
     """
-    if not source.is_dir():
-        raise SprueError(f"there is no folder {source}")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-        raise SprueError(f"{name!r} can't name a dataset; use letters, digits, '_' and '-' (--name)")
+    _require_dataset(source, name)
     target = Path("data") / name
     target.parent.mkdir(exist_ok=True)
     if source.resolve() == target.resolve():
@@ -54,6 +51,13 @@ def track_dataset(source: Path, name: str) -> None:
         raise SprueError(f"{target} exists already and is not from {source}; give another --name, or delete it")
     else:
         dvc("import-url", "--quiet", "--force", str(source.resolve()), str(target))
+
+
+def _require_dataset(source: Path, name: str) -> None:
+    if not source.is_dir():
+        raise SprueError(f"there is no folder {source}")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise SprueError(f"{name!r} can't name a dataset; use letters, digits, '_' and '-' (--name)")
 
 
 def _source_of(target: Path) -> Path | None:
@@ -87,10 +91,12 @@ def run(
     Raises:
         SprueError: If a stage fails; or at the end, with a table, if classes have failed.
     """
-    from sprue.tracking.server import connect
-
     if recipe is not None:
         find_recipe(recipe)
+    _require_dataset(source, name)
+    # Imported only now, for it takes seconds.
+    from sprue.tracking.server import connect
+
     connect(location("store"))
     track_dataset(source, name)
     set_dataset(name, recipe, layout, trials, first_recipe)
