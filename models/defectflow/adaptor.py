@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from defectflow.config import Adaptation
-from defectflow.whitening import fit_whitening, sample_vectors
+from defectflow.whitening import Moments, sample_vectors, whitening
 
 
 class ChannelAdaptor(nn.Module):
@@ -44,10 +44,12 @@ class ChannelAdaptor(nn.Module):
         if self.adaptation == "none":
             return
         weight, bias = self.get_buffer("weight"), self.get_buffer("bias")
-        sampled = [[sample_vectors(map_BCHW) for map_BCHW in batch] for batch in batches]
-        for node in range(len(weight)):
-            vectors = (batch[node] for batch in sampled)
-            weight[node], bias[node] = fit_whitening(vectors, weight.shape[1], decorrelate=self.adaptation == "whiten")
+        moments = [Moments() for _ in weight]
+        for batch in batches:
+            for of_node, map_BCHW in zip(moments, batch, strict=True):
+                of_node.add(sample_vectors(map_BCHW))
+        for node, of_node in enumerate(moments):
+            weight[node], bias[node] = whitening(of_node, weight.shape[1], decorrelate=self.adaptation == "whiten")
 
     def forward(self, nodes: Sequence[Tensor]) -> list[Tensor]:
         """Adapts the nodes' maps [B, C, H, W]; shapes stay."""

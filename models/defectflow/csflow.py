@@ -31,7 +31,7 @@ class CSFlow(Flow):
     """
 
     config_class = CSFlowConfig
-    version = 1
+    version = 2
     config: CSFlowConfig
     top = 1.0
 

@@ -64,7 +64,7 @@ class DNFAD(Flow):
     """
 
     config_class = DNFADConfig
-    version = 1
+    version = 2
     config: DNFADConfig
 
     def __init__(self, config: DNFADConfig) -> None:

@@ -9,7 +9,7 @@ from typing import Self, cast
 import torch
 from torch import Tensor, nn
 
-from defectflow.config import FusionConfig, GaussianConfig, ScoreType
+from defectflow.config import FUSION_TOP, FusionConfig, GaussianConfig, ScoreType
 from defectflow.csflow import CSFlow
 from defectflow.flow import Flow, Maps, resize, top_mean
 from defectflow.gaussian import Gaussian
@@ -49,9 +49,9 @@ class Fusion(CSFlow):
     """
 
     config_class = FusionConfig
-    version = 3
+    version = 4
     weighted = True
-    top = 0.01
+    top = FUSION_TOP
     config: FusionConfig
 
     def __init__(self, config: FusionConfig) -> None:

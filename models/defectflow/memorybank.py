@@ -42,7 +42,7 @@ class MemoryBank(Flow):
     """
 
     config_class = MemoryBankConfig
-    version = 1
+    version = 2
     top = 0.01
     searchable = ()
     config: MemoryBankConfig  # type: ignore[assignment]

@@ -33,7 +33,7 @@ class MultiFlow(Flow):
     """
 
     config_class = MultiFlowConfig
-    version = 1
+    version = 2
     config: MultiFlowConfig
     top = 1e-9
 

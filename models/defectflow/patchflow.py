@@ -36,7 +36,7 @@ class PatchFlow(Flow):
     """
 
     config_class = PatchFlowConfig
-    version = 1
+    version = 2
     searchable = ("steps", "bottleneck", "noise")
     config: PatchFlowConfig
 

@@ -3,6 +3,7 @@
 Shapes: B images, C channels, H rows, W columns of a map; P positions; N feature vectors, D channels, A kept components.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -24,19 +25,85 @@ VECTORS_PER_COMPONENT = 5
 
 @torch.no_grad()
 def sample_vectors(map_BCHW: Tensor) -> Tensor:
-    """Feature vectors [N, C] of a batch at positions on a fixed grid, about `POSITIONS_PER_IMAGE` an image."""
-    map_BCP = map_BCHW.flatten(2)
-    stride = max(1, map_BCP.shape[2] // POSITIONS_PER_IMAGE)
+    """Feature vectors [N, C] of a batch at fixed positions, at least `POSITIONS_PER_IMAGE` an image if it has as many.
+
+    Row after row, each stride-th position counts. The stride has no factor in common with the width: else some columns
+    would never be seen.
+    """
+    map_BCP, width = map_BCHW.flatten(2), map_BCHW.shape[3]
+    strides = range(map_BCP.shape[2] // POSITIONS_PER_IMAGE, 1, -1)
+    stride = next((stride for stride in strides if math.gcd(stride, width) == 1), 1)
     return map_BCP[:, :, ::stride].transpose(1, 2).flatten(0, 1)
+
+
+class Moments:
+    """Mean and covariance of feature vectors [N, D] that come in batches, accumulated in float64.
+
+    >>> moments = Moments()
+    >>> for x_ND in torch.tensor([[[1.0, 2.0], [3.0, 2.0]], [[1.0, 4.0], [3.0, 4.0]]]):
+    ...     moments.add(x_ND)
+    >>> mean_D, covariance_DD = moments.solve()
+    >>> mean_D.tolist(), covariance_DD.tolist()
+    ([2.0, 3.0], [[1.0, 0.0], [0.0, 1.0]])
+    """
+
+    def __init__(self) -> None:
+        """Starts without a vector."""
+        self.count = 0
+        self._shift = self._total = self._outer = torch.zeros(())
+
+    def add(self, x_ND: Tensor) -> None:
+        """Adds a batch."""
+        if self.count == 0:
+            # Sums of squares around a typical value keep the digits that sums around zero would cancel.
+            self._shift = x_ND.mean(0)
+            self._total, self._outer = self._shift.double() * 0, torch.outer(self._shift, self._shift).double() * 0
+        centred_ND = x_ND - self._shift
+        self.count += x_ND.shape[0]
+        self._total += centred_ND.sum(0).double()
+        self._outer += (centred_ND.T @ centred_ND).double()
+
+    def solve(self) -> tuple[Tensor, Tensor]:
+        """The mean [D] and the covariance [D, D].
+
+        Raises:
+            ValueError: If there are fewer than two vectors, all are equal, or a value is not finite.
+        """
+        if self.count < 2:
+            raise ValueError(f"whitening needs at least two vectors; got {self.count}")
+        mean_D = self._total / self.count
+        covariance_DD = self._outer / self.count - torch.outer(mean_D, mean_D)
+        if not torch.isfinite(covariance_DD).all():
+            raise ValueError("whitening: the features are not finite")
+        if covariance_DD.diagonal().max() <= EQUAL * self._shift.double().square().max():
+            raise ValueError(f"whitening: the {self.count} vectors are all equal")
+        return self._shift.double() + mean_D, covariance_DD
 
 
 def fit_whitening(
     batches: Iterable[Tensor], components: int, *, decorrelate: bool = True, shrink: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Fits the whitening in one pass, accumulated in float64.
+    """Fits the whitening of batches of feature vectors [N, D] in one pass; see `whitening`.
+
+    >>> x_ND = torch.randn(1000, 3, dtype=torch.float64) * torch.tensor([1.0, 5.0, 0.1]) + 7
+    >>> weight_AD, bias_A = fit_whitening([x_ND.float()], components=3)
+    >>> white_NA = x_ND.float() @ weight_AD.T + bias_A
+    >>> bool(torch.allclose(torch.cov(white_NA.T), torch.eye(3), atol=1e-2))
+    True
+    """
+    moments = Moments()
+    for x_ND in batches:
+        moments.add(x_ND)
+    return whitening(moments, components, decorrelate=decorrelate, shrink=shrink)
+
+
+def whitening(
+    moments: Moments, components: int, *, decorrelate: bool = True, shrink: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The linear map that makes vectors of these moments white.
 
     Args:
-        batches: Batches of feature vectors [N, D].
+        moments: Of the vectors.
         components: A, how many of the directions with the largest variance are kept.
         decorrelate: False scales each channel to unit variance instead; then all channels are kept.
         shrink: Shrinks the covariance, see `shrunk`. Fewer than `VECTORS_PER_COMPONENT` vectors for a component are
@@ -47,41 +114,18 @@ def fit_whitening(
 
     Raises:
         ValueError: If there are fewer than two vectors, all are equal, or a value is not finite.
-
-    >>> x_ND = torch.randn(1000, 3, dtype=torch.float64) * torch.tensor([1.0, 5.0, 0.1]) + 7
-    >>> weight_AD, bias_A = fit_whitening([x_ND.float()], components=3)
-    >>> white_NA = x_ND.float() @ weight_AD.T + bias_A
-    >>> bool(torch.allclose(torch.cov(white_NA.T), torch.eye(3), atol=1e-2))
-    True
     """
-    count, shift, total, outer = 0, torch.zeros(()), torch.zeros(()), torch.zeros(())
-    for x_ND in batches:
-        if count == 0:
-            # Sums of squares around a typical value keep the digits that sums around zero would cancel.
-            shift = x_ND.mean(0)
-            total, outer = shift.double() * 0, torch.outer(shift, shift).double() * 0
-        centred_ND = x_ND - shift
-        count += x_ND.shape[0]
-        total += centred_ND.sum(0).double()
-        outer += (centred_ND.T @ centred_ND).double()
-    if count < 2:
-        raise ValueError(f"whitening needs at least two vectors; got {count}")
-    mean = total / count
-    covariance = outer / count - torch.outer(mean, mean)
-    if not torch.isfinite(covariance).all():
-        raise ValueError("whitening: the features are not finite")
-    if covariance.diagonal().max() <= EQUAL * shift.double().square().max():
-        raise ValueError(f"whitening: the {count} vectors are all equal")
+    mean_D, covariance_DD = moments.solve()
     if not decorrelate:
-        variances = covariance.diagonal()
-        weight = variances.clamp_min(variances.max() * RELATIVE_FLOOR).rsqrt().diag()
-        return weight.float(), -(weight @ (shift.double() + mean)).float()
-    if shrink or count < VECTORS_PER_COMPONENT * components:
-        covariance = shrunk(covariance, count)
-    variances, directions = torch.linalg.eigh(covariance)
-    variances, directions = variances.flip(0)[:components], directions.flip(1)[:, :components]
-    weight = directions.T / variances.clamp_min(variances[0] * RELATIVE_FLOOR).sqrt()[:, None]
-    return weight.float(), -(weight @ (shift.double() + mean)).float()
+        variances_D = covariance_DD.diagonal()
+        weight_AD = variances_D.clamp_min(variances_D.max() * RELATIVE_FLOOR).rsqrt().diag()
+        return weight_AD.float(), -(weight_AD @ mean_D).float()
+    if shrink or moments.count < VECTORS_PER_COMPONENT * components:
+        covariance_DD = shrunk(covariance_DD, moments.count)
+    variances_D, directions_DD = torch.linalg.eigh(covariance_DD)
+    variances_A, directions_DA = variances_D.flip(0)[:components], directions_DD.flip(1)[:, :components]
+    weight_AD = directions_DA.T / variances_A.clamp_min(variances_A[0] * RELATIVE_FLOOR).sqrt()[:, None]
+    return weight_AD.float(), -(weight_AD @ mean_D).float()
 
 
 def shrunk(covariance_DD: Tensor, count: int) -> Tensor:

@@ -29,7 +29,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError
 
-from defectflow.config import CONFIGS, FlowConfig, Shape, config_for_features
+from defectflow.config import CONFIGS, FUSION_TOP, FlowConfig, Shape, config_for_features
 
 Fraction = Annotated[float, Gt(0), Lt(1)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
@@ -323,9 +323,11 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
-    def _fusion_scores_norms(self) -> "Recipe":
+    def _fusion_is_scored_as_it_is_standardised(self) -> "Recipe":
         if self.flow.name == "fusion" and self.scoring.score_type != "latent":
             raise ValueError("scoring.score_type: a fusion standardises latent norms; set it to latent")
+        if self.flow.name == "fusion" and self.scoring.top not in (None, FUSION_TOP):
+            raise ValueError(f"scoring.top: a fusion standardises its members' scores at {FUSION_TOP}; leave it out")
         return self
 
 

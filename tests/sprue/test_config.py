@@ -167,9 +167,13 @@ def test_a_flow_must_suit_the_number_of_maps():
     assert "flow.maps: [4] are not indices of the 4 feature maps" in errors_of(Recipe, **recipe(maps=[4]))[""]
 
 
-def test_a_fusion_scores_latent_norms():
+def test_a_fusion_is_scored_as_it_is_standardised():
     fusion = {"features": recipe()["features"], "flow": {"name": "fusion", "maps": [0], "gaussians": [[0]]}}
-    assert Recipe.model_validate_json(json.dumps(fusion))
+    for scoring in ({}, {"top": 0.01}):
+        assert Recipe.model_validate_json(json.dumps(fusion | {"scoring": scoring}))
+    found = errors_of(Recipe, **fusion, scoring={"top": 0.05})
+    message = "scoring.top: a fusion standardises its members' scores at 0.01; leave it out"
+    assert found == {"": f"Value error, {message}"}
     found = errors_of(Recipe, **fusion, scoring={"score_type": "likelihood"})
     assert found == {"": "Value error, scoring.score_type: a fusion standardises latent norms; set it to latent"}
 

@@ -7,7 +7,7 @@ from typing import Any
 from defectflow.config.base import Adaptation, CouplingConfig, FlowConfig, NoiseScheme, ScoreType, Shape
 from defectflow.config.csflow import CSFlowConfig
 from defectflow.config.dnfad import Branch, DNFADConfig
-from defectflow.config.fusion import FusionConfig
+from defectflow.config.fusion import FUSION_TOP, FusionConfig
 from defectflow.config.gaussian import GaussianConfig
 from defectflow.config.memorybank import MemoryBankConfig
 from defectflow.config.multiflow import MultiFlowConfig
@@ -15,6 +15,7 @@ from defectflow.config.patchflow import PatchFlowConfig
 
 __all__ = [
     "CONFIGS",
+    "FUSION_TOP",
     "Adaptation",
     "Branch",
     "CSFlowConfig",

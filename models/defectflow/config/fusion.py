@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from defectflow.config.csflow import CSFlowConfig
 
+FUSION_TOP = 0.01
+"""Fraction of the positions whose scores make an image's: that at which the members' scores are standardised."""
+
 
 @dataclass(frozen=True)
 class FusionConfig(CSFlowConfig):
