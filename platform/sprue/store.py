@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -122,7 +123,7 @@ def write_bytes(path: UPath, data: bytes) -> None:
         path.write_bytes(data)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with Path(temporary.path).open("wb") as file:
             file.write(data)
@@ -167,14 +168,14 @@ def read_json(path: UPath, made_by: str) -> Any:
 
 
 def replace_folder(source: Path, target: UPath) -> None:
-    """Replaces the target by a local folder: at once on a file system, file by file in an object store."""
+    """Replaces the target by a local folder. On a file system there is nothing for a moment, but never a part of it."""
     if target.protocol not in ("", "file"):
         if target.exists():
             target.fs.rm(target.path, recursive=True)
         target.fs.put(f"{source}/", f"{target.path}/", recursive=True)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    staged = target.with_name(f".{target.name}.{os.getpid()}")
+    staged = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     shutil.copytree(source, staged.path)
     shutil.rmtree(target.path, ignore_errors=True)
     staged.rename(target)

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -79,6 +80,14 @@ def test_a_write_that_fails_keeps_the_old_file_and_leaves_no_other(tmp_path, mon
         patch.setattr(type(path), "rename", full_disk)
         write_bytes(path, b"new")
     assert files(UPath(tmp_path)) == {"file": b"old"}
+
+
+def test_threads_that_write_one_file_do_not_disturb_each_other(tmp_path):
+    path = location(str(tmp_path / "file"))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda number: write_bytes(path, bytes([number]) * 1000), range(100)))
+    assert len(set(path.read_bytes())) == 1
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_digest_is_that_of_names_and_contents(store):

@@ -53,10 +53,13 @@ def without_near_duplicates(
     skipped = []
     for of_class in by_class(record for record in records if record.split == TRAIN).values():
         samples = by_sample(of_class)
-        vectors_NVD = _vectors(samples.values(), found)
-        for sample_id, vectors_VD, limits_V in zip(samples, vectors_NVD, _limits(vectors_NVD), strict=True):
-            twin = tested.twin(vectors_VD, limits_V)
-            if twin and not _kept(samples[sample_id], keep):
+        own, distinct = _contents(samples, found)
+        vectors_NVD = _vectors(distinct.values(), found)
+        twins = map(tested.twin, vectors_NVD, _limits(vectors_NVD))
+        twin_of = dict(zip(distinct, twins, strict=True))
+        for sample_id, images in samples.items():
+            twin = twin_of[own[sample_id]]
+            if twin and not _kept(images, keep):
                 advice = "if it is another part, add its images to manifest.keep"
                 skipped.append(SkippedFile(sample_id, f"{COPY} {twin.path}, saved in another way; {advice}"))
     gone = {entry.path for entry in skipped}
@@ -119,11 +122,20 @@ def shared_digests(records: Sequence[ImageRecord], found: Mapping[str, Inspectio
     All samples must be complete.
     """
     samples = by_sample(record for record in records if record.split == TRAIN)
-    own = {sample_id: "".join(found[image.path].sha256 for image in images) for sample_id, images in samples.items()}
-    # Each content once: copies of the same bytes need no comparison, and thousands of them would make it slow.
-    distinct = {own[sample_id]: images for sample_id, images in samples.items()}
+    own, distinct = _contents(samples, found)
     shared = _shared(list(distinct), _vectors(distinct.values(), found)) if len(distinct) > 1 else {}
     return {sample_id: shared.get(digest, digest) for sample_id, digest in own.items()}
+
+
+def _contents(
+    samples: Mapping[str, Sequence[ImageRecord]], found: Mapping[str, Inspection]
+) -> tuple[dict[str, str], dict[str, Sequence[ImageRecord]]]:
+    """The digest of each sample, and each digest's images once.
+
+    Copies of the same bytes need no comparison. They would make it slow, and the typical distance 0.
+    """
+    own = {sample_id: "".join(found[image.path].sha256 for image in images) for sample_id, images in samples.items()}
+    return own, {own[sample_id]: images for sample_id, images in samples.items()}
 
 
 def _shared(digests: Sequence[str], vectors_NVD: NDArray[np.float64]) -> dict[str, str]:

@@ -67,6 +67,18 @@ def test_a_test_image_that_was_saved_again_is_skipped(parts, copy):
     assert path in set(kept.frame["path"])
 
 
+def test_copies_of_test_images_are_found_among_many_equal_files(parts):
+    for number in range(40):
+        for again in range(5):
+            shutil.copy(
+                parts.root / f"part/train/good/{number:02}.png", parts.root / f"part/train/good/{number:02}-{again}.png"
+            )
+    for again in range(5):
+        Image.open(parts.root / "part/test/good/00.png").save(parts.root / f"part/train/good/copy{again}.jpg")
+    leaked = [path for path, reason in skipped(build(parts)).items() if "saved in another way" in reason]
+    assert leaked == [f"part/train/good/copy{again}.jpg" for again in range(5)]
+
+
 def test_alike_parts_are_no_copies(parts):
     assert skipped(build(parts)) == {}
     pixels = [np.asarray(thumbnail(photograph(number))) for number in (0, 1)]
