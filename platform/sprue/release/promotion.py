@@ -25,6 +25,9 @@ from sprue.tracking.lineage import Lineage
 from sprue.tracking.lock import alias_lock
 from sprue.tracking.registry import CHAMPION, RegisteredDetector, find_registered, load_detector
 
+AT_ONCE = 16
+"""Samples that are decoded and scored together."""
+
 TIMED = 20
 """Samples that are scored one at a time, for the latency."""
 
@@ -271,15 +274,20 @@ def measure(challenger: Detector, champion: Detector | None, samples: list[Label
 def _predict(
     detector: Detector, engine: Engine, samples: Sequence[LabelledSample]
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    predictions = detector.predict([sample.images for sample in samples], engine)
-    return predictions.score_B, predictions.is_anomalous_B
+    """Scores and decisions [N]; of large images, a few samples fit into memory at once."""
+    found = [
+        detector.predict([sample.read() for sample in samples[start : start + AT_ONCE]], engine)
+        for start in range(0, len(samples), AT_ONCE)
+    ]
+    return np.concatenate([each.score_B for each in found]), np.concatenate([each.is_anomalous_B for each in found])
 
 
 def _latency(detector: Detector, engine: Engine, samples: Sequence[LabelledSample]) -> float:
     """Median seconds of a sample alone; the first is scored twice, to warm up."""
     seconds = []
     for sample in (samples[0], *samples):
+        images = sample.read()
         started = time.perf_counter()
-        detector.predict([sample.images], engine)
+        detector.predict([images], engine)
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[1:])

@@ -19,7 +19,7 @@ def score_files(registered: RegisteredDetector, paths: list[Path]) -> list[dict[
         SprueError: If a file can't be read or a view is missing.
     """
     detector = load_detector(registered)
-    samples = [read_sample(path, detector.views)[1] for path in paths]
+    samples = [read_sample(path, detector.views) for path in paths]
     predictions = detector.predict(samples, registered_engine(detector))
     return [
         {

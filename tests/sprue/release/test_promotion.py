@@ -98,8 +98,8 @@ def test_without_defective_images_synthetic_defects_are_the_same_each_time(good_
     augmented = with_synthetic_defects(samples)
     assert len(augmented) == 5 * 6
     for first, second in zip(augmented, with_synthetic_defects(samples), strict=True):
-        assert first.images[0].tobytes() == second.images[0].tobytes()
-    assert len({sample.images[0].tobytes() for sample in augmented}) == 30
+        assert first.read()[0].tobytes() == second.read()[0].tobytes()
+    assert len({sample.read()[0].tobytes() for sample in augmented}) == 30
     report = measure(good, blind, samples)
     assert (report.good, report.defective, report.synthetic) == (6, 24, True)
     assert "24 synthetic defects" in str(report)
@@ -163,8 +163,13 @@ def test_samples_of_views_are_read_in_the_detector_s_order(tmp_path):
         (tmp_path / "good" / "part").mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 40), (level,) * 3).save(tmp_path / "good" / "part" / f"{view}.png")
     (sample,) = read_labelled(tmp_path, ("top", "side"))
-    assert [image.getpixel((0, 0))[0] for image in sample.images] == [10, 200]
+    assert [image.getpixel((0, 0))[0] for image in sample.read()] == [10, 200]
     assert [path.stem for path in sample.paths] == ["top", "side"]
+    (tmp_path / "good" / "part" / ".notes").write_text("no view")
+    assert read_labelled(tmp_path, ("top", "side")) == [sample]
+    (tmp_path / "good" / "part" / "top.jpg").write_bytes(b"another")
+    with pytest.raises(SprueError, match=r"top\.png: top\.jpg is already the view of this name; delete one of them"):
+        read_labelled(tmp_path, ("top", "side"))
 
 
 @pytest.mark.parametrize(("count", "least", "most"), [(5, 0.3, 0.7), (ENOUGH, 0.0, 0.06)])

@@ -124,7 +124,7 @@ def test_a_promotion_set_is_read_as_labelled_samples(local: Plant, tmp_path: Pat
     folder = tmp_path / "set"
     assert export(local.reviews, "parcels.gräs 2", folder, "promotion") == {"good": 1, "defective": 1}
     samples = read_labelled(folder, VIEWS)
-    values = {each.defect_type: [int(np.asarray(image).max()) for image in each.images] for each in samples}
+    values = {each.defect_type: [int(np.asarray(image).max()) for image in each.read()] for each in samples}
     assert values == {"good": [10, 11], "defective": [20, 21]}
     (sample,) = (folder / "defective").iterdir()
     (written,) = (folder / ".masks" / "defective").rglob("*.png")
