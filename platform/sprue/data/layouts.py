@@ -194,12 +194,12 @@ def _groups(root: UPath, parent: str, defect_type: str, of_views: bool, skipped:
     if not of_views:
         return [defect_type]
     groups = []
-    for child in _children(root / parent / defect_type):
-        if child.is_dir() and not child.name.startswith("."):
-            groups.append(f"{defect_type}/{child.name}")
+    for name, is_folder in _children(root / parent / defect_type):
+        if is_folder and not name.startswith("."):
+            groups.append(f"{defect_type}/{name}")
         else:
-            reason = "hidden" if child.name.startswith(".") else "a file among the samples' folders"
-            skipped.append(SkippedFile(_printable(f"{parent}/{defect_type}/{child.name}"), reason))
+            reason = "hidden" if name.startswith(".") else "a file among the samples' folders"
+            skipped.append(SkippedFile(_printable(f"{parent}/{defect_type}/{name}"), reason))
     return groups
 
 
@@ -221,12 +221,12 @@ def _files(root: UPath, folder: str, skipped: list[SkippedFile] | None = None) -
     """Files of a folder, sorted; hidden files and folders in it go to ``skipped``."""
     files = []
     skipped = [] if skipped is None else skipped
-    for child in _children(root / folder):
-        path = f"{folder}/{child.name}"
+    for name, is_folder in _children(root / folder):
+        path = f"{folder}/{name}"
         printable = _printable(path)
-        if child.name.startswith("."):
+        if name.startswith("."):
             skipped.append(SkippedFile(path, "hidden"))
-        elif child.is_dir():
+        elif is_folder:
             skipped.append(SkippedFile(path, "a folder among the images"))
         elif path != printable:
             skipped.append(SkippedFile(printable, "its name is not UTF-8"))
@@ -240,11 +240,23 @@ def _visible_folders(root: UPath, folder: str) -> list[str]:
 
 
 def _folders(parent: UPath) -> list[str]:
-    return [child.name for child in _children(parent) if child.is_dir()]
+    return [name for name, is_folder in _children(parent) if is_folder]
 
 
-def _children(folder: UPath) -> list[UPath]:
-    return sorted(folder.iterdir(), key=lambda child: child.name) if folder.is_dir() else []
+def _children(folder: UPath) -> list[tuple[str, bool]]:
+    """Names in a folder, sorted, and whether each is a folder; of one listing, as each question is a request to S3."""
+    if not folder.is_dir():
+        return []
+    types = {
+        entry["name"].rstrip("/").rpartition("/")[2]: entry["type"]
+        for entry in folder.fs.ls(folder.path, detail=True)
+        if entry["name"].strip("/") != folder.path.strip("/")  # an object store may list the folder itself
+    }
+    # Where a link leads to, the listing does not say.
+    return [
+        (name, types[name] == "directory" or (types[name] != "file" and (folder / name).is_dir()))
+        for name in sorted(types)
+    ]
 
 
 def _printable(path: str) -> str:

@@ -1,7 +1,9 @@
 import os
 import shutil
+from collections import Counter
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from upath import UPath
 
 from sprue.data.layouts import MVTecLayout, SkippedFile
@@ -93,6 +95,33 @@ def test_reads_a_remote_root():
         ("cup/train/good/0.png", ""),
         ("cup/test/chip/0.png", "cup/ground_truth/chip/0_mask.png"),
     ]
+
+
+def test_a_remote_folder_is_listed_once_however_many_files_it_has(monkeypatch):
+    asked = Counter()
+    for name in ("ls", "isdir"):
+        method = getattr(MemoryFileSystem, name)
+        monkeypatch.setattr(
+            MemoryFileSystem, name, lambda *given, method=method, **named: asked.update([1]) or method(*given, **named)
+        )
+    requests = []
+    for count in (5, 50):
+        root = UPath(f"memory://layouts/of-{count}")
+        (root / "cup/train/good").mkdir(parents=True)
+        for number in range(count):
+            (root / f"cup/train/good/{number}.png").write_bytes(b"x")
+        asked.clear()
+        assert len(MVTecLayout().read(root)[0]) == count
+        requests.append(asked.total())
+    assert requests[0] == requests[1]
+
+
+def test_folders_may_be_links(folder, tmp_path):
+    folder.add_class("cup", good=3)
+    (folder.root / "cup").rename(tmp_path / "elsewhere")
+    (folder.root / "cup").symlink_to(tmp_path / "elsewhere")
+    records, skipped = read(folder)
+    assert (len(records), skipped) == (3, [])
 
 
 def test_missing_root(folder):
