@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import ray
 import yaml
+from mlflow.exceptions import MlflowException
 from upath import UPath
 
 from defectflow import config_for_features
@@ -20,6 +21,8 @@ from sprue.config import FitSettings, ScoringSettings
 from sprue.features.tables import write_part
 from sprue.inference.spec import FeatureSpec
 from sprue.store import location
+from sprue.tracking import writer
+from sprue.tracking.runs import FitRun
 from sprue.tracking.server import connect
 from sprue.training.spec import FitSpec
 
@@ -35,6 +38,20 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[UPath]:
         yield folder
     mlflow.set_tracking_uri(tracking)
     mlflow.set_registry_uri(registry)
+
+
+@pytest.fixture
+def away_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tracking server that does not answer the first time that a run is opened, and is asked again at once."""
+    opened, asked = FitRun.open, iter([False])
+
+    def open_or_refuse(*arguments: Any, **named: Any) -> FitRun:
+        if next(asked, True):
+            return opened(*arguments, **named)
+        raise MlflowException("no answer")
+
+    monkeypatch.setattr(FitRun, "open", open_or_refuse)
+    monkeypatch.setattr(writer, "PAUSE_S", 0.0)
 
 
 @pytest.fixture

@@ -154,14 +154,14 @@ def search_class(
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        with _shared_data(spec, features) as data:
+        with shared_data(spec, features) as data:
             return _outcome(spec, settings, _tuner(spec, settings, data, features, runs, callbacks).fit())
     finally:
         remove_folder(runs / WORKERS)  # Ray Tune may end a trial's process before it has cleared up
 
 
 @contextmanager
-def _shared_data(spec: FitSpec, features: UPath) -> Iterator["ray.ObjectRef[TrialData]"]:
+def shared_data(spec: FitSpec, features: UPath) -> Iterator["ray.ObjectRef[TrialData]"]:
     """Ray's reference to what the trials of a class read; it is freed at the end."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     owner = ray.remote(num_cpus=0)(DataOwner).options(scheduling_strategy=here).remote()

@@ -15,9 +15,9 @@ PAUSE_S = 60.0
 
 
 class TrackingWriter:
-    """Calls functions one after the other; leaves out those for a server that does not answer.
+    """Calls functions one after the other; skips those for a server that does not answer.
 
-    What is left out is lost unless a later call makes up for it, as `sprue.tracking.runs.FitRun.log_epochs` does.
+    What is skipped is lost unless a later call makes up for it, as `sprue.tracking.runs.FitRun.log_epochs` does.
     """
 
     def __init__(self) -> None:

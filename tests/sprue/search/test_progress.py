@@ -2,15 +2,12 @@
 
 import logging
 import pickle
-import threading
 from types import SimpleNamespace
 
 import mlflow
 import pytest
-from mlflow.exceptions import MlflowException
 
 from sprue.search.progress import Progress, TrialRuns
-from sprue.tracking import writer
 from sprue.tracking.runs import KEY_TAG, FitRun
 from sprue.tracking.server import experiment_id
 
@@ -96,17 +93,8 @@ def test_a_resumed_search_continues_the_runs(trial_runs):
     assert logged(trial_runs)[1] == [(1, 0.5), (2, 0.75)]
 
 
-def test_a_server_that_is_away_is_a_warning_and_gets_the_epochs_later(trial_runs, caplog, monkeypatch):
-    progress, asked, opened = Progress(trial_runs, trials=6), threading.Event(), FitRun.open
-    monkeypatch.setattr(writer, "PAUSE_S", 0.0)
-
-    def refuse_once(*arguments, **named):
-        if asked.is_set():
-            return opened(*arguments, **named)
-        asked.set()
-        raise MlflowException("no answer")
-
-    monkeypatch.setattr(FitRun, "open", refuse_once)
+def test_a_server_that_is_away_is_a_warning_and_gets_the_epochs_later(trial_runs, caplog, away_once):
+    progress = Progress(trial_runs, trials=6)
     progress.on_trial_result(1, [], trial_of(1), result_of(1, 0.5))
     progress.on_trial_result(2, [], trial_of(1), result_of(2, 0.75))
     progress.on_experiment_end([])

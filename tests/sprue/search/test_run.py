@@ -1,6 +1,9 @@
 """A search tries points on Ray Tune, judges them by synthetic defects, and keeps the best trial's fit."""
 
+import time
+
 import pytest
+import ray
 import torch
 
 from sprue.config import SearchSettings
@@ -15,6 +18,7 @@ from sprue.search.run import (
     search_class,
     search_key,
     search_name,
+    shared_data,
     tune_config,
 )
 from sprue.search.space import search_space
@@ -72,6 +76,16 @@ def test_the_best_trial_is_the_fit_of_its_settings(cluster, case):
     assert SearchRecord.read(folder) == record
     assert FitRecord.is_current(folder / "fit", plan.key)
     assert SearchRecord.is_current(folder, search_key(case.spec, SETTINGS))
+
+
+def test_what_trials_share_is_freed_though_its_reference_was_pickled(cluster, case):
+    with shared_data(case.spec, case.features) as data:
+        ray.cloudpickle.dumps(data)  # as Ray Tune does, which pins it
+        assert ray.get(data).validation
+    with pytest.raises(ray.exceptions.ObjectLostError):
+        for _ in range(300):  # Ray notices the owner's death within seconds
+            ray.get(data, timeout=60)
+            time.sleep(0.1)
 
 
 def test_a_search_is_found_by_all_that_its_outcome_depends_on(case):

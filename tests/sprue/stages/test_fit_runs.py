@@ -1,7 +1,6 @@
 """A fit's run is opened with its first epoch, and a server that does not answer stops no fit."""
 
 import json
-import threading
 import time
 from contextlib import closing, contextmanager
 from itertools import groupby
@@ -9,14 +8,11 @@ from itertools import groupby
 import mlflow
 import pytest
 import yaml
-from mlflow.exceptions import MlflowException
 
 from sprue.config import DatasetSettings
 from sprue.params import find_recipe
 from sprue.stages.fit_runs import FitRuns
 from sprue.stages.runtime import Context
-from sprue.tracking import writer
-from sprue.tracking.runs import FitRun
 from sprue.tracking.server import experiment_id
 from sprue.training.loop import Epoch
 from sprue.training.plan import ClassPlan
@@ -95,17 +91,8 @@ def test_the_run_of_a_fold_is_below_that_of_its_class(context, plan, found):
     assert after["folded"] == ("FAILED", [], None)
 
 
-def test_what_a_server_did_not_take_is_sent_with_the_next_epoch(context, plan, found, monkeypatch, caplog):
-    spec, asked, opened = renamed(plan, "restarted"), threading.Event(), FitRun.open
-    monkeypatch.setattr(writer, "PAUSE_S", 0.0)
-
-    def refuse_once(*arguments, **named):
-        if asked.is_set():
-            return opened(*arguments, **named)
-        asked.set()
-        raise MlflowException("no answer")
-
-    monkeypatch.setattr(FitRun, "open", refuse_once)
+def test_what_a_server_did_not_take_is_sent_with_the_next_epoch(context, plan, found, away_once, caplog):
+    spec = renamed(plan, "restarted")
     with runs_of(context, [spec]) as runs:
         runs.log_epoch(spec.name, epoch(1))
         runs.log_epoch(spec.name, epoch(2))
