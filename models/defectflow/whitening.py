@@ -25,15 +25,17 @@ VECTORS_PER_COMPONENT = 5
 
 @torch.no_grad()
 def sample_vectors(map_BCHW: Tensor) -> Tensor:
-    """Feature vectors [N, C] of a batch at fixed positions, at least `POSITIONS_PER_IMAGE` an image if it has as many.
+    """Feature vectors [N, C] of a batch at positions on a fixed grid, about `POSITIONS_PER_IMAGE` an image.
 
-    Row after row, each stride-th position counts. The stride has no factor in common with the width: else some columns
-    would never be seen.
+    The grid is square and slightly turned, so that it has points in all rows and columns: those whose column plus k
+    times the row is a multiple of k^2 + 1. An upright grid never sees most columns; one that takes each n-th position,
+    row after row, sees few columns where n and the width have common factors, and else lies in stripes.
     """
-    map_BCP, width = map_BCHW.flatten(2), map_BCHW.shape[3]
-    strides = range(map_BCP.shape[2] // POSITIONS_PER_IMAGE, 1, -1)
-    stride = next((stride for stride in strides if math.gcd(stride, width) == 1), 1)
-    return map_BCP[:, :, ::stride].transpose(1, 2).flatten(0, 1)
+    height, width = map_BCHW.shape[2:]
+    k = round(math.sqrt(max(0, height * width // POSITIONS_PER_IMAGE - 1)))
+    row_H, column_W = (torch.arange(size, device=map_BCHW.device) for size in (height, width))
+    on_grid_HW = (column_W + k * row_H[:, None]) % (k**2 + 1) == 0
+    return map_BCHW[:, :, on_grid_HW].transpose(1, 2).flatten(0, 1)
 
 
 class Moments:

@@ -10,13 +10,24 @@ from defectflow.whitening import POSITIONS_PER_IMAGE, fit_whitening, sample_vect
 
 
 @pytest.mark.parametrize("size", [(24, 24), (32, 32), (48, 48), (64, 64), (96, 96), (48, 64), (64, 20)])
-def test_all_columns_are_sampled_equally_often(size):
+def test_all_rows_and_columns_are_sampled_equally_often(size):
     height, width = size
-    columns_BCHW = torch.arange(float(width)).expand(1, 1, height, width)
-    sampled_N = sample_vectors(columns_BCHW)[:, 0]
-    counts_W = torch.bincount(sampled_N.long(), minlength=width)
-    assert counts_W.max() - counts_W.min() <= 1
-    assert len(sampled_N) >= POSITIONS_PER_IMAGE
+    places = torch.meshgrid(torch.arange(float(height)), torch.arange(float(width)), indexing="ij")
+    sampled_N2 = sample_vectors(torch.stack(places)[None])
+    for axis, length in enumerate(size):
+        counts = torch.bincount(sampled_N2[:, axis].long(), minlength=length)
+        assert counts.min() > 0 and counts.max() - counts.min() <= 1
+    assert 0.75 * POSITIONS_PER_IMAGE <= len(sampled_N2) <= 1.25 * POSITIONS_PER_IMAGE
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 48), (64, 64), (96, 96)])
+def test_no_position_is_far_from_a_sampled_one(size):
+    places = torch.stack(torch.meshgrid(*map(torch.arange, map(float, size)), indexing="ij"))
+    sampled_N2, all_P2 = sample_vectors(places[None]), places.flatten(1).T
+    nearest_P = torch.cdist(all_P2, sampled_N2).amin(1)
+    spacing = (len(all_P2) / len(sampled_N2)) ** 0.5
+    inner_P = ((all_P2 >= spacing) & (all_P2 < torch.tensor(size) - spacing)).all(1)
+    assert nearest_P[inner_P].max() <= 0.75 * spacing  # of an upright grid, half its diagonal: 0.71
 
 
 @pytest.mark.parametrize("size", [(12, 12), (16, 16), (22, 23)])
