@@ -2,7 +2,7 @@
 
 The registry's new champion of a class becomes its candidate. Every replica loads it beside the version that it serves,
 and reports it. When all replicas that live have it, they switch at one instant, which lies a little ahead so that each
-has heard of it by then. If one of them can't load it, the old version stays everywhere.
+knows of it by then. If one of them can't load it, the old version stays everywhere.
 
 This is the bookkeeping alone; `sprue.serving.coordinator` reads the registry and speaks with the replicas.
 """
@@ -17,7 +17,7 @@ SWITCH_S = 0.5
 """How far ahead the instant of a switch lies: much longer than a message to a replica takes."""
 
 LEASE_S = 6.0
-"""A replica that has not been heard for as long is not waited for."""
+"""A replica that has not reported for as long is not waited for."""
 
 WAIT_S = 120.0
 """How long a replica is waited for that lives and neither has a candidate nor has failed to load it. A download from a
@@ -57,7 +57,7 @@ Reports = Mapping[RegisteredDetector, str]
 
 @dataclass
 class _Follower:
-    heard: float
+    reported_at: float
     reports: Reports = field(default_factory=dict)
 
 
@@ -110,7 +110,7 @@ class Agreement:
         candidates = {entry.candidate for entry in self._entries.values() if entry.candidate}
         self._asked = {each: self._asked.get(each, self._clock()) for each in candidates}
 
-    def hear(self, follower: str, reports: Reports) -> None:
+    def record(self, follower: str, reports: Reports) -> None:
         """Takes in what a replica says; all of what it has loaded and failed to load."""
         self._followers[follower] = _Follower(self._clock(), reports)
 
@@ -136,7 +136,7 @@ class Agreement:
 
     def _live(self) -> list[_Follower]:
         oldest = self._clock() - LEASE_S
-        self._followers = {name: each for name, each in self._followers.items() if each.heard >= oldest}
+        self._followers = {name: each for name, each in self._followers.items() if each.reported_at >= oldest}
         return list(self._followers.values())
 
     def _put(

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 NAMESPACE, NAME = "sprue", "coordinator-"
 
 POLL_S = 2.0
-"""How long a replica's question waits for news."""
+"""How long a replica's question waits for a change."""
 
 TICK_S = 0.5
 """Seconds between two looks at who is late or gone."""
@@ -56,7 +56,7 @@ class CoordinatorSettings:
     Attributes:
         tracking_uri: Of the tracking server whose registry is followed.
         refresh_s: Seconds between two looks into the registry.
-        challengers: Whether the replicas hear of challengers, too.
+        challengers: Whether challengers are passed on to the replicas, too.
         name: The actor's. Each start of a service has a coordinator of its own, so that one that replaces another takes
             over nothing from it.
     """
@@ -68,7 +68,7 @@ class CoordinatorSettings:
 
 
 @dataclass(frozen=True)
-class News:
+class Update:
     """What a replica learns.
 
     Attributes:
@@ -130,7 +130,7 @@ class Coordinator:
         if not replaces:
             self._joined.set()
 
-    async def join(self, follower: str, terms: Mapping[str, Term]) -> News:
+    async def join(self, follower: str, terms: Mapping[str, Term]) -> Update:
         """Takes on a replica that serves `terms`, none if it has just started, and tells it all that is agreed."""
         if terms:
             self.agreement.adopt(terms)
@@ -142,10 +142,10 @@ class Coordinator:
         async with self._looking:
             if not self._read:
                 await self._look()
-        self.agreement.hear(follower, {})
-        return self._news(0)
+        self.agreement.record(follower, {})
+        return self._update(0)
 
-    async def follow(self, follower: str, epoch: str, seen: int, reports: Reports) -> News | None:
+    async def follow(self, follower: str, epoch: str, seen: int, reports: Reports) -> Update | None:
         """Waits a moment for changes after the number `seen`, and tells them.
 
         `reports` are all of the replica's. None if the replica has to join first: this process is new.
@@ -158,12 +158,12 @@ class Coordinator:
             while self.agreement.number <= seen and (left_s := deadline - time.monotonic()) > 0:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._changed.wait(), left_s)
-        return self._news(seen)
+        return self._update(seen)
 
     async def report(self, follower: str, epoch: str, reports: Reports) -> None:
         """Takes in all of a replica's reports."""
         if epoch == self._epoch:
-            self.agreement.hear(follower, reports)
+            self.agreement.record(follower, reports)
             await self._decide()
 
     async def look(self) -> None:
@@ -210,8 +210,8 @@ class Coordinator:
         async with self._changed:
             self._changed.notify_all()
 
-    def _news(self, seen: int) -> News:
-        return News(self._epoch, self.agreement.number, self.agreement.changes(seen), self._error, self._read)
+    def _update(self, seen: int) -> Update:
+        return Update(self._epoch, self.agreement.number, self.agreement.changes(seen), self._error, self._read)
 
 
 @ray.remote(num_cpus=0, max_restarts=-1)

@@ -1,4 +1,4 @@
-"""A replica's part in what `sprue.serving.coordinator` brings about: it hears what to load and when to serve it."""
+"""A replica's part in what `sprue.serving.coordinator` brings about: it learns what to load and when to serve it."""
 
 import asyncio
 import logging
@@ -10,7 +10,7 @@ from ray.exceptions import RayActorError
 
 from sprue.errors import SprueError
 from sprue.serving.champions import Champions
-from sprue.serving.coordinator import POLL_S, CoordinatorSettings, News, find_coordinator
+from sprue.serving.coordinator import POLL_S, CoordinatorSettings, Update, find_coordinator
 from sprue.serving.shadow import Shadow
 
 logger = logging.getLogger(__name__)
@@ -56,12 +56,12 @@ class Follower:
                 `sprue.serving.champions.Champions.start`.
         """
         try:
-            news = await self._join(replaces=False)
+            update = await self._join(replaces=False)
         except RayActorError:  # it has died since it was found
-            news = await self._join(replaces=True)
-        if not news.entries and not (allow_empty and news.registry_read):
-            raise SprueError(news.registry_error)
-        self._models.begin(news.entries)
+            update = await self._join(replaces=True)
+        if not update.entries and not (allow_empty and update.registry_read):
+            raise SprueError(update.registry_error)
+        self._models.begin(update.entries)
         self._tasks = [asyncio.create_task(each()) for each in (self._follow, self._report, self._remember)]
         await self._models.start()
 
@@ -73,8 +73,8 @@ class Follower:
     async def _follow(self) -> None:
         while True:
             try:
-                news = await self._ask()
-                self._models.apply(news.entries)
+                update = await self._ask()
+                self._models.apply(update.entries)
             except Exception as error:  # what is served goes on
                 reason = (
                     f"the replicas' coordinator does not answer: {(str(error) or type(error).__name__).splitlines()[0]}"
@@ -85,27 +85,27 @@ class Follower:
                 self._actor, self._epoch = None, ""
                 await asyncio.sleep(RETRY_S)
 
-    async def _ask(self) -> News:
+    async def _ask(self) -> Update:
         if self._epoch:
             asked = self._actor.follow.remote(self._name, self._epoch, self._seen, self._models.reports)
-            news = await asyncio.wait_for(asked, ANSWER_S)
-            if news is not None:
-                return self._take(news)
+            update = await asyncio.wait_for(asked, ANSWER_S)
+            if update is not None:
+                return self._take(update)
         return await self._join(replaces=True)
 
-    async def _join(self, replaces: bool) -> News:
+    async def _join(self, replaces: bool) -> Update:
         self._actor = await self._find(replaces)
         return self._take(await asyncio.wait_for(self._actor.join.remote(self._name, self._models.terms), START_S))
 
     async def _find(self, replaces: bool) -> Any:
         return await asyncio.to_thread(find_coordinator, self._settings, replaces)
 
-    def _take(self, news: News) -> News:
-        self._epoch, self._seen = news.epoch, news.number
+    def _take(self, update: Update) -> Update:
+        self._epoch, self._seen = update.epoch, update.number
         if self._shadow:
-            self._shadow.apply(news.entries)
-        self.error, self._registry_read = news.registry_error, news.registry_read
-        return news
+            self._shadow.apply(update.entries)
+        self.error, self._registry_read = update.registry_error, update.registry_read
+        return update
 
     async def _report(self) -> None:
         """Tells at once what has been loaded; `_follow` repeats it where that fails."""

@@ -29,7 +29,7 @@ def agreement(clock):
     agreement.observe([version(1)])
     agreement.observe([version(2)])
     for each in "xy":
-        agreement.hear(each, {})
+        agreement.record(each, {})
     return agreement
 
 
@@ -54,51 +54,51 @@ def test_what_is_found_first_is_served_at_once(clock):
 
 
 def test_all_switch_at_one_instant_ahead(agreement, clock):
-    agreement.hear("x", {version(2): ""})
+    agreement.record("x", {version(2): ""})
     agreement.decide()
     assert (entry(agreement).term.champion, entry(agreement).candidate) == (version(1), version(2))
-    agreement.hear("y", {version(2): ""})
+    agreement.record("y", {version(2): ""})
     agreement.decide()
     assert entry(agreement).term == Term(version(2), clock.now + SWITCH_S) and entry(agreement).candidate is None
 
 
 def test_a_failure_is_told_to_all_and_holds_the_old_version(agreement, clock):
-    agreement.hear("x", {version(2): ""})
-    agreement.hear("y", {version(2): "damaged"})
+    agreement.record("x", {version(2): ""})
+    agreement.record("y", {version(2): "damaged"})
     for _ in range(2):
         agreement.decide()
         assert (entry(agreement).term.champion, entry(agreement).failure) == (version(1), "damaged")
         seen = agreement.number
         clock.now += WAIT_S + 1
-        agreement.hear("x", {version(2): ""})
-        agreement.hear("y", {version(2): "damaged"})
+        agreement.record("x", {version(2): ""})
+        agreement.record("y", {version(2): "damaged"})
     agreement.decide()
     assert agreement.changes(seen) == {}
-    agreement.hear("y", {version(2): ""})
+    agreement.record("y", {version(2): ""})
     agreement.decide()
     assert (entry(agreement).term.champion, entry(agreement).failure) == (version(2), "")
 
 
 def test_who_is_silent_is_not_waited_for_and_who_hangs_not_for_ever(agreement, clock):
-    agreement.hear("x", {version(2): ""})
+    agreement.record("x", {version(2): ""})
     clock.now += LEASE_S - 1
-    agreement.hear("y", {})
-    agreement.hear("x", {version(2): ""})
+    agreement.record("y", {})
+    agreement.record("x", {version(2): ""})
     agreement.decide()
     assert entry(agreement).term.champion == version(1) and agreement.followers == 2
     clock.now += WAIT_S
     agreement.decide()
     assert entry(agreement).term.champion == version(1) and agreement.followers == 0  # nobody could serve it
-    agreement.hear("y", {})
-    agreement.hear("x", {version(2): ""})
+    agreement.record("y", {})
+    agreement.record("x", {version(2): ""})
     agreement.decide()
     assert entry(agreement).term.champion == version(2)
 
 
 def test_a_registry_that_goes_back_withdraws_the_candidate(agreement):
     agreement.observe([version(1)])
-    agreement.hear("x", {version(2): ""})
-    agreement.hear("y", {version(2): ""})
+    agreement.record("x", {version(2): ""})
+    agreement.record("y", {version(2): ""})
     agreement.decide()
     assert (entry(agreement).term.champion, entry(agreement).candidate) == (version(1), None)
 
@@ -106,7 +106,7 @@ def test_a_registry_that_goes_back_withdraws_the_candidate(agreement):
 def test_a_new_process_takes_over_the_newest_of_what_replicas_serve(clock):
     agreement = Agreement(clock)
     agreement.adopt({"textures.a": Term(version(1), 500.0)})
-    agreement.adopt({"textures.a": Term(version(2), 1000.2)})  # this one has heard of a switch
+    agreement.adopt({"textures.a": Term(version(2), 1000.2)})  # this one has reported_at of a switch
     agreement.adopt({"textures.a": Term(version(1), 500.0)})
     agreement.observe([version(3)])
     assert entry(agreement).term == Term(version(2), 1000.2) and entry(agreement).candidate == version(3)
@@ -120,7 +120,7 @@ def test_challengers_come_and_go_beside_what_is_served(agreement):
     agreement.observe([version(2)], [version(3), version(9, "b")])
     assert agreement.changes(seen) == {}
     for each in "xy":
-        agreement.hear(each, {version(2): ""})
+        agreement.record(each, {version(2): ""})
     agreement.decide()
     assert (entry(agreement).term.champion, entry(agreement).challenger) == (version(2), version(3))
     agreement.observe([version(2)])

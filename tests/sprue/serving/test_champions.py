@@ -70,17 +70,17 @@ class Replica(Champions):
         self.coordinator, self._name, self._seen = coordinator, name, 0
 
     async def join(self):
-        news = await self.coordinator.join(self._name, {})
-        if not news.entries:
-            raise SprueError(news.registry_error)
-        self.begin(news.entries)
-        self._seen = news.number
+        update = await self.coordinator.join(self._name, {})
+        if not update.entries:
+            raise SprueError(update.registry_error)
+        self.begin(update.entries)
+        self._seen = update.number
         await self.start()
 
-    async def hear(self):
+    async def follow(self):
         """One of the questions that a follower asks all the time."""
         agreement = self.coordinator.agreement
-        agreement.hear(self._name, self.reports)
+        agreement.record(self._name, self.reports)
         agreement.decide()
         self.apply(agreement.changes(self._seen))
         self._seen = agreement.number
@@ -88,7 +88,7 @@ class Replica(Champions):
     async def refresh(self):
         """Lets the coordinator read the registry, and begins to load what is new."""
         await self.coordinator._look()
-        await self.hear()
+        await self.follow()
 
 
 async def refreshed(champions):
@@ -96,12 +96,12 @@ async def refreshed(champions):
     await champions.refresh()
     while champions._new:
         await asyncio.sleep(0.01)
-    await champions.hear()
+    await champions.follow()
 
 
 async def until_version(champions, name, version):
     while champions.find(name).version != version:
-        await champions.hear()
+        await champions.follow()
         await asyncio.sleep(0.01)
 
 
@@ -424,10 +424,10 @@ def test_replicas_switch_when_all_of_them_have_loaded_a_version(plant):
         await refreshed(first)
         assert first.reports and versions(first, second) == [1, 1]
         for _ in range(3):
-            await first.hear()
+            await first.follow()
         assert versions(first, second) == [1, 1]
         await refreshed(second)
-        await first.hear()
+        await first.follow()
         assert versions(first, second) == [2, 2]
         assert first.since(first.find("a")) == second.since(second.find("a")) <= time.time()
         assert (first.loaded, first.reports) == (1, {})
@@ -451,7 +451,7 @@ def test_a_version_that_one_replica_can_not_load_is_served_by_none(plant, monkey
         plant.release("textures.a", seed=1)
         await refreshed(first)
         await refreshed(second)
-        await first.hear()
+        await first.follow()
         assert versions(first, second) == [1, 1]
         for each in (first, second):
             assert "textures.a version 2: the disk is full" in each.failures["textures.a"]
@@ -461,7 +461,7 @@ def test_a_version_that_one_replica_can_not_load_is_served_by_none(plant, monkey
         second.loader = load
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: float("inf"), time=time.time))
         await refreshed(second)
-        await first.hear()
+        await first.follow()
         assert versions(first, second) == [2, 2] and first.failures == second.failures == {}
 
     asyncio.run(run())
@@ -479,12 +479,12 @@ def test_a_replica_that_dies_or_hangs_is_not_waited_for_long(plant, monkeypatch)
         with monkeypatch.context() as patch:
             patch.setattr(agreement, "LEASE_S", 0.1)
             await asyncio.sleep(0.2)  # the second has died
-            await first.hear()
+            await first.follow()
         assert versions(first) == [2]
 
         # One that lives and whose download hangs goes on with what it has, and says so, until it has the new version.
         hold = plant.hold("textures.a")
-        await second.hear()
+        await second.follow()
         assert versions(second) == [1]
         assert "textures.a version 2 is served by other replicas" in second.failures["textures.a"]
         hold.set()

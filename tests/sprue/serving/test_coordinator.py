@@ -42,21 +42,21 @@ async def running(**arguments):
 def test_replicas_hear_at_once_what_to_load_and_when_to_serve_it(model):
     async def run():
         async with running(refresh_s=3600) as found:
-            news = await found.join("x", {})
-            assert (news.entries[MODEL].term.champion.version, news.registry_error) == (1, "")
-            assert (await found.join("y", {})).entries == news.entries
+            update = await found.join("x", {})
+            assert (update.entries[MODEL].term.champion.version, update.registry_error) == (1, "")
+            assert (await found.join("y", {})).entries == update.entries
             release()
             await found.look()
             started = time.monotonic()
-            news_of_x = await found.follow("x", news.epoch, news.number, {})
-            candidate = news_of_x.entries[MODEL].candidate
-            assert candidate.version == 2 and news_of_x.entries[MODEL].term == news.entries[MODEL].term
-            waiting = asyncio.create_task(found.follow("x", news.epoch, news_of_x.number, {candidate: ""}))
-            await found.report("y", news.epoch, {candidate: ""})
+            update_of_x = await found.follow("x", update.epoch, update.number, {})
+            candidate = update_of_x.entries[MODEL].candidate
+            assert candidate.version == 2 and update_of_x.entries[MODEL].term == update.entries[MODEL].term
+            waiting = asyncio.create_task(found.follow("x", update.epoch, update_of_x.number, {candidate: ""}))
+            await found.report("y", update.epoch, {candidate: ""})
             switched = await waiting
             assert time.monotonic() - started < coordinator.POLL_S
             assert switched.entries[MODEL].term.champion == candidate
-            assert (await found.follow("x", news.epoch, switched.number, {})).entries == {}
+            assert (await found.follow("x", update.epoch, switched.number, {})).entries == {}
             assert await found.follow("x", "another life", 0, {}) is None
 
     asyncio.run(run())
@@ -65,17 +65,17 @@ def test_replicas_hear_at_once_what_to_load_and_when_to_serve_it(model):
 def test_a_registry_that_fails_is_named_and_what_is_served_goes_on(model, monkeypatch):
     async def run():
         async with running(refresh_s=0.1) as found:
-            news = await found.join("x", {})
+            update = await found.join("x", {})
             with monkeypatch.context() as patch:
                 patch.setattr(registry, "with_aliases", lambda *_: 1 / 0)
                 await asyncio.sleep(1)
-                news_of_x = await found.follow("x", news.epoch, 0, {})
-            assert news_of_x.registry_error == "division by zero" and news_of_x.entries == news.entries
+                update_of_x = await found.follow("x", update.epoch, 0, {})
+            assert update_of_x.registry_error == "division by zero" and update_of_x.entries == update.entries
             mlflow.MlflowClient().delete_registered_model_alias(MODEL, registry.CHAMPION)
-            while "no champion" not in news_of_x.registry_error:
-                news_of_x = await found.follow("x", news.epoch, 0, {})
+            while "no champion" not in update_of_x.registry_error:
+                update_of_x = await found.follow("x", update.epoch, 0, {})
                 await asyncio.sleep(0.1)
-            assert news_of_x.entries == news.entries
+            assert update_of_x.entries == update.entries
 
     asyncio.run(run())
 
@@ -89,17 +89,17 @@ def test_one_that_replaces_another_is_told_what_is_served(model):
             new = asyncio.create_task(second.join("new", {}))
             await asyncio.sleep(0.5)
             assert not new.done()
-            news_of_x = await second.join("x", terms)
-            assert {name: each.term for name, each in news_of_x.entries.items()} == terms
+            update_of_x = await second.join("x", terms)
+            assert {name: each.term for name, each in update_of_x.entries.items()} == terms
             assert (await new).entries.keys() == terms.keys()
             candidate = second.agreement.changes(0)[MODEL].candidate
             assert candidate.version == 2
-            await second.report("x", news_of_x.epoch, {candidate: ""})
-            await second.report("new", news_of_x.epoch, {candidate: ""})
+            await second.report("x", update_of_x.epoch, {candidate: ""})
+            await second.report("new", update_of_x.epoch, {candidate: ""})
             # The others may still be on their way.
             assert second.agreement.changes(0)[MODEL].candidate == candidate
             second._decides_at = 0.0
-            await second.report("x", news_of_x.epoch, {candidate: ""})
+            await second.report("x", update_of_x.epoch, {candidate: ""})
             assert second.agreement.changes(0)[MODEL].term.champion == candidate
 
     asyncio.run(run())
