@@ -47,7 +47,7 @@ HEALTH_S = 3.0
 """How often Ray Serve asks a replica for its health; it replaces one that has said no three times."""
 
 CLOSE_S = 10.0
-"""Time for the last decisions to be written when a replica ends."""
+"""Time for what waits to be written when a replica ends: its last decisions, those of challengers, and spans."""
 
 # The service itself holds the files of /docs: plants are seldom online.
 app = FastAPIOffline(**openapi.APPLICATION, telemetry=tracing.TELEMETRY)
@@ -136,11 +136,12 @@ class ScoringService:
         settings = ShadowSettings(config.shadow, config.decisions, config.cache.max_bytes, config.limits.max_pixels)
         return Shadow(settings, self.models.loader, lambda: self.admission.queued > 0)
 
-    def __del__(self) -> None:
+    async def __del__(self) -> None:
         """Ray Serve calls this when the last request is answered, before it ends the replica."""
-        logs = [each for each in (self.decisions, self.shadow and self.shadow.log) if each]
-        for log in logs:
-            log.close(CLOSE_S / len(logs))
+        closing = [asyncio.to_thread(tracing.send_last, CLOSE_S)]
+        closing += [asyncio.to_thread(self.decisions.close, CLOSE_S)] if self.decisions else []
+        closing += [self.shadow.close(CLOSE_S)] if self.shadow else []
+        await asyncio.gather(*closing)
 
     async def _report_state(self) -> None:
         failure = ""

@@ -116,6 +116,13 @@ class Shadow:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    async def close(self, timeout_s: float) -> None:
+        """Lets the samples that wait be scored, and writes their rows; what takes longer is lost."""
+        end = time.monotonic() + timeout_s
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_s / 2)
+        await asyncio.to_thread(self.log.close, end - time.monotonic())
+
     async def _score(
         self, challenger: RegisteredDetector, decision: Decision, views: tuple[str, ...], images: Sequence[bytes]
     ) -> None:

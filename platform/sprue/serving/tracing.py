@@ -40,6 +40,13 @@ def send_traces() -> None:
     trace.set_tracer_provider(provider)
 
 
+def send_last(timeout_s: float) -> None:
+    """Sends the spans that wait for their batch, before the process ends."""
+    flush = getattr(trace.get_tracer_provider(), "force_flush", None)
+    if flush:  # traces are sent
+        flush(round(1000 * timeout_s))
+
+
 def add_phase(phase: str, started_s: float, ended_s: float) -> None:
     """A span between two times since the epoch, below the request's, if it is traced."""
     if trace.get_current_span().is_recording():
