@@ -16,12 +16,13 @@ from datetime import date, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from upath import UPath
 
 from sprue.data.layouts import GOOD
 from sprue.errors import SprueError
 from sprue.formats import REVIEW
+from sprue.inference.images import DAMAGE, FORMATS, open_image
 from sprue.release.decision_store import Decision, DecisionStore
 from sprue.store import write_bytes, write_json
 
@@ -117,12 +118,14 @@ def mask_digests(masks: Sequence[bytes], images: Sequence[bytes]) -> tuple[str, 
     """SHA-256 of each mask, empty where a mask is.
 
     Raises:
-        SprueError: If a mask is no PNG of its image's size.
+        SprueError: If a mask is no PNG of its image's size, or damaged.
     """
     found = []
     for mask, image in zip(masks, images, strict=True):
         if mask and _facts(mask) != ("png", _facts(image)[1]):
             raise SprueError("a mask is a PNG of its image's size")
+        if mask:
+            open_image(mask, "a mask")
         found.append(hashlib.sha256(mask).hexdigest() if mask else "")
     return tuple(found)
 
@@ -203,7 +206,7 @@ def _write_table(reviews: Sequence[Review], path: Path) -> None:
 def _facts(image: bytes) -> tuple[str, tuple[int, int]]:
     """Format and size, from the header alone."""
     try:
-        with Image.open(io.BytesIO(image)) as opened:
+        with Image.open(io.BytesIO(image), formats=FORMATS) as opened:
             return (opened.format or "").lower(), opened.size
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+    except (*DAMAGE, Image.DecompressionBombError) as error:
         raise SprueError("it is no image") from error

@@ -207,6 +207,8 @@ def _keep(store: UPath, model_name: str, given: NewReview, reviewer: str, views:
     if decision.model_name != model_name:
         raise SprueError(f"decision {given.key} is about {decision.model_name}, not {model_name}")
     masks = given.masks or [b""] * len(views)
+    if given.verdict == "good" and any(masks):
+        raise SprueError("a good sample has no defect to mark: send no masks, or another verdict")
     if not len(decision.images) == len(views) == len(masks):
         raise SprueError(f"the class's samples have {len(views)} images; the decision has {len(decision.images)}, and "
                          f"{len(masks)} masks are given")  # fmt: skip
@@ -217,4 +219,7 @@ def _keep(store: UPath, model_name: str, given: NewReview, reviewer: str, views:
 
 
 def _utc(at: datetime) -> datetime:
-    return at.astimezone(UTC) if at.tzinfo else at.replace(tzinfo=UTC)
+    try:
+        return at.astimezone(UTC) if at.tzinfo else at.replace(tzinfo=UTC)
+    except OverflowError as error:  # in the first or the last year that there is
+        raise SprueError(f"nothing was decided at {at.isoformat()}") from error

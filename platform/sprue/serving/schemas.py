@@ -170,7 +170,7 @@ class NewReview(BaseModel):
     verdict: Verdict
     masks: list[Base64Bytes] = Field(
         default=[],
-        description="Where the defect is: a PNG of each image's size in base64, not black where it is defective, in "
+        description="Where the defect is: a PNG of each image's size in base64, white where it is defective, in "
         "the views' order; empty for a view without a mark",
     )
 

@@ -232,6 +232,29 @@ def test_errors_name_the_file_and_the_other_files_are_inspected(
     expect(page.locator("#result")).to_be_hidden()
 
 
+@pytest.mark.usefixtures("boxes")
+def test_a_class_that_is_left_shows_nothing_of_itself(
+    plant: Any, files: dict[str, Path], open_page: Callable[..., Page]
+) -> None:
+    """Nor does the page stay busy, whatever comes late."""
+    plant.decision(plant.post("brick", Image.open(files["defective"])))
+    page, late = open_page(), []
+    page.route(re.compile(r"textures\.brick/(score|decisions)"), lambda route: late.append(route))
+    choose(page, files["good"])
+    expect(page.locator("body")).to_have_attribute("aria-busy", "true")
+    page.get_by_role("tab", name="Last decisions").click()
+    page.select_option("#class", "parcels.box")
+    expect(page.locator("#last-empty")).to_be_visible()
+    assert len(late) == 2
+    for each in late:
+        with page.expect_response(each.request.url):
+            each.continue_()
+    expect(page.locator("body")).not_to_have_attribute("aria-busy", "true")
+    page.evaluate("new Promise((done) => setTimeout(done, 200))")
+    expect(page.locator("#last-list li")).to_have_count(0)
+    expect(page.locator("#samples li")).to_have_count(0)
+
+
 def test_images_are_pasted_dropped_and_taken(files: dict[str, Path], open_page: Callable[..., Page]) -> None:
     page = open_page()
     page.select_option("#class", "textures.brick")
@@ -296,6 +319,8 @@ def test_verdicts_are_stored_and_exported(
     page.keyboard.up(" ")
     page.keyboard.press("ArrowDown")
     expect(page.get_by_role("group", name="Arrow keys move the brush")).to_be_focused()
+    page.keyboard.press("g")
+    expect(page.locator("#problem")).to_have_text(re.compile("^A good part has no defect"))
     page.keyboard.press("d")
     expect(page.locator("#reviewed")).to_contain_text("Saved: Defective, everything")
     expect(page.locator("#queue-count")).to_have_text(re.compile("^Nothing to review"))
@@ -336,12 +361,23 @@ def test_reviews_that_can_not_be_kept_are_refused(plant: Any, files: dict[str, P
     assert plant.client.post(url, json=review, headers=line).status_code == 403
     assert plant.post("brick", Image.open(files["good"]), params={"record": "false"}, headers=line).status_code == 403
     text = {"content": json.dumps(review), "headers": {"Content-Type": "text/plain"}}
-    mask = base64.b64encode(plant.image("brick").resize((20, 20)).tobytes()).decode()
+    whole = io.BytesIO()
+    Image.new("L", Image.open(files["defective"]).size, 255).save(whole, "PNG")
+    mask, other, cut = (
+        base64.b64encode(each).decode()
+        for each in (whole.getvalue(), plant.image("brick").resize((20, 20)).tobytes(), whole.getvalue()[:60])
+    )
+    never = "0001-01-01T00:00:00+14:00"
+    answer = plant.client.get(f"/v1/images/{digest}", params={"at": never})
+    assert answer.json()["error"]["code"] == "image_gone"
     for arguments, status, code in (
         (text, 415, "not_json"),
         ({"json": review | {"verdict": "perhaps"}}, 422, "invalid_request"),
         ({"json": review | {"key": "0" * 32}}, 422, "not_reviewable"),
+        ({"json": review | {"at": never}}, 422, "not_reviewable"),
         ({"json": review | {"masks": [mask]}}, 422, "not_reviewable"),
+        ({"json": review | {"masks": [other], "verdict": "defective"}}, 422, "not_reviewable"),
+        ({"json": review | {"masks": [cut], "verdict": "defective"}}, 422, "not_reviewable"),
         ({"json": review | {"masks": ["A" * 6 * 2**20]}}, 413, "too_many_bytes"),
     ):
         answer = plant.client.post(url, **arguments)

@@ -56,8 +56,17 @@ const of = (model) => `v1/classes/${encodeURIComponent(model)}`;
 /** @returns {Promise<Class[]>} */
 export const classes = async () => (await (await request("v1/classes")).json()).classes;
 
-/** @param {string} model @returns {Promise<Calibration>} */
-export const calibration = async (model) => (await request(`${of(model)}/calibration`)).json();
+/** The calibrations of versions, by their digests. @type {Map<string, Calibration>} */
+const calibrations = new Map();
+
+/** What a version that has scored compares with. @param {Model} model @returns {Promise<Calibration>} */
+export async function calibration(model) {
+  const known = calibrations.get(model.digest);
+  if (known) return known;
+  const found = await (await request(`${of(model.name)}/calibration`)).json();
+  calibrations.set(found.model.digest, found); // of another version, if that has just replaced it
+  return found;
+}
 
 /**
  * Scores a sample: a file for each of the class's views.
@@ -95,7 +104,7 @@ export const sendReview = async (model, review) =>
   ).json();
 
 /**
- * @typedef {{name: string, version: number}} Model
+ * @typedef {{name: string, version: number, digest: string}} Model
  * @typedef {{dataset: string, class_name: string, model: Model, views?: string[]}} Class
  * @typedef {{model: Model, scores: number[], alpha: number, threshold: number, guarantee: "marginal" | "conditional",
  *   confidence: number, folds: number, low: number, high: number, pixel_threshold: number}} Calibration

@@ -15,6 +15,7 @@ export function setUpDecisions(served, fail, open) {
     if (!chosen) return;
     try {
       const found = await api.decisions(chosen.model.name, false);
+      if (served() !== chosen) return;
       byId("last-empty").hidden = found.length > 0;
       byId("last-list").replaceChildren(...found.map((each) => element("li", {}, card(each))));
     } catch (error) {

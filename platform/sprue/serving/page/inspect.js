@@ -7,7 +7,7 @@ import { decisionBadge, facts } from "./facts.js";
 import { bitmapOf, thumbnail } from "./images.js";
 import { samplesOf } from "./samples.js";
 import { number, t } from "./texts.js";
-import { Viewer } from "./viewer.js";
+import { Viewer, viewsOf } from "./viewer.js";
 
 /**
  * @param {() => api.Class | undefined} served The chosen class.
@@ -16,7 +16,7 @@ import { Viewer } from "./viewer.js";
 export function setUpInspect(served, fail) {
   const viewer = new Viewer(byId("inspect-viewer"), false);
   const list = byId("samples");
-  /** @type {{name: string, views: any[], score: api.Score, calibration: api.Calibration}[]} */
+  /** @type {{name: string, files: File[], small: Node, score: api.Score, calibration: api.Calibration}[]} */
   let inspected = [];
   let shown = -1;
   const views = () => served()?.views ?? [];
@@ -37,9 +37,9 @@ export function setUpInspect(served, fail) {
     for (const sample of samples) {
       try {
         const found = await inspectSample(chosen, sample);
-        if (served() !== chosen) return;
+        if (served() !== chosen) break;
         inspected.push(found);
-        show(inspected.length - 1);
+        await show(inspected.length - 1);
       } catch (error) {
         problems.push(error);
       }
@@ -48,16 +48,18 @@ export function setUpInspect(served, fail) {
     if (problems.length) fail(problems.length === 1 ? problems[0] : new Error(problems.map((e) => e.message).join("\n")));
   }
 
-  function show(index) {
+  async function show(index) {
     shown = index;
     byId("result").hidden = byId("clear").hidden = index < 0;
     list.hidden = inspected.length < 2;
     list.replaceChildren(...inspected.map(button));
     if (index < 0) return;
-    const { name, views, score, calibration } = inspected[index];
+    const { name, files, score, calibration } = inspected[index];
     const heading = [element("h2", {}, name), decisionBadge(score.is_anomalous)];
     byId("inspect-facts").replaceChildren(...heading, ...facts(score, calibration));
-    viewer.show(views, calibration);
+    const bitmaps = await Promise.all(files.map(bitmapOf)); // those of all samples would fill the memory
+    if (inspected[shown]?.score !== score) return;
+    viewer.show(viewsOf(score, bitmaps), calibration);
     announce(t("announce", { name, decision: decisionWords(score.is_anomalous), p: number(score.p_value) }));
   }
 
@@ -65,7 +67,7 @@ export function setUpInspect(served, fail) {
     const name = element("span", { className: "name" }, sample.name);
     const word = `${symbol(sample.score.is_anomalous)} ${decisionWords(sample.score.is_anomalous)}`;
     const attributes = { onclick: () => show(index), "aria-current": String(index === shown) };
-    return element("li", {}, element("button", attributes, thumbnail(sample.views[0].bitmap), name, word));
+    return element("li", {}, element("button", attributes, sample.small, name, word));
   }
 
   function clear() {
@@ -100,10 +102,9 @@ export function setUpInspect(served, fail) {
 
 async function inspectSample(chosen, sample) {
   const name = sample.map((each) => each.name).join(", ");
-  const [score, ...bitmaps] = await Promise.all([api.score(chosen, sample, name, true), ...sample.map(bitmapOf)]);
-  const calibration = await api.calibration(chosen.model.name);
-  const views = score.maps.map((map, index) => ({ name: map.view, bitmap: bitmaps[index], map }));
-  return { name: sample[0].name, views, score, calibration };
+  const score = await api.score(chosen, sample, name, true);
+  const [calibration, bitmap] = await Promise.all([api.calibration(score.model), bitmapOf(sample[0])]);
+  return { name: sample[0].name, files: sample, small: thumbnail(bitmap), score, calibration };
 }
 
 /** Takes files that are dropped anywhere on the page. @param {(files: File[]) => void} take */

@@ -6,7 +6,7 @@ import { announce, byId, decisionWords, element, showProblem, symbol } from "./d
 import { decisionBadge, facts } from "./facts.js";
 import { bitmapOf } from "./images.js";
 import { t, time } from "./texts.js";
-import { Viewer } from "./viewer.js";
+import { Viewer, viewsOf } from "./viewer.js";
 
 /** @param {() => api.Class | undefined} served @param {(error: Error) => void} fail */
 export function setUpReview(served, fail) {
@@ -24,6 +24,7 @@ export function setUpReview(served, fail) {
     if (!chosen) return;
     try {
       const found = await api.decisions(chosen.model.name, true);
+      if (served() !== chosen) return;
       queue = first ? [first, ...found.filter((each) => each.key !== first.key)] : found;
       await show(queue.length ? 0 : -1);
     } catch (error) {
@@ -47,13 +48,9 @@ export function setUpReview(served, fail) {
       showProblem("");
       const chosen = served();
       const files = await api.images(decision);
-      const [score, calibration, ...bitmaps] = await Promise.all([
-        api.score(chosen, files, decision.request_id, false),
-        api.calibration(chosen.model.name),
-        ...files.map(bitmapOf),
-      ]);
+      const score = await api.score(chosen, files, decision.request_id, false);
+      const [calibration, ...bitmaps] = await Promise.all([api.calibration(score.model), ...files.map(bitmapOf)]);
       if (queue[shown] !== decision) return;
-      const views = score.maps.map((map, place) => ({ name: map.view, bitmap: bitmaps[place], map }));
       const versions = { then: decision.model.version, now: score.model.version };
       const more = [
         [t("fact.at"), time(decision.at)],
@@ -61,7 +58,7 @@ export function setUpReview(served, fail) {
         ...(versions.then === versions.now ? [] : [[t("fact.decided"), t("version.other", versions)]]),
       ];
       byId("review-facts").replaceChildren(...facts({ ...score, ...recorded(decision) }, calibration, more));
-      viewer.show(views, calibration);
+      viewer.show(viewsOf(score, bitmaps), calibration);
       seen = decision;
     } catch (error) {
       if (queue[shown] === decision) fail(error);
@@ -85,9 +82,13 @@ export function setUpReview(served, fail) {
   async function judge(verdict) {
     const decision = queue[shown];
     if (!decision || busy || seen !== decision) return;
+    const masks = viewer.markedMasks();
+    if (verdict === "good" && masks.some(Boolean)) {
+      showProblem(t("verdict.marked"));
+      return;
+    }
     busy = true;
     try {
-      const masks = viewer.markedMasks();
       const { key, at } = decision;
       decision.review = await api.sendReview(decision.model.name, { key, at, verdict, masks });
       announce(verdictWords(decision.review));

@@ -9,6 +9,10 @@ import { Zoom } from "./zoom.js";
 /** @typedef {import("./api.js").Calibration} Calibration */
 /** @typedef {{name: string, bitmap: ImageBitmap | null, map: import("./api.js").AnomalyMap | null}} View */
 
+/** A sample's views. @param {import("./api.js").Score} score @param {(ImageBitmap | null)[]} bitmaps @returns {View[]} */
+export const viewsOf = (score, bitmaps) =>
+  score.maps.map((map, index) => ({ name: map.view, bitmap: bitmaps[index], map }));
+
 export class Viewer {
   /** @param {HTMLElement} root @param {boolean} marks Whether defects can be marked. */
   constructor(root, marks) {
@@ -89,6 +93,7 @@ export class Viewer {
    * @param {View[]} views @param {Calibration} calibration
    */
   show(views, calibration) {
+    for (const { bitmap } of this.views) bitmap?.close();
     [this.views, this.calibration, this.index] = [views, calibration, -1];
     this.masks = views.map(() => null);
     const hottest = views.map((each) => (each.map ? Math.max(...decode(each.map).scores) : -Infinity));

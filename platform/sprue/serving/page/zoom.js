@@ -78,6 +78,7 @@ export class Zoom {
 
   #wheel(event) {
     event.preventDefault();
+    if (!event.deltaY) return; // sideways
     const box = this.stage.getBoundingClientRect();
     this.by(event.deltaY < 0 ? STEP : 1 / STEP, event.clientX - box.left, event.clientY - box.top);
   }
