@@ -4,9 +4,11 @@ To pass a request on takes the proxy and a replica some milliseconds each, also 
 clients come at once, the replicas would refuse rather than score.
 """
 
+import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from http import HTTPStatus
 from statistics import fmean
 
@@ -20,6 +22,9 @@ FIRST, FEWEST = 32, 16
 
 PROBE_S = 0.2
 """How often one more is passed on than the replicas are known to take."""
+
+ARRIVAL_S = 0.05
+"""How long a body is waited for before its request is passed on, so that those of a burst are counted."""
 
 RECENT = 32
 """Answers whose pace is that of scoring."""
@@ -43,24 +48,32 @@ class Shedding:
         """See ASGI."""
         if scope["type"] != "http" or not scope["path"].endswith("/score"):
             await self._app(scope, receive, send)
-        elif self.on_way < self.most:
-            await self._pass_on(scope, receive, send)
-        elif self._now() >= self._probe_at:
+        elif not self._has_place():
+            await self._refuse(scope, receive, send)
+        else:
+            request = _Request(self, receive, send)
+            if await request.arrives():
+                if not self._has_place():  # others of a burst have taken it meanwhile
+                    await self._refuse(scope, receive, send)
+                    return
+                request.begin()
+            try:
+                await self._app(scope, request.receive, request.send)
+            finally:
+                request.end()
+
+    def _has_place(self) -> bool:
+        """Whether one may be passed on: there is a place, or it is time to find out whether the replicas take more."""
+        if self.on_way >= self.most and self._now() >= self._probe_at:
             self._probe_at = self._now() + PROBE_S
             self.most += 1
-            await self._pass_on(scope, receive, send)
-        else:
-            retry_s = self._turns.retry_s(self._now(), self.on_way, self._pace.seconds)
-            message = f"{self.on_way} requests are waiting to be scored; try again in {retry_s} s"
-            headers = {"Retry-After": str(retry_s)}
-            await error_response(HTTPStatus.SERVICE_UNAVAILABLE, BUSY, message, headers)(scope, receive, send)
+        return self.on_way < self.most
 
-    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = _Request(self, receive, send)
-        try:
-            await self._app(scope, request.receive, request.send)
-        finally:
-            request.end()
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        retry_s = self._turns.retry_s(self._now(), self.on_way, self._pace.seconds)
+        message = f"{self.on_way} requests are waiting to be scored; try again in {retry_s} s"
+        headers = {"Retry-After": str(retry_s)}
+        await error_response(HTTPStatus.SERVICE_UNAVAILABLE, BUSY, message, headers)(scope, receive, send)
 
     def begin(self) -> int:
         """A request is on its way; returns how many were before it."""
@@ -87,17 +100,30 @@ class _Request:
 
     def __init__(self, owner: Shedding, receive: Receive, send: Send) -> None:
         self._owner, self._receive, self._send = owner, receive, send
+        self._arrived: deque[Message] = deque()
         self._ahead: int | None = None
         self._has_ended = False
         self._status = 0
 
+    async def arrives(self) -> bool:
+        """Reads what comes of the body within a moment; whether that is all of it."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ARRIVAL_S):
+                while not self._arrived or self._arrived[-1].get("more_body"):
+                    self._arrived.append(await self._receive())
+        return bool(self._arrived) and _ends_body(self._arrived[-1])
+
     async def receive(self) -> Message:
         """Counts it when its body is complete; Ray's proxy may read on when it has given a request up."""
-        message = await self._receive()
-        is_whole = message["type"] == "http.request" and not message.get("more_body")
-        if is_whole and self._ahead is None and not self._has_ended:
-            self._ahead = self._owner.begin()
+        message = self._arrived.popleft() if self._arrived else await self._receive()
+        if _ends_body(message) and not self._has_ended:
+            self.begin()
         return message
+
+    def begin(self) -> None:
+        """Takes a place, once."""
+        if self._ahead is None:
+            self._ahead = self._owner.begin()
 
     async def send(self, message: Message) -> None:
         """Learns from the answer, and ends before it is sent: a client that does not read it keeps no place."""
@@ -113,6 +139,10 @@ class _Request:
         if self._ahead is not None and not self._has_ended:
             self._owner.end(self._status)
         self._has_ended = True
+
+
+def _ends_body(message: Message) -> bool:
+    return message["type"] == "http.request" and not message.get("more_body")
 
 
 class Pace:

@@ -183,6 +183,24 @@ async def test_a_pause_is_no_pace(clients: Clients) -> None:
     assert list(clients.proxy._pace._gaps) == [0.0, 0.25]
 
 
+async def test_a_burst_is_counted_before_a_replica_reads_it(clients: Clients) -> None:
+    """A replica that is busy reads late; what it then has to refuse has waited for it."""
+    free = asyncio.Event()
+
+    async def read_late(scope: Any, receive: Any, send: Any) -> None:
+        await free.wait()
+        await clients.replica(scope, receive, send)
+
+    clients.proxy._app, clients.proxy.most = read_late, 2
+    burst = [clients.send() for _ in range(7)]
+    await settle()
+    assert [status(each) for each in burst] == [0] * 2 + [503] * 5
+    free.set()
+    await settle()
+    await clients.answer(2)
+    assert [status(each) for each in burst] == [200] * 2 + [503] * 5
+
+
 async def test_a_body_that_does_not_arrive_takes_nobodys_place(clients: Clients) -> None:
     for _ in range(3):
         clients.send()
@@ -190,7 +208,8 @@ async def test_a_body_that_does_not_arrive_takes_nobodys_place(clients: Clients)
     await clients.answer(2)
     assert clients.proxy.most == 2
     idle = [clients.send(whole=False) for _ in range(5)]
-    await settle()
+    await asyncio.sleep(2 * shedding.ARRIVAL_S)
+    assert len(clients.replica.asked) == 3 + 5
     scored = [clients.send() for _ in range(2)]
     await settle()
     await clients.answer(2)
