@@ -326,6 +326,11 @@ def test_tokens_names_and_other_sites(stack):
         verify=stack.client["SPRUE_CA"], timeout=60,
     )  # fmt: skip
     assert foreign.status_code == 403
+    socket = {"Connection": "Upgrade", "Upgrade": "websocket"}
+    origins = {stack.url: 404, "https://evil.example": 403, f"{stack.url}.evil.example": 403}
+    for origin, status in origins.items():  # no job has this name
+        path, headers = "/ray/api/jobs/raysubmit_none/logs/tail", socket | {"Origin": origin}
+        assert stack.get(path, auth=people, headers=headers).status_code == status, origin
 
 
 def score(stack, champion, kind, **arguments):
