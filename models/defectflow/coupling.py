@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
-from FrEIA.modules import InvertibleModule
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from defectflow.freia import InvertibleModule
 
 Subnet = Callable[[int, int], nn.Module]
 """Builds a subnetwork from its input and output channels. A subnetwork transforms a list of maps, one per node."""
