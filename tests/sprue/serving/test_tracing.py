@@ -1,6 +1,8 @@
 """A collector gets the spans of requests: FastAPI's, and below it the phases of scoring."""
 
 import secrets
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -79,3 +81,24 @@ def test_a_request_is_a_span_and_its_phases_are_below(plant: Any) -> None:
     assert attributes["sprue.model"].string_value == "textures.brick"
     assert attributes["sprue.is_anomalous"].bool_value is answer.json()["is_anomalous"]
     assert {span.trace_id.hex() for _, span in Collector.spans} == {trace}
+
+
+ENDING = """
+import os
+from opentelemetry import trace
+from sprue.serving import tracing
+
+tracing.send_last(5.0)  # nothing is sent
+tracing.send_traces()
+with trace.get_tracer("test").start_as_current_span("last"):
+    pass
+tracing.send_last(5.0)
+os._exit(0)
+"""
+
+
+def test_a_process_that_ends_sends_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "60000")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "always_on")
+    subprocess.run([sys.executable, "-c", ENDING], check=True, timeout=120)
+    assert "last" in [span.name for _, span in Collector.spans]
