@@ -48,26 +48,28 @@ class Shedding:
         """See ASGI."""
         if scope["type"] != "http" or not scope["path"].endswith("/score"):
             await self._app(scope, receive, send)
-        elif not self._has_place():
-            await self._refuse(scope, receive, send)
-        else:
-            request = _Request(self, receive, send)
-            if await request.arrives():
-                if not self._has_place():  # others of a burst have taken it meanwhile
-                    await self._refuse(scope, receive, send)
-                    return
+            return
+        request, is_probe = _Request(self, receive, send), self._is_time_to_probe()
+        has_place = is_probe or self.on_way < self.most
+        if has_place and await request.arrives():
+            has_place = is_probe or self.on_way < self.most  # others of a burst may have taken it meanwhile
+            if has_place:
                 request.begin()
-            try:
-                await self._app(scope, request.receive, request.send)
-            finally:
-                request.end()
+        if not has_place:
+            await self._refuse(scope, receive, send)
+            return
+        try:
+            await self._app(scope, request.receive, request.send)
+        finally:
+            request.end()
 
-    def _has_place(self) -> bool:
-        """Whether one may be passed on: there is a place, or it is time to find out whether the replicas take more."""
-        if self.on_way >= self.most and self._now() >= self._probe_at:
-            self._probe_at = self._now() + PROBE_S
-            self.most += 1
-        return self.on_way < self.most
+    def _is_time_to_probe(self) -> bool:
+        """Whether a request is passed on though there is no place, to find out whether the replicas take more."""
+        if self.on_way < self.most or self._now() < self._probe_at:
+            return False
+        self._probe_at = self._now() + PROBE_S
+        self.most += 1
+        return True
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         retry_s = self._turns.retry_s(self._now(), self.on_way, self._pace.seconds)

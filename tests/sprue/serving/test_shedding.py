@@ -150,6 +150,22 @@ async def test_one_more_is_passed_on_every_now_and_then(clients: Clients) -> Non
     assert clients.proxy.most == clients.replica.taken == 4
 
 
+async def test_requests_that_hang_do_not_keep_all_others_out(clients: Clients) -> None:
+    clients.replica.places = 9
+    for _ in range(5):
+        clients.send()
+    await settle()
+    clients.proxy.most = 2  # as after some that were not scored in time
+    asked = []
+    for _ in range(2):
+        clients.now += shedding.PROBE_S
+        for _ in range(3):
+            clients.send()
+        await settle()
+        asked.append(len(clients.replica.asked))
+    assert asked == [6, 7]
+
+
 async def test_refused_clients_get_turns_at_the_pace_of_the_answers(clients: Clients) -> None:
     for _ in range(3):
         clients.send()
