@@ -1,7 +1,7 @@
 """FrEIA's base class of modules, without the slow part of FrEIA's import.
 
-FrEIA imports ``scipy.stats`` for one function, of a block that no flow here has. A process that fits or scores would
-spend a seventh of its imports on that, and 30 MB; so it is imported when the function is called.
+FrEIA imports ``scipy.stats`` for one function, of a block that no flow here has. It is imported when that is called;
+``benchmarks/imports.py`` says what the start of a worker would take otherwise.
 """
 
 import importlib

@@ -112,6 +112,9 @@ def test_it_ends_when_there_are_no_replicas(model, monkeypatch):
     async def run():
         found = Coordinator(refresh_s=3600)
         await found.join("x", {})
+        joined = time.monotonic()
         await asyncio.wait_for(found.run(), 10)
+        assert time.monotonic() - joined >= agreement.LEASE_S  # not before
+        assert found.agreement.followers == 0
 
     asyncio.run(run())
